@@ -1,0 +1,19 @@
+//! What every trainable stage of `defend` shares: differentiable fused operations, AdamW with
+//! parameter groups, learning-rate schedules and seeded random numbers.
+//!
+//! candle's own fused `softmax_last_dim` and `layer_norm` have no backward pass and drop gradients
+//! without an error; the operations in [`ops`] have one, proven against PyTorch and finite
+//! differences, and run at the speed of the processor's matrix units on `f32` CPU tensors. On any
+//! other device or type the same functions compose candle's differentiable primitives.
+
+mod adamw;
+mod error;
+mod init;
+mod kernels;
+pub mod ops;
+mod schedule;
+
+pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
+pub use error::Error;
+pub use init::{Rng, normal, truncated_normal, xavier_uniform};
+pub use schedule::Schedule;

@@ -1,0 +1,229 @@
+//! Multi-head self-attention on a packed query-key-value tensor.
+
+use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::{from_vec, is_fast, slice, with_slices};
+use crate::kernels::math::{self, vectorised};
+use crate::kernels::product::{Into, MatRef, product};
+
+/// Queries a parallel task handles: fixed, so that a result does not depend on batch or threads.
+const QUERIES_PER_TASK: usize = 128;
+
+/// Multi-head self-attention: `softmax(Q K^T / sqrt(d)) V` for every head, heads side by side.
+///
+/// `qkv`: `[B, N, 3 D]`, timm's layout (query, key, value, each split into `heads` of `d = D / heads`
+/// channels); returns `[B, N, D]`. Differentiable. The `[B, h, N, N]` probabilities are never stored: the
+/// backward pass computes them again.
+///
+/// # Errors
+/// When the last dimension is not divisible by three times `heads`.
+pub fn attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
+    let (b, n, width) = qkv.dims3()?;
+    if heads == 0 || width % (3 * heads) != 0 {
+        bail!("attention: {width} channels are not three times a multiple of {heads} heads")
+    }
+    let d = width / 3 / heads;
+    if is_fast(&[qkv]) {
+        return qkv.contiguous()?.apply_op1(Attention { heads, d });
+    }
+    let split = qkv.reshape((b, n, 3, heads, d))?.permute((2, 0, 3, 1, 4))?;
+    let part = |i| split.get(i)?.contiguous();
+    let (q, k, v) = (part(0)?, part(1)?, part(2)?);
+    let logits = (q.matmul(&k.t()?)? * scale(d))?;
+    let probabilities = candle_nn::ops::softmax(&logits, D::Minus1)?;
+    let out = probabilities.matmul(&v)?;
+    out.transpose(1, 2)?.reshape((b, n, heads * d))
+}
+
+/// Attention of the first (CLS) token to all others, per head: eq. 2's ATTN before the mean over heads.
+///
+/// `qkv`: `[B, 1 + N, 3 D]`; returns `[B, heads, N]`: `softmax(q_cls K^T / sqrt(d))` with the CLS->CLS
+/// column left out, so rows sum to less than one.
+///
+/// # Errors
+/// As [`attention`].
+pub fn cls_attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
+    let (b, n, width) = qkv.dims3()?;
+    if heads == 0 || width % (3 * heads) != 0 || n == 0 {
+        bail!(
+            "CLS attention: shape {:?} does not fit {heads} heads",
+            qkv.dims()
+        )
+    }
+    let dim = width / 3;
+    let d = dim / heads;
+    let split = |t: Tensor, rows: usize| {
+        t.reshape((b, rows, heads, d))?
+            .transpose(1, 2)?
+            .contiguous()
+    };
+    let query = split(qkv.narrow(1, 0, 1)?.narrow(2, 0, dim)?.contiguous()?, 1)?;
+    let keys = split(qkv.narrow(2, dim, dim)?.contiguous()?, n)?;
+    let logits = (query.matmul(&keys.t()?)? * scale(d))?;
+    let probabilities = candle_nn::ops::softmax(&logits, D::Minus1)?;
+    probabilities.squeeze(2)?.narrow(2, 1, n - 1)?.contiguous()
+}
+
+fn scale(d: usize) -> f64 {
+    1.0 / (d as f64).sqrt()
+}
+
+struct Attention {
+    heads: usize,
+    d: usize,
+}
+
+impl Attention {
+    fn width(&self) -> usize {
+        self.heads * self.d
+    }
+
+    /// Query (0), key (1) or value (2) rows of a head within one image's packed rows.
+    fn part<'a>(&self, packed: &'a [f32], rows: usize, which: usize, head: usize) -> MatRef<'a> {
+        let start = which * self.width() + head * self.d;
+        MatRef::strided(&packed[start..], rows, self.d, 3 * self.width())
+    }
+
+    /// softmax(Q K^T / sqrt(d)) of one head into `probabilities`, `[queries, n]`.
+    fn probabilities(&self, out: &mut [f32], q: MatRef<'_>, k: MatRef<'_>, n: usize) {
+        product(out, n, Into::Overwrite, q, k.transposed(), 1.0, 1);
+        let scale = scale(self.d) as f32;
+        vectorised(|| {
+            out.chunks_exact_mut(n)
+                .for_each(|row| math::softmax_row(row, scale));
+        });
+    }
+}
+
+impl CustomOp1 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (b, n, packed) = layout.shape().dims3()?;
+        let width = self.width();
+        let qkv = slice("attention", qkv, layout)?;
+        let mut out = vec![0f32; b * n * width];
+        if !out.is_empty() {
+            let tasks: Vec<_> = out
+                .chunks_mut(n * width)
+                .zip(qkv.chunks(n * packed))
+                .flat_map(|(out, image)| {
+                    out.chunks_mut(QUERIES_PER_TASK * width)
+                        .enumerate()
+                        .map(move |(i, out)| (image, i * QUERIES_PER_TASK, out))
+                })
+                .collect();
+            tasks.into_par_iter().for_each(|(image, first, out)| {
+                let queries = out.len() / width;
+                let mut p = vec![0f32; queries * n];
+                for head in 0..self.heads {
+                    let q = self.part(&image[first * packed..], queries, 0, head);
+                    self.probabilities(&mut p, q, self.part(image, n, 1, head), n);
+                    let out = &mut out[head * self.d..];
+                    let (p, v) = (MatRef::dense(&p, queries, n), self.part(image, n, 2, head));
+                    product(out, width, Into::Overwrite, p, v, 1.0, 1);
+                }
+            });
+        }
+        Ok((CpuStorage::F32(out), (b, n, width).into()))
+    }
+
+    fn bwd(&self, qkv: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let (_, n, packed) = qkv.dims3()?;
+        let width = self.width();
+        let scale = scale(self.d) as f32;
+        with_slices("attention", [qkv, grad], |[xs, gs]| {
+            let mut dx = vec![0f32; xs.len()];
+            let images = dx
+                .par_chunks_mut(n * packed)
+                .zip(xs.par_chunks(n * packed))
+                .zip(gs.par_chunks(n * width));
+            images.for_each(|((dx, x), g)| {
+                let (mut p, mut dp) = (vec![0f32; n * n], vec![0f32; n * n]);
+                for head in 0..self.heads {
+                    let [q, k, v] = [0, 1, 2].map(|which| self.part(x, n, which, head));
+                    let g = MatRef::strided(&g[head * self.d..], n, self.d, width);
+                    self.probabilities(&mut p, q, k, n);
+                    let column = |which: usize| which * width + head * self.d;
+                    let probabilities = MatRef::dense(&p, n, n);
+                    product(
+                        &mut dx[column(2)..],
+                        packed,
+                        Into::Overwrite,
+                        probabilities.transposed(),
+                        g,
+                        1.0,
+                        1,
+                    );
+                    product(&mut dp, n, Into::Overwrite, g, v.transposed(), 1.0, 1);
+                    // Softmax: dS = P * (dP - sum(P * dP)).
+                    vectorised(|| {
+                        for (p, dp) in p.chunks_exact(n).zip(dp.chunks_exact_mut(n)) {
+                            let mean = math::dot(p, dp);
+                            dp.iter_mut()
+                                .zip(p)
+                                .for_each(|(dp, p)| *dp = p * (*dp - mean));
+                        }
+                    });
+                    let ds = MatRef::dense(&dp, n, n);
+                    product(
+                        &mut dx[column(0)..],
+                        packed,
+                        Into::Overwrite,
+                        ds,
+                        k,
+                        scale,
+                        1,
+                    );
+                    product(
+                        &mut dx[column(1)..],
+                        packed,
+                        Into::Overwrite,
+                        ds.transposed(),
+                        q,
+                        scale,
+                        1,
+                    );
+                }
+            });
+            from_vec(dx, qkv.dims()).map(Some)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{check_gradients, distance, noise};
+    use super::*;
+
+    #[test]
+    fn gradients_match_finite_differences() {
+        check_gradients(&[noise(&[2, 9, 3 * 24], 1)], |t| attention(&t[0], 3));
+        check_gradients(&[noise(&[2, 9, 3 * 24], 1)], |t| cls_attention(&t[0], 3));
+    }
+
+    #[test]
+    fn many_tokens_are_split_and_joined() -> Result<()> {
+        let qkv = noise(&[2, 300, 3 * 16], 5);
+        let composed = attention(&qkv.to_dtype(candle_core::DType::F64)?, 2)?;
+        assert!(distance(&attention(&qkv, 2)?, &composed) < 1e-5);
+        Ok(())
+    }
+
+    #[test]
+    fn an_image_does_not_depend_on_its_batch() -> Result<()> {
+        let qkv = noise(&[5, 150, 3 * 16], 5);
+        let whole = attention(&qkv, 2)?;
+        let alone = attention(&qkv.narrow(0, 3, 1)?, 2)?;
+        assert_eq!(distance(&alone, &whole.narrow(0, 3, 1)?), 0.0);
+        Ok(())
+    }
+
+    #[test]
+    fn heads_that_do_not_divide_the_width_are_refused() {
+        assert!(attention(&noise(&[1, 4, 30], 0), 4).is_err());
+    }
+}

@@ -1,0 +1,268 @@
+//! Affine maps `y = x W^T + b`, alone or followed by GELU.
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::{from_vec, is_fast, slice, with_slices};
+use crate::kernels::ROWS_PER_TASK;
+use crate::kernels::math::{self, vectorised};
+use crate::kernels::product::{Into, MatRef, product};
+
+/// Affine map of the last dimension: `x W^T + b`.
+///
+/// `x`: `[..., I]`; `weight`: `[O, I]`; `bias`: `[O]`; returns `[..., O]`. Differentiable with respect
+/// to all three. A `[B, N, I]` input is worked image by image, so a row's result does not depend on B.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    if is_fast(&[x, weight, bias]) {
+        let op = Linear::new([x, weight, bias], Activation::None);
+        return x
+            .contiguous()?
+            .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
+    }
+    let (rows, mut shape) = flattened(x)?;
+    let out = rows.matmul(&weight.t()?)?.broadcast_add(bias)?;
+    if let Some(last) = shape.last_mut() {
+        *last = weight.dim(0)?;
+    }
+    out.reshape(shape)
+}
+
+/// `gelu(linear(x, weight, bias))`, the activation applied while the product is still in the cache.
+///
+/// Shapes as [`linear`]. When a gradient will be asked for, the two operations are recorded separately.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let tracked = [x, weight, bias].iter().any(|t| t.track_op());
+    if tracked || !is_fast(&[x, weight, bias]) {
+        return super::gelu(&linear(x, weight, bias)?);
+    }
+    let op = Linear::new([x, weight, bias], Activation::Gelu);
+    x.contiguous()?
+        .apply_op3_no_bwd(&weight.contiguous()?, &bias.contiguous()?, &op)
+}
+
+/// `[..., I]` as `[R, I]`, and the original dimensions.
+fn flattened(x: &Tensor) -> Result<(Tensor, Vec<usize>)> {
+    let inner = x.dim(candle_core::D::Minus1)?;
+    Ok((x.reshape(((), inner))?, x.dims().to_vec()))
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Activation {
+    None,
+    Gelu,
+}
+
+struct Linear {
+    activation: Activation,
+    /// Whether x, weight and bias need a gradient.
+    needs: [bool; 3],
+}
+
+impl Linear {
+    fn new(operands: [&Tensor; 3], activation: Activation) -> Self {
+        Self {
+            activation,
+            needs: operands.map(Tensor::track_op),
+        }
+    }
+}
+
+impl CustomOp3 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+        b: &CpuStorage,
+        lb: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (&[outputs, inputs], dims) = (lw.dims(), lx.dims()) else {
+            bail!(
+                "linear needs a weight of two dimensions, got {:?}",
+                lw.dims()
+            )
+        };
+        if dims.last() != Some(&inputs) || lb.dims() != [outputs] {
+            bail!(
+                "linear: input {dims:?} and bias {:?} do not fit a weight of [{outputs}, {inputs}]",
+                lb.dims()
+            )
+        }
+        let (xs, ws, bs) = (
+            slice("linear", x, lx)?,
+            slice("linear", w, lw)?,
+            slice("linear", b, lb)?,
+        );
+        let mut shape = dims.to_vec();
+        if let Some(last) = shape.last_mut() {
+            *last = outputs;
+        }
+        if xs.is_empty() {
+            return Ok((CpuStorage::F32(Vec::new()), Shape::from(shape)));
+        }
+        let rows = xs.len() / inputs;
+        // A task is one image: the same product whatever else is in the batch.
+        let rows_per_task = if dims.len() >= 3 {
+            dims[dims.len() - 2]
+        } else {
+            rows
+        };
+        let threads = rayon::current_num_threads();
+        let inner_threads = if rows / rows_per_task >= threads {
+            1
+        } else {
+            threads
+        };
+        let weight = MatRef::dense(ws, outputs, inputs).transposed();
+        let task = |(out, xs): (&mut [f32], &[f32])| {
+            for row in out.chunks_exact_mut(outputs) {
+                row.copy_from_slice(bs);
+            }
+            let x = MatRef::dense(xs, xs.len() / inputs, inputs);
+            product(
+                out,
+                outputs,
+                Into::Accumulate,
+                x,
+                weight,
+                1.0,
+                inner_threads,
+            );
+            if self.activation == Activation::Gelu {
+                vectorised(|| out.iter_mut().for_each(|v| *v = math::gelu(*v)));
+            }
+        };
+        let mut out = vec![0f32; rows * outputs];
+        let (out_task, in_task) = (rows_per_task * outputs, rows_per_task * inputs);
+        if inner_threads == 1 {
+            out.par_chunks_mut(out_task)
+                .zip(xs.par_chunks(in_task))
+                .for_each(task);
+        } else {
+            out.chunks_mut(out_task)
+                .zip(xs.chunks(in_task))
+                .for_each(task);
+        }
+        Ok((CpuStorage::F32(out), Shape::from(shape)))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _bias: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (outputs, inputs) = weight.dims2()?;
+        let rows = grad.elem_count() / outputs;
+        let threads = rayon::current_num_threads();
+        with_slices("linear", [x, weight, grad], |[xs, ws, gs]| {
+            let g = MatRef::dense(gs, rows, outputs);
+            let dx = self.needs[0].then(|| {
+                let mut dx = vec![0f32; rows * inputs];
+                let weight = MatRef::dense(ws, outputs, inputs);
+                product(&mut dx, inputs, Into::Overwrite, g, weight, 1.0, threads);
+                from_vec(dx, x.dims())
+            });
+            let dw = self.needs[1].then(|| {
+                let mut dw = vec![0f32; outputs * inputs];
+                let x = MatRef::dense(xs, rows, inputs);
+                product(
+                    &mut dw,
+                    inputs,
+                    Into::Overwrite,
+                    g.transposed(),
+                    x,
+                    1.0,
+                    threads,
+                );
+                from_vec(dw, (outputs, inputs))
+            });
+            let db = self.needs[2].then(|| from_vec(column_sums(gs, outputs), outputs));
+            Ok((dx.transpose()?, dw.transpose()?, db.transpose()?))
+        })
+    }
+}
+
+/// Sums of the columns of a row-major matrix, in an order that does not depend on the threads.
+pub(super) fn column_sums(values: &[f32], columns: usize) -> Vec<f32> {
+    let partial: Vec<Vec<f32>> = values
+        .par_chunks(ROWS_PER_TASK * columns)
+        .map(|rows| {
+            let mut sums = vec![0f32; columns];
+            vectorised(|| {
+                for row in rows.chunks_exact(columns) {
+                    sums.iter_mut().zip(row).for_each(|(s, v)| *s += v);
+                }
+            });
+            sums
+        })
+        .collect();
+    let mut total = vec![0f32; columns];
+    for sums in partial {
+        total.iter_mut().zip(sums).for_each(|(t, s)| *t += s);
+    }
+    total
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{check_gradients, distance, noise};
+    use super::*;
+    use candle_core::{DType, Var};
+
+    #[test]
+    fn gradients_match_finite_differences() {
+        let inputs = [noise(&[2, 7, 24], 1), noise(&[40, 24], 2), noise(&[40], 3)];
+        check_gradients(&inputs, |t| linear(&t[0], &t[1], &t[2]));
+        check_gradients(&inputs, |t| linear_gelu(&t[0], &t[1], &t[2]));
+    }
+
+    #[test]
+    fn fused_gelu_equals_the_two_steps() -> Result<()> {
+        let (x, w, b) = (noise(&[3, 5, 8], 1), noise(&[12, 8], 2), noise(&[12], 3));
+        let two_steps = super::super::gelu(&linear(&x, &w, &b)?)?;
+        assert!(distance(&linear_gelu(&x, &w, &b)?, &two_steps) < 1e-7);
+        Ok(())
+    }
+
+    #[test]
+    fn frozen_operands_get_no_gradient() -> Result<()> {
+        let (x, w) = (noise(&[4, 8], 1), noise(&[12, 8], 2));
+        let b = Var::from_tensor(&noise(&[12], 3))?;
+        let grads = linear(&x, &w, &b)?.sum_all()?.backward()?;
+        assert!(grads.get(&b).is_some() && grads.get(&x).is_none() && grads.get(&w).is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn an_image_does_not_depend_on_its_batch() -> Result<()> {
+        let (x, w, b) = (noise(&[9, 50, 64], 1), noise(&[96, 64], 2), noise(&[96], 3));
+        let whole = linear(&x, &w, &b)?;
+        for i in 0..9 {
+            let alone = linear(&x.narrow(0, i, 1)?, &w, &b)?;
+            assert_eq!(distance(&alone, &whole.narrow(0, i, 1)?), 0.0);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn misfitting_shapes_are_errors() {
+        let (x, w, b) = (noise(&[4, 7], 1), noise(&[12, 8], 2), noise(&[12], 3));
+        assert!(linear(&x, &w, &b).is_err());
+        let x = x.to_dtype(DType::F64).unwrap();
+        assert!(linear(&x, &w, &b).is_err());
+    }
+}
