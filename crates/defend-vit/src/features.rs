@@ -1,0 +1,196 @@
+//! What a backbone gives and what it is asked for: the roles other stages see.
+
+use candle_core::{DType, Tensor, Var};
+use defend_nn::Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::{BackboneSpec, Error};
+
+/// Rows and columns of patches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Grid {
+    /// Patches from top to bottom.
+    pub rows: usize,
+    /// Patches from left to right.
+    pub columns: usize,
+}
+
+impl Grid {
+    /// Number of patches, N.
+    pub fn patches(self) -> usize {
+        self.rows * self.columns
+    }
+}
+
+/// The last layer of a backbone for a batch of images.
+#[derive(Debug, Clone)]
+pub struct Features {
+    /// CLS token after the final norm, `[B, D]`.
+    pub cls: Tensor,
+    /// Patch tokens after the final norm, `[B, N, D]`, row-major over the grid (or in the order of the
+    /// kept tokens).
+    pub patches: Tensor,
+    /// Attention of the last block's CLS token to each patch, `[B, h, N]`; rows sum to less than one
+    /// because the CLS column is left out. Carries no gradient.
+    pub cls_attention: Tensor,
+    /// Patches of the whole view.
+    pub grid: Grid,
+}
+
+impl Features {
+    /// Number of images, B.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] when the CLS tensor is not a matrix.
+    pub fn batch(&self) -> Result<usize, Error> {
+        Ok(self.cls.dim(0)?)
+    }
+}
+
+/// The patches that a backbone sees, by index over the row-major grid; the CLS token always stays.
+#[derive(Debug, Clone)]
+pub struct TokenSet {
+    indices: Tensor,
+    grid: Grid,
+}
+
+impl TokenSet {
+    /// The same number M of kept patches for each image: `indices` `[B, M]` of `u32`, all below N.
+    ///
+    /// # Errors
+    /// [`Error::TokenSet`] for another type or rank, an empty set, or an index outside the grid.
+    pub fn new(indices: Tensor, grid: Grid) -> Result<Self, Error> {
+        let expected = || {
+            format!(
+                "a u32 tensor [images, kept patches] with indices below {}",
+                grid.patches()
+            )
+        };
+        if indices.rank() != 2 || indices.dtype() != DType::U32 || indices.elem_count() == 0 {
+            return Err(Error::TokenSet {
+                found: format!("{:?} of {:?}", indices.dims(), indices.dtype()),
+                expected: expected(),
+            });
+        }
+        let highest = indices.flatten_all()?.max(0)?.to_scalar::<u32>()? as usize;
+        if highest >= grid.patches() {
+            return Err(Error::TokenSet {
+                found: format!("patch {highest}"),
+                expected: expected(),
+            });
+        }
+        Ok(Self { indices, grid })
+    }
+
+    /// From one list of patches an image.
+    ///
+    /// # Errors
+    /// As [`TokenSet::new`]; lists of different lengths are an error too.
+    pub fn from_rows(
+        rows: &[Vec<u32>],
+        grid: Grid,
+        device: &candle_core::Device,
+    ) -> Result<Self, Error> {
+        let kept = rows.first().map_or(0, Vec::len);
+        if let Some(row) = rows.iter().find(|row| row.len() != kept) {
+            return Err(Error::TokenSet {
+                found: format!("{} and {kept} patches in one batch", row.len()),
+                expected: "the same number of patches for every image".into(),
+            });
+        }
+        let indices = Tensor::from_vec(rows.concat(), (rows.len(), kept), device)?;
+        Self::new(indices, grid)
+    }
+
+    /// `[B, M]` of `u32`.
+    pub fn indices(&self) -> &Tensor {
+        &self.indices
+    }
+
+    /// Grid that the indices refer to.
+    pub fn grid(&self) -> Grid {
+        self.grid
+    }
+
+    /// Picks the kept rows: `[B, N, D]` to `[B, M, D]`, differentiable.
+    ///
+    /// # Errors
+    /// [`Error::TokenSet`] when the tensor has another number of images or patches.
+    pub fn gather(&self, tokens: &Tensor) -> Result<Tensor, Error> {
+        let (b, n, d) = tokens.dims3()?;
+        let (images, kept) = self.indices.dims2()?;
+        if images != b || n != self.grid.patches() {
+            return Err(Error::TokenSet {
+                found: format!("{images} images of {} patches", self.grid.patches()),
+                expected: format!("{b} images of {n} patches"),
+            });
+        }
+        let offsets = (Tensor::arange(0u32, b as u32, tokens.device())? * n as f64)?;
+        let rows = self
+            .indices
+            .broadcast_add(&offsets.unsqueeze(1)?)?
+            .flatten_all()?;
+        let flat = tokens.reshape((b * n, d))?;
+        Ok(flat.index_select(&rows, 0)?.reshape((b, kept, d))?)
+    }
+}
+
+/// Role: a frozen feature extractor.
+pub trait Backbone: Send + Sync {
+    /// Architecture and preprocessing.
+    fn spec(&self) -> &BackboneSpec;
+
+    /// Features of whole images, `[B, 3, H, W]` normalised as the [`BackboneSpec`] says; H and W are
+    /// multiples of the patch size.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for other shapes.
+    fn features(&self, images: &Tensor) -> Result<Features, Error>;
+
+    /// Features of the kept patches only; the others are dropped after the positional embedding is
+    /// added (MAE).
+    ///
+    /// # Errors
+    /// [`Error::Input`], and [`Error::TokenSet`] when the set does not fit the images.
+    fn features_of(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error>;
+}
+
+/// Tokens that enter the part of a backbone that trains.
+///
+/// They carry no gradient and do not change while that part is trained, so they may be cached.
+#[derive(Debug, Clone)]
+pub struct Prefix {
+    /// CLS token and patches, `[B, 1 + N, D]`.
+    pub tokens: Tensor,
+    /// Patches of the view.
+    pub grid: Grid,
+}
+
+/// Role: a backbone whose last part can be trained.
+pub trait Trainable: Backbone {
+    /// Runs the frozen part.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for images that do not fit.
+    fn frozen_prefix(&self, images: &Tensor) -> Result<Prefix, Error>;
+
+    /// Runs the part that trains, with gradients.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] when the tokens have another width.
+    fn features_from(&self, prefix: &Prefix) -> Result<Features, Error>;
+
+    /// A training pass with gradients and stochastic depth, over all or the kept patches.
+    ///
+    /// # Errors
+    /// As [`Backbone::features_of`].
+    fn training_features(
+        &self,
+        images: &Tensor,
+        keep: Option<&TokenSet>,
+        rng: &mut Rng,
+    ) -> Result<Features, Error>;
+
+    /// Names and variables of what trains.
+    fn parameters(&self) -> Vec<(String, Var)>;
+}

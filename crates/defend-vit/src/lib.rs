@@ -1,0 +1,41 @@
+//! A Vision Transformer that can really be fine-tuned on candle.
+//!
+//! It returns what novelty detection needs from an image: the patch tokens after the final norm, the
+//! CLS token and the last block's CLS attention ([`Features`]); it runs on any subset of its tokens
+//! ([`TokenSet`]), at any input size (the positional embedding is resized as PyTorch resizes it), and
+//! reads timm checkpoints with the preprocessing that belongs to them ([`Pretrained`]).
+//!
+//! Other stages see a backbone only through its roles, [`Backbone`] and [`Trainable`].
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use defend_nn::Rng;
+//! use defend_vit::{Architecture, Backbone, BackboneSpec, Vit};
+//!
+//! let spec = BackboneSpec::new(Architecture { width: 32, depth: 2, heads: 2, ..Architecture::vit_tiny() });
+//! let student = Vit::random(spec, 0.1, &mut Rng::seed(0), &Device::Cpu)?;
+//! let images = Tensor::zeros((2, 3, 224, 224), DType::F32, &Device::Cpu)?;
+//! let features = student.features(&images)?;
+//! assert_eq!(features.patches.dims(), [2, 196, 32]);
+//! assert_eq!(features.cls_attention.dims(), [2, 2, 196]);
+//! # Ok::<(), defend_vit::Error>(())
+//! ```
+
+mod block;
+mod checkpoint;
+mod error;
+mod features;
+#[cfg(feature = "hub")]
+mod hub;
+mod patch_embed;
+pub mod pos_embed;
+mod spec;
+mod vit;
+mod weights;
+
+pub use checkpoint::Pretrained;
+pub use error::Error;
+pub use features::{Backbone, Features, Grid, Prefix, TokenSet, Trainable};
+pub use spec::{Architecture, BackboneSpec, Interpolation, Normalization};
+pub use vit::{TrainScope, Vit};
+pub use weights::Weights;

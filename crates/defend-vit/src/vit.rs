@@ -1,0 +1,417 @@
+//! The Vision Transformer.
+
+use std::collections::HashMap;
+
+use candle_core::{Device, Tensor, Var};
+use defend_nn::{Rng, normal, ops, xavier_uniform};
+
+use crate::block::{Block, Linear, Norm};
+use crate::features::{Backbone, Features, Grid, Prefix, TokenSet, Trainable};
+use crate::patch_embed::patchify;
+use crate::{BackboneSpec, Error, Weights, pos_embed};
+
+/// Which parameters of a loaded backbone train.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TrainScope {
+    /// None: a teacher or a feature extractor.
+    Frozen,
+    /// The last blocks, not the final norm (paper, section 3; authors' code).
+    LastBlocks(usize),
+    /// Everything.
+    All,
+}
+
+/// A plain Vision Transformer with a CLS token, a learned or fixed positional embedding, and pre-norm
+/// blocks (METHOD.md, section 0).
+#[derive(Debug)]
+pub struct Vit {
+    spec: BackboneSpec,
+    /// Weight `[D, 3, P, P]`.
+    patch_embed: Linear,
+    /// `[1, 1, D]`.
+    cls_token: Tensor,
+    /// Of the CLS token and the full view's patches, `[1, 1 + N, D]`.
+    pos_embed: Tensor,
+    blocks: Vec<Block>,
+    norm: Norm,
+    head: Option<Linear>,
+    variables: Vec<(String, Var)>,
+    /// Index of the first block that trains: everything below may be cached.
+    first_trained: usize,
+}
+
+/// Gives each parameter of a transformer by timm's name and shape.
+type Source<'a> = dyn FnMut(&str, &[usize]) -> Result<Tensor, Error> + 'a;
+
+/// A transformer under construction: parameters become variables where they train.
+struct Assembly<'a, 'b> {
+    source: &'a mut Source<'b>,
+    device: &'a Device,
+    eps: f64,
+    variables: Vec<(String, Var)>,
+}
+
+impl Assembly<'_, '_> {
+    fn parameter(&mut self, name: &str, shape: &[usize], trains: bool) -> Result<Tensor, Error> {
+        let tensor = (self.source)(name, shape)?.to_device(self.device)?;
+        if !trains {
+            return Ok(tensor.detach());
+        }
+        let var = Var::from_tensor(&tensor)?;
+        let tensor = var.as_tensor().clone();
+        self.variables.push((name.to_owned(), var));
+        Ok(tensor)
+    }
+
+    fn linear(
+        &mut self,
+        name: &str,
+        outputs: usize,
+        inputs: usize,
+        trains: bool,
+    ) -> Result<Linear, Error> {
+        Ok(Linear {
+            weight: self.parameter(&format!("{name}.weight"), &[outputs, inputs], trains)?,
+            bias: self.parameter(&format!("{name}.bias"), &[outputs], trains)?,
+        })
+    }
+
+    fn norm(&mut self, name: &str, width: usize, trains: bool) -> Result<Norm, Error> {
+        Ok(Norm {
+            weight: self.parameter(&format!("{name}.weight"), &[width], trains)?,
+            bias: self.parameter(&format!("{name}.bias"), &[width], trains)?,
+            eps: self.eps,
+        })
+    }
+}
+
+impl Vit {
+    /// Builds a backbone from weights with timm's tensor names.
+    ///
+    /// A classification head in the file is read when the spec has classes.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an impossible spec or scope, and the errors of [`Weights::take`] and
+    /// [`Weights::finish`].
+    pub fn load(
+        spec: BackboneSpec,
+        mut weights: Weights,
+        scope: TrainScope,
+        device: &Device,
+    ) -> Result<Self, Error> {
+        if spec.architecture.classes == 0 {
+            // A backbone cut from a classifier: the head is known and not needed.
+            let _ = weights.split_off("head.");
+        }
+        let vit = Self::build(spec, scope, 0.0, device, &mut |name, shape| {
+            weights.take(name, shape)
+        })?;
+        weights.finish()?;
+        Ok(vit)
+    }
+
+    /// A randomly initialised student (METHOD.md, section 2): Xavier-uniform linear maps, a fixed
+    /// sine-cosine positional embedding, stochastic depth rising from 0 to `drop_path` over the blocks.
+    ///
+    /// Everything but the positional embedding trains.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an impossible spec or a `drop_path` outside `0..1`.
+    pub fn random(
+        spec: BackboneSpec,
+        drop_path: f64,
+        rng: &mut Rng,
+        device: &Device,
+    ) -> Result<Self, Error> {
+        let (grid, width) = (spec.architecture.grid(), spec.architecture.width);
+        let cpu = Device::Cpu;
+        Self::build(
+            spec,
+            TrainScope::All,
+            drop_path,
+            device,
+            &mut |name, shape| {
+                let tensor = match shape {
+                    _ if name == "pos_embed" => {
+                        let fixed = pos_embed::sin_cos(grid, width, &cpu)?;
+                        let cls = Tensor::zeros((1, width), fixed.dtype(), &cpu)?;
+                        Tensor::cat(&[cls, fixed], 0)?.unsqueeze(0)?
+                    }
+                    _ if name == "cls_token" => normal(shape, 0.02, rng, &cpu)?,
+                    [outputs, rest @ ..] if !rest.is_empty() => {
+                        xavier_uniform(*outputs, rest.iter().product(), rng, &cpu)?
+                            .reshape(shape)?
+                    }
+                    _ if name.contains("norm") && name.ends_with("weight") => {
+                        Tensor::ones(shape, candle_core::DType::F32, &cpu)?
+                    }
+                    _ => Tensor::zeros(shape, candle_core::DType::F32, &cpu)?,
+                };
+                Ok(tensor)
+            },
+        )
+        .map(|mut student| {
+            student.variables.retain(|(name, _)| name != "pos_embed");
+            student.pos_embed = student.pos_embed.detach();
+            student
+        })
+    }
+
+    fn build(
+        spec: BackboneSpec,
+        scope: TrainScope,
+        drop_path: f64,
+        device: &Device,
+        source: &mut Source<'_>,
+    ) -> Result<Self, Error> {
+        let arch = spec.architecture.clone();
+        arch.validate()?;
+        let config = |reason| Error::Config {
+            origin: spec.name.clone(),
+            reason,
+        };
+        if !(0.0..1.0).contains(&drop_path) {
+            return Err(config(format!(
+                "drop_path is {drop_path}, expected a share in 0..1"
+            )));
+        }
+        let first_trained = match scope {
+            TrainScope::Frozen => arch.depth,
+            TrainScope::All => 0,
+            TrainScope::LastBlocks(n) if n <= arch.depth => arch.depth - n,
+            TrainScope::LastBlocks(n) => {
+                return Err(config(format!(
+                    "cannot train the last {n} of {} blocks",
+                    arch.depth
+                )));
+            }
+        };
+        let all = scope == TrainScope::All;
+        let (d, p, n) = (arch.width, arch.patch_size, arch.grid().patches());
+        let mut build = Assembly {
+            source,
+            device,
+            eps: arch.layer_norm_eps,
+            variables: Vec::new(),
+        };
+        let cls_token = build.parameter("cls_token", &[1, 1, d], all)?;
+        let pos_embed = build.parameter("pos_embed", &[1, 1 + n, d], all)?;
+        let patch_embed = Linear {
+            weight: build.parameter("patch_embed.proj.weight", &[d, 3, p, p], all)?,
+            bias: build.parameter("patch_embed.proj.bias", &[d], all)?,
+        };
+        let blocks = (0..arch.depth)
+            .map(|i| {
+                let (trains, at) = (i >= first_trained, format!("blocks.{i}"));
+                Ok(Block {
+                    norm1: build.norm(&format!("{at}.norm1"), d, trains)?,
+                    qkv: build.linear(&format!("{at}.attn.qkv"), 3 * d, d, trains)?,
+                    projection: build.linear(&format!("{at}.attn.proj"), d, d, trains)?,
+                    norm2: build.norm(&format!("{at}.norm2"), d, trains)?,
+                    fc1: build.linear(&format!("{at}.mlp.fc1"), arch.mlp_width, d, trains)?,
+                    fc2: build.linear(&format!("{at}.mlp.fc2"), d, arch.mlp_width, trains)?,
+                    heads: arch.heads,
+                    drop_path: drop_path * i as f64 / (arch.depth.max(2) - 1) as f64,
+                })
+            })
+            .collect::<Result<_, Error>>()?;
+        let norm = build.norm("norm", d, all)?;
+        let head = match arch.classes {
+            0 => None,
+            classes => Some(build.linear("head", classes, d, false)?),
+        };
+        Ok(Self {
+            variables: build.variables,
+            spec,
+            patch_embed,
+            cls_token,
+            pos_embed,
+            blocks,
+            norm,
+            head,
+            first_trained,
+        })
+    }
+
+    /// Class logits of features, `[B, classes]`, for a checkpoint with a head.
+    ///
+    /// # Errors
+    /// [`Error::Config`] without a head.
+    pub fn logits(&self, features: &Features) -> Result<Tensor, Error> {
+        let head = self.head.as_ref().ok_or_else(|| Error::Config {
+            origin: self.spec.name.clone(),
+            reason: "the backbone was loaded without its classification head".into(),
+        })?;
+        Ok(head.forward(&features.cls)?)
+    }
+
+    /// All parameters by timm's names, in timm's shapes, for saving.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] when candle fails.
+    pub fn tensors(&self) -> Result<HashMap<String, Tensor>, Error> {
+        let mut tensors = HashMap::new();
+        let mut add = |name: String, tensor: &Tensor| {
+            tensors.insert(name, tensor.detach());
+        };
+        add("cls_token".into(), &self.cls_token);
+        add("pos_embed".into(), &self.pos_embed);
+        add("patch_embed.proj.weight".into(), &self.patch_embed.weight);
+        add("patch_embed.proj.bias".into(), &self.patch_embed.bias);
+        for (i, block) in self.blocks.iter().enumerate() {
+            let norms = [("norm1", &block.norm1), ("norm2", &block.norm2)];
+            for (name, norm) in norms {
+                add(format!("blocks.{i}.{name}.weight"), &norm.weight);
+                add(format!("blocks.{i}.{name}.bias"), &norm.bias);
+            }
+            let maps = [
+                ("attn.qkv", &block.qkv),
+                ("attn.proj", &block.projection),
+                ("mlp.fc1", &block.fc1),
+                ("mlp.fc2", &block.fc2),
+            ];
+            for (name, linear) in maps {
+                add(format!("blocks.{i}.{name}.weight"), &linear.weight);
+                add(format!("blocks.{i}.{name}.bias"), &linear.bias);
+            }
+        }
+        add("norm.weight".into(), &self.norm.weight);
+        add("norm.bias".into(), &self.norm.bias);
+        if let Some(head) = &self.head {
+            add("head.weight".into(), &head.weight);
+            add("head.bias".into(), &head.bias);
+        }
+        Ok(tensors)
+    }
+
+    /// The same architecture and values with another part trained; nothing is shared with `self`.
+    ///
+    /// # Errors
+    /// As [`Vit::load`].
+    pub fn copy(&self, scope: TrainScope) -> Result<Self, Error> {
+        let tensors = self
+            .tensors()?
+            .into_iter()
+            .map(|(name, tensor)| Ok((name, tensor.copy()?)))
+            .collect::<Result<_, Error>>()?;
+        let weights = Weights::from_tensors(tensors, &self.spec.name);
+        Self::load(self.spec.clone(), weights, scope, self.pos_embed.device())
+    }
+
+    /// The tokens that enter the first block, `[B, 1 + N, D]` (or 1 + M for kept ones).
+    fn embed(&self, images: &Tensor, keep: Option<&TokenSet>) -> Result<(Tensor, Grid), Error> {
+        let arch = &self.spec.architecture;
+        let (patches, grid) = patchify(images, arch.patch_size)?;
+        let (b, d) = (patches.dim(0)?, arch.width);
+        let pos_embed = self.pos_embed.squeeze(0)?;
+        let cls_position = pos_embed.narrow(0, 0, 1)?;
+        let positions = pos_embed.narrow(0, 1, arch.grid().patches())?;
+        let positions = pos_embed::resize(&positions, arch.grid(), grid)?.unsqueeze(0)?;
+        let (patches, positions) = match keep {
+            None => (patches, positions),
+            Some(keep) if keep.grid() != grid => {
+                return Err(Error::TokenSet {
+                    found: format!(
+                        "patches of a {} x {} grid",
+                        keep.grid().rows,
+                        keep.grid().columns
+                    ),
+                    expected: format!("patches of a {} x {} grid", grid.rows, grid.columns),
+                });
+            }
+            // Dropping patches before they are embedded gives the same tokens and costs nothing for them.
+            Some(keep) => {
+                let all = positions.broadcast_as((b, grid.patches(), d))?;
+                (keep.gather(&patches)?, keep.gather(&all)?)
+            }
+        };
+        let kernel = self.patch_embed.weight.reshape((d, arch.patch_values()))?;
+        let patches = ops::linear(&patches, &kernel, &self.patch_embed.bias)?;
+        let patches = patches.broadcast_add(&positions)?;
+        let cls = self
+            .cls_token
+            .broadcast_add(&cls_position)?
+            .broadcast_as((b, 1, d))?;
+        Ok((Tensor::cat(&[&cls, &patches], 1)?, grid))
+    }
+
+    /// Runs blocks `from..` and the final norm.
+    fn finish(
+        &self,
+        tokens: &Tensor,
+        from: usize,
+        grid: Grid,
+        mut rng: Option<&mut Rng>,
+    ) -> Result<Features, Error> {
+        let mut tokens = tokens.clone();
+        let mut attention = None;
+        for (i, block) in self.blocks.iter().enumerate().skip(from) {
+            if i + 1 == self.blocks.len() {
+                let (out, cls_attention) =
+                    block.forward_with_cls_attention(&tokens, rng.as_deref_mut())?;
+                (tokens, attention) = (out, Some(cls_attention));
+            } else {
+                tokens = block.forward(&tokens, rng.as_deref_mut())?;
+            }
+        }
+        let cls_attention = attention.ok_or_else(|| Error::Config {
+            origin: self.spec.name.clone(),
+            reason: "features need at least one block after the frozen prefix".into(),
+        })?;
+        let tokens = self.norm.forward(&tokens)?;
+        let patches = tokens.dim(1)? - 1;
+        Ok(Features {
+            cls: tokens.narrow(1, 0, 1)?.squeeze(1)?,
+            patches: tokens.narrow(1, 1, patches)?.contiguous()?,
+            cls_attention,
+            grid,
+        })
+    }
+}
+
+impl Backbone for Vit {
+    fn spec(&self) -> &BackboneSpec {
+        &self.spec
+    }
+
+    fn features(&self, images: &Tensor) -> Result<Features, Error> {
+        let (tokens, grid) = self.embed(images, None)?;
+        self.finish(&tokens, 0, grid, None)
+    }
+
+    fn features_of(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error> {
+        let (tokens, grid) = self.embed(images, Some(keep))?;
+        self.finish(&tokens, 0, grid, None)
+    }
+}
+
+impl Trainable for Vit {
+    fn frozen_prefix(&self, images: &Tensor) -> Result<Prefix, Error> {
+        let (mut tokens, grid) = self.embed(images, None)?;
+        // The last block always belongs to the second part: it makes the CLS attention.
+        let frozen = self.first_trained.min(self.blocks.len() - 1);
+        for block in &self.blocks[..frozen] {
+            tokens = block.forward(&tokens, None)?;
+        }
+        Ok(Prefix { tokens, grid })
+    }
+
+    fn features_from(&self, prefix: &Prefix) -> Result<Features, Error> {
+        let from = self.first_trained.min(self.blocks.len() - 1);
+        self.finish(&prefix.tokens, from, prefix.grid, None)
+    }
+
+    fn training_features(
+        &self,
+        images: &Tensor,
+        keep: Option<&TokenSet>,
+        rng: &mut Rng,
+    ) -> Result<Features, Error> {
+        let (tokens, grid) = self.embed(images, keep)?;
+        self.finish(&tokens, 0, grid, Some(rng))
+    }
+
+    fn parameters(&self) -> Vec<(String, Var)> {
+        self.variables.clone()
+    }
+}
