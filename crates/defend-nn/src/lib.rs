@@ -12,8 +12,10 @@ mod init;
 mod kernels;
 pub mod ops;
 mod schedule;
+mod training;
 
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
 pub use error::Error;
 pub use init::{Rng, normal, truncated_normal, xavier_uniform};
 pub use schedule::Schedule;
+pub use training::{TensorCache, TrainingStep, shuffled_batches};

@@ -194,3 +194,33 @@ pub trait Trainable: Backbone {
     /// Names and variables of what trains.
     fn parameters(&self) -> Vec<(String, Var)>;
 }
+
+/// Role: normalised images by index, for training loops.
+pub trait ImageSource {
+    /// Number of images.
+    fn len(&self) -> usize;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Images as the backbone expects them, `[B, 3, H, W]`.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] when the tensor cannot be made.
+    fn images(&self, indices: &[usize]) -> Result<Tensor, Error>;
+}
+
+/// A whole set in one tensor, `[images, 3, H, W]`.
+impl ImageSource for Tensor {
+    fn len(&self) -> usize {
+        self.dim(0).unwrap_or(0)
+    }
+
+    fn images(&self, indices: &[usize]) -> Result<Tensor, Error> {
+        let indices: Vec<u32> = indices.iter().map(|&i| i as u32).collect();
+        let indices = Tensor::new(indices, self.device())?;
+        Ok(self.index_select(&indices, 0)?)
+    }
+}

@@ -35,7 +35,7 @@ mod weights;
 
 pub use checkpoint::Pretrained;
 pub use error::Error;
-pub use features::{Backbone, Features, Grid, Prefix, TokenSet, Trainable};
+pub use features::{Backbone, Features, Grid, ImageSource, Prefix, TokenSet, Trainable};
 pub use spec::{Architecture, BackboneSpec, Interpolation, Normalization};
 pub use vit::{TrainScope, Vit};
 pub use weights::Weights;

@@ -1,0 +1,54 @@
+//! The role of everything that gives pictures.
+
+use std::borrow::Cow;
+
+use image::RgbImage;
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+
+/// A class of objects: its position in [`Dataset::class_names`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ClassId(pub u32);
+
+/// Pictures in a fixed order, with the classes of the objects they show where these are known.
+pub trait Dataset: Send + Sync {
+    /// Number of pictures.
+    fn len(&self) -> usize;
+
+    /// Whether there is no picture.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Name of a picture for reports, a path where there is one; empty past the end.
+    fn name(&self, index: usize) -> Cow<'_, str>;
+
+    /// Reads a picture in its full size.
+    ///
+    /// # Errors
+    /// Those of [`read_image`](crate::read_image) for files; [`Error::Index`] past the end.
+    fn image(&self, index: usize) -> Result<RgbImage, Error>;
+
+    /// Classes of the objects in a picture, each once, ascending; empty for an unlabelled picture
+    /// and past the end.
+    fn classes(&self, index: usize) -> &[ClassId];
+
+    /// Names of the classes, by [`ClassId`]; empty for unlabelled data.
+    fn class_names(&self) -> &[String];
+
+    /// Class of this name.
+    fn class(&self, name: &str) -> Option<ClassId> {
+        let position = self.class_names().iter().position(|known| known == name)?;
+        u32::try_from(position).ok().map(ClassId)
+    }
+}
+
+/// The sample at `index`, or the error that says how many there are.
+pub(crate) fn sample<T>(samples: &[T], index: usize) -> Result<&T, Error> {
+    samples.get(index).ok_or(Error::Index {
+        index,
+        len: samples.len(),
+    })
+}

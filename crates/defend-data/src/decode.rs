@@ -1,0 +1,252 @@
+//! Any image file to 8-bit RGB.
+
+use std::io::Cursor;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
+
+use crate::{Error, jpeg};
+
+/// Memory that one decoded picture may take: 1 GiB, enough for 10,000 x 10,000 px in any format.
+pub const MAX_DECODED_BYTES: u64 = 1 << 30;
+
+/// Reads an image file, see [`decode_image`].
+///
+/// # Errors
+/// [`Error::Read`], and those of [`decode_image`] with the path as origin.
+pub fn read_image(path: impl AsRef<Path>) -> Result<RgbImage, Error> {
+    let path = path.as_ref();
+    let bytes = std::fs::read(path).map_err(|source| Error::Read {
+        path: path.into(),
+        source,
+    })?;
+    decode_image(&bytes, &path.to_string_lossy())
+}
+
+/// Decodes an image file's content to 8-bit RGB, upright.
+///
+/// The format is told from the content. Grey is repeated over the channels, 16 bits are scaled to
+/// 8, CMYK and YCCK are converted, the Exif orientation is applied, and of an animation the first
+/// frame is taken. Alpha is dropped and not composited, as Pillow's `convert("RGB")` does; colour
+/// profiles are not applied.
+///
+/// JPEG values are not bit for bit Pillow's: over 24 photos resized to 224 px the mean difference of
+/// sampled values is at most 0.21 grey levels with full-resolution colour and 0.6 with 4:2:0.
+///
+/// `origin` names the picture in errors.
+/// # Errors
+/// [`Error::EmptyFile`], [`Error::UnknownFormat`], [`Error::Truncated`] for a JPEG without its end,
+/// [`Error::TooLarge`] above [`MAX_DECODED_BYTES`], else [`Error::Decode`] or
+/// [`Error::DecoderPanic`].
+pub fn decode_image(bytes: &[u8], origin: &str) -> Result<RgbImage, Error> {
+    if bytes.is_empty() {
+        return Err(Error::EmptyFile {
+            origin: origin.into(),
+        });
+    }
+    // Decoders of this many formats do panic now and then; one damaged file must not end a run over
+    // a million.
+    catch_unwind(AssertUnwindSafe(|| decode(bytes, origin))).unwrap_or_else(|_| {
+        Err(Error::DecoderPanic {
+            origin: origin.into(),
+        })
+    })
+}
+
+fn decode(bytes: &[u8], origin: &str) -> Result<RgbImage, Error> {
+    let fault = |source| Error::Decode {
+        origin: origin.into(),
+        source,
+    };
+    let mut reader = ImageReader::new(Cursor::new(bytes))
+        .with_guessed_format()
+        .map_err(|source| fault(source.into()))?;
+    match reader.format() {
+        None => {
+            return Err(Error::UnknownFormat {
+                origin: origin.into(),
+            });
+        }
+        Some(ImageFormat::Jpeg) if !jpeg::is_complete(bytes) => {
+            return Err(Error::Truncated {
+                origin: origin.into(),
+                bytes: bytes.len(),
+            });
+        }
+        Some(_) => {}
+    }
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(MAX_DECODED_BYTES);
+    reader.limits(limits);
+
+    let mut decoder = reader.into_decoder().map_err(fault)?;
+    if decoder.total_bytes() > MAX_DECODED_BYTES {
+        let (width, height) = decoder.dimensions();
+        return Err(Error::TooLarge {
+            origin: origin.into(),
+            width,
+            height,
+            bytes: decoder.total_bytes(),
+            limit: MAX_DECODED_BYTES,
+        });
+    }
+    // Damaged metadata is no reason to lose the picture.
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let mut picture = DynamicImage::from_decoder(decoder).map_err(fault)?;
+    picture.apply_orientation(orientation);
+    Ok(picture.into_rgb8())
+}
+
+#[cfg(test)]
+mod tests {
+    use image::{GrayAlphaImage, GrayImage, ImageBuffer, Luma, LumaA, Rgb, Rgba, RgbaImage};
+
+    use super::*;
+
+    fn encode(picture: impl Into<DynamicImage>, format: ImageFormat) -> Vec<u8> {
+        let mut bytes = Cursor::new(Vec::new());
+        picture.into().write_to(&mut bytes, format).unwrap();
+        bytes.into_inner()
+    }
+
+    fn first_pixel(bytes: &[u8]) -> [u8; 3] {
+        decode_image(bytes, "test").unwrap().get_pixel(0, 0).0
+    }
+
+    fn gradient(width: u32, height: u32) -> RgbImage {
+        RgbImage::from_fn(width, height, |x, y| Rgb([x as u8, y as u8, (x + y) as u8]))
+    }
+
+    #[test]
+    fn every_pixel_layout_becomes_rgb() {
+        let png = ImageFormat::Png;
+        let grey = GrayImage::from_pixel(2, 2, Luma([77]));
+        assert_eq!(first_pixel(&encode(grey, png)), [77; 3]);
+        let grey_alpha = GrayAlphaImage::from_pixel(2, 2, LumaA([77, 0]));
+        assert_eq!(first_pixel(&encode(grey_alpha, png)), [77; 3]);
+        let transparent = RgbaImage::from_pixel(2, 2, Rgba([10, 20, 30, 0]));
+        assert_eq!(first_pixel(&encode(transparent, png)), [10, 20, 30]);
+        let deep = ImageBuffer::from_pixel(2, 2, Rgb([0_u16, 0x8000, 0xFFFF]));
+        assert_eq!(
+            first_pixel(&encode(DynamicImage::ImageRgb16(deep), png)),
+            [0, 128, 255]
+        );
+        let deep_grey = ImageBuffer::from_pixel(2, 2, Luma([0x8080_u16]));
+        assert_eq!(
+            first_pixel(&encode(DynamicImage::ImageLuma16(deep_grey), png)),
+            [128; 3]
+        );
+    }
+
+    #[test]
+    fn every_format_is_told_from_its_content() {
+        let picture = gradient(5, 4);
+        for format in [
+            ImageFormat::Png,
+            ImageFormat::WebP,
+            ImageFormat::Bmp,
+            ImageFormat::Tiff,
+            ImageFormat::Pnm,
+        ] {
+            let bytes = encode(picture.clone(), format);
+            assert_eq!(decode_image(&bytes, "test").unwrap(), picture, "{format:?}");
+        }
+        for format in [ImageFormat::Jpeg, ImageFormat::Gif] {
+            let bytes = encode(picture.clone(), format);
+            assert_eq!(
+                decode_image(&bytes, "test").unwrap().dimensions(),
+                (5, 4),
+                "{format:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_png_named_jpg_and_a_single_pixel_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("picture.jpg");
+        std::fs::write(&path, encode(gradient(1, 1), ImageFormat::Png)).unwrap();
+        assert_eq!(read_image(&path).unwrap(), gradient(1, 1));
+        std::fs::write(&path, encode(gradient(1, 1), ImageFormat::Jpeg)).unwrap();
+        assert_eq!(read_image(&path).unwrap().dimensions(), (1, 1));
+    }
+
+    #[test]
+    fn damage_is_named_with_its_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("broken.jpg");
+        let fails = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            let error = read_image(&path).unwrap_err();
+            assert!(error.to_string().contains("broken.jpg"), "{error}");
+            error
+        };
+        assert!(matches!(fails(b""), Error::EmptyFile { .. }));
+        assert!(matches!(
+            fails(b"this is no picture"),
+            Error::UnknownFormat { .. }
+        ));
+        let png = encode(gradient(64, 64), ImageFormat::Png);
+        assert!(matches!(fails(&png[..png.len() / 2]), Error::Decode { .. }));
+        let jpeg = encode(gradient(64, 64), ImageFormat::Jpeg);
+        for cut in [3, 20, jpeg.len() / 2, jpeg.len() - 1] {
+            assert!(
+                matches!(fails(&jpeg[..cut]), Error::Truncated { .. }),
+                "cut at {cut}"
+            );
+        }
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(read_image(&path), Err(Error::Read { .. })));
+    }
+
+    #[test]
+    fn bytes_after_a_jpeg_do_not_matter() {
+        let mut jpeg = encode(gradient(8, 8), ImageFormat::Jpeg);
+        jpeg.extend_from_slice(b"\0\0trailing");
+        assert!(decode_image(&jpeg, "test").is_ok());
+    }
+
+    #[test]
+    fn monsters_are_refused_before_they_are_decoded() {
+        // A BMP header alone: 40,000 x 40,000 px at 24 bits.
+        let mut bmp = b"BM\0\0\0\0\0\0\0\0\x36\0\0\0\x28\0\0\0".to_vec();
+        bmp.extend(40_000_i32.to_le_bytes());
+        bmp.extend(40_000_i32.to_le_bytes());
+        bmp.extend([1, 0, 24, 0]);
+        bmp.extend([0; 24]);
+        let error = decode_image(&bmp, "monster").unwrap_err();
+        assert!(
+            matches!(
+                error,
+                Error::TooLarge {
+                    width: 40_000,
+                    height: 40_000,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn ten_thousand_pixels_square_pass_the_limit() {
+        let white = GrayImage::from_pixel(10_000, 10_000, Luma([255]));
+        let bytes = encode(white, ImageFormat::Png);
+        assert_eq!(
+            decode_image(&bytes, "large").unwrap().dimensions(),
+            (10_000, 10_000)
+        );
+    }
+
+    #[test]
+    fn any_damage_is_an_error_and_no_panic() {
+        let whole = encode(gradient(32, 32), ImageFormat::Jpeg);
+        for at in 2..whole.len() - 2 {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0x5A;
+            drop(decode_image(&bytes, "damaged"));
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! What can go wrong between a file and the network's input.
+
+use std::path::PathBuf;
+
+/// Errors of `defend-data`.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file or folder cannot be read.
+    #[error("cannot read {path:?}: {source}")]
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// A folder cannot be walked.
+    #[error("cannot list the folder {path:?}: {source}")]
+    Walk {
+        /// The folder that was opened.
+        path: PathBuf,
+        /// The reason, which names the entry at fault.
+        source: walkdir::Error,
+    },
+    /// A folder holds no picture.
+    #[error("the folder {path:?} holds no image, expected {expected}")]
+    NoImages {
+        /// The folder.
+        path: PathBuf,
+        /// What should lie there.
+        expected: &'static str,
+    },
+    /// A file of a published data set is not where its layout has it.
+    #[error("{path:?} is missing: {help}")]
+    Missing {
+        /// The path that was looked for.
+        path: PathBuf,
+        /// What to download and where to put it.
+        help: &'static str,
+    },
+    /// A picture's file has no content.
+    #[error("{origin:?} is empty, expected an image")]
+    EmptyFile {
+        /// Path or name of the picture.
+        origin: String,
+    },
+    /// The content of a file is no picture that can be read.
+    #[error(
+        "{origin:?} is not an image in a known format: expected JPEG, PNG, WebP, BMP, GIF, TIFF or PNM"
+    )]
+    UnknownFormat {
+        /// Path or name of the picture.
+        origin: String,
+    },
+    /// A JPEG ends before its last byte.
+    #[error("{origin:?} is a truncated JPEG: its {bytes} bytes hold no end-of-image marker")]
+    Truncated {
+        /// Path or name of the picture.
+        origin: String,
+        /// Length of the file.
+        bytes: usize,
+    },
+    /// A picture would fill the memory.
+    #[error(
+        "{origin:?} is {width} x {height} px and takes {bytes} bytes decoded, expected at most {limit}"
+    )]
+    TooLarge {
+        /// Path or name of the picture.
+        origin: String,
+        /// Width in pixels.
+        width: u32,
+        /// Height in pixels.
+        height: u32,
+        /// Memory for the decoded picture.
+        bytes: u64,
+        /// Memory that is allowed.
+        limit: u64,
+    },
+    /// A picture cannot be decoded.
+    #[error("cannot decode the image {origin:?}: {source}")]
+    Decode {
+        /// Path or name of the picture.
+        origin: String,
+        /// The decoder's reason.
+        source: image::ImageError,
+    },
+    /// A decoder failed in a way that its author did not foresee.
+    #[error("the decoder gave up on the image {origin:?}: the file is damaged")]
+    DecoderPanic {
+        /// Path or name of the picture.
+        origin: String,
+    },
+    /// A picture has no pixels.
+    #[error("the picture is {width} x {height} px, expected at least 1 x 1")]
+    EmptyPicture {
+        /// Width in pixels.
+        width: u32,
+        /// Height in pixels.
+        height: u32,
+    },
+    /// A picture cannot be resized.
+    #[error("cannot resize the picture: {source}")]
+    Resize {
+        /// The resizer's reason.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A picture was not resized to the network's input.
+    #[error("the picture is {width} x {height} px, expected {size} x {size}: resize it first")]
+    PictureSize {
+        /// Width in pixels.
+        width: u32,
+        /// Height in pixels.
+        height: u32,
+        /// Side of the network's input in pixels.
+        size: u32,
+    },
+    /// A buffer does not fit the network's input.
+    #[error("the input buffer holds {found} values, expected {expected}: 3 x {size} x {size}")]
+    InputLength {
+        /// Number of values.
+        found: usize,
+        /// Number of values that fits.
+        expected: usize,
+        /// Side of the network's input in pixels.
+        size: u32,
+    },
+    /// A setting lies outside its range.
+    #[error("{field} is {value}, expected {expected}")]
+    Config {
+        /// Name of the field.
+        field: &'static str,
+        /// Value that was given.
+        value: f64,
+        /// What the field accepts.
+        expected: &'static str,
+    },
+    /// A sample does not exist.
+    #[error("sample {index} was asked for, but the data set holds {len}")]
+    Index {
+        /// The sample that was asked for, counted from 0.
+        index: usize,
+        /// Number of samples.
+        len: usize,
+    },
+    /// An annotation is not well-formed XML.
+    #[error("the annotation {path:?} is not well-formed XML: {source}")]
+    Xml {
+        /// The file.
+        path: PathBuf,
+        /// The parser's reason, with line and column.
+        source: roxmltree::Error,
+    },
+    /// An annotation lacks what the VOC layout has, or names what it does not know.
+    #[error("the annotation {path:?} holds {found}, expected {expected}")]
+    Annotation {
+        /// The file.
+        path: PathBuf,
+        /// What stands there.
+        found: String,
+        /// What should.
+        expected: &'static str,
+    },
+    /// A file is not the idx file that it should be.
+    #[error("the idx file {path:?} holds {found}, expected {expected}")]
+    Idx {
+        /// The file.
+        path: PathBuf,
+        /// What stands there.
+        found: String,
+        /// What should.
+        expected: String,
+    },
+    /// The thread that decodes ahead cannot be started.
+    #[error("cannot start the thread that decodes images: {source}")]
+    Thread {
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+}

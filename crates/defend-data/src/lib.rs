@@ -1,0 +1,56 @@
+//! Pictures, where they come from and how they become network input.
+//!
+//! A [`Dataset`] gives pictures with the classes of the objects they show, a [`Protocol`] splits it
+//! into normal and abnormal, [`Preprocess`] resizes and normalises as the checkpoint was trained,
+//! and [`Batches`] does the decoding ahead of the consumer.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use defend_data::{Batches, ClassId, Dataset, Memory, MultiObject, Preprocess, Protocol};
+//! use image::RgbImage;
+//!
+//! # fn main() -> Result<(), defend_data::Error> {
+//! let mut scenes = Memory::new(vec!["dog".into(), "cat".into()]);
+//! scenes.push("a", RgbImage::new(40, 30), vec![ClassId(0), ClassId(1)]);
+//! scenes.push("b", RgbImage::new(30, 40), vec![ClassId(1)]);
+//!
+//! let normal = MultiObject { normal: vec![ClassId(0)] }.train(&scenes);
+//! assert_eq!(normal, [0]);
+//!
+//! let preprocess = Preprocess::new(32, [0.5; 3], [0.5; 3]);
+//! for batch in Batches::new(Arc::new(scenes), normal, preprocess.clone(), 8)? {
+//!     for picture in &batch.pictures {
+//!         let mut input = vec![0.0; preprocess.input_len()];
+//!         preprocess.normalize_into(picture, &mut input)?;
+//!         assert!((input[0] + 1.0).abs() < 1e-6);
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+mod batches;
+mod dataset;
+mod decode;
+mod error;
+mod folder;
+mod idx;
+mod jpeg;
+mod memory;
+mod preprocess;
+mod protocol;
+mod subset;
+mod voc;
+
+pub use batches::{Batch, Batches, Failure};
+pub use dataset::{ClassId, Dataset};
+pub use decode::{MAX_DECODED_BYTES, decode_image, read_image};
+pub use error::Error;
+pub use folder::{ClassFolder, ImageFolder};
+pub use idx::{FASHION_MNIST_CLASSES, Idx, IdxSplit};
+pub use image::RgbImage;
+pub use memory::Memory;
+pub use preprocess::{Fit, Interpolation, Preprocess};
+pub use protocol::{AllVsOne, Label, MultiObject, Protocol};
+pub use subset::Subset;
+pub use voc::{Difficult, VOC_CLASSES, Voc};

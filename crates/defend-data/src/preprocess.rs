@@ -1,0 +1,370 @@
+//! Pictures to network input, as Pillow and torchvision do it.
+
+use std::borrow::Cow;
+
+use fast_image_resize::{
+    FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer,
+    images::{Image, ImageRef},
+};
+use image::{RgbImage, imageops};
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+
+/// Longest picture, in units of its shorter side, that a centre crop resizes whole.
+const MAX_ASPECT: u32 = 32;
+
+/// How a picture of any shape becomes a square.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Fit {
+    /// Both sides are resized to the input's size: shapes change, but no object is lost.
+    #[default]
+    Squash,
+    /// timm's evaluation: the shorter side is resized to `size / crop_pct`, then the centre is cut
+    /// out.
+    CenterCrop {
+        /// Side of the crop over the resized shorter side, in `0.05..=1`.
+        crop_pct: f32,
+    },
+}
+
+/// Kernel of the resize; widened when it shrinks ("antialias"), as Pillow does.
+///
+/// Weights have fewer bits than Pillow's: a value may differ from Pillow's by one grey level.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Interpolation {
+    /// Catmull-Rom cubic (a = -0.5), Pillow's `BICUBIC`.
+    #[default]
+    Bicubic,
+    /// Triangle, Pillow's `BILINEAR`.
+    Bilinear,
+}
+
+/// What a checkpoint wants done to a picture.
+///
+/// There is no default: size, mean and deviation belong to the checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Preprocess {
+    /// Side of the network's input in pixels, in `1..=4096`.
+    pub size: u32,
+    /// How a picture becomes square.
+    #[serde(default)]
+    pub fit: Fit,
+    /// Kernel of the resize.
+    #[serde(default)]
+    pub filter: Interpolation,
+    /// Mean of each channel on the `0..=1` scale.
+    pub mean: [f32; 3],
+    /// Standard deviation of each channel on the `0..=1` scale, above 0.
+    pub std: [f32; 3],
+}
+
+impl Preprocess {
+    /// Squashing, bicubic preprocessing for a checkpoint's `size`, `mean` and `std`.
+    pub fn new(size: u32, mean: [f32; 3], std: [f32; 3]) -> Self {
+        Self {
+            size,
+            fit: Fit::default(),
+            filter: Interpolation::default(),
+            mean,
+            std,
+        }
+    }
+
+    /// Checks every field against its range.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the first field that is out of range.
+    pub fn validate(&self) -> Result<(), Error> {
+        let check = |fine: bool, field, value: f32, expected| {
+            let value = f64::from(value);
+            if fine {
+                Ok(())
+            } else {
+                Err(Error::Config {
+                    field,
+                    value,
+                    expected,
+                })
+            }
+        };
+        check(
+            (1..=4096).contains(&self.size),
+            "size",
+            self.size as f32,
+            "1..=4096",
+        )?;
+        if let Fit::CenterCrop { crop_pct } = self.fit {
+            let fine = (0.05..=1.0).contains(&crop_pct);
+            check(fine, "crop_pct", crop_pct, "0.05..=1")?;
+        }
+        for (mean, std) in self.mean.into_iter().zip(self.std) {
+            check(mean.is_finite(), "mean", mean, "a finite number")?;
+            check(
+                std.is_finite() && std > 0.0,
+                "std",
+                std,
+                "a finite number above 0",
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Number of values in the network's input: `3 * size * size`.
+    pub fn input_len(&self) -> usize {
+        3 * self.size as usize * self.size as usize
+    }
+
+    /// Makes `picture` a `size` x `size` square of 8-bit values, to be kept where it is used again.
+    ///
+    /// # Errors
+    /// [`Error::Config`] as [`Self::validate`]; [`Error::EmptyPicture`]; [`Error::Resize`].
+    pub fn resize(&self, picture: &RgbImage) -> Result<RgbImage, Error> {
+        self.validate()?;
+        let (width, height) = picture.dimensions();
+        if width == 0 || height == 0 {
+            return Err(Error::EmptyPicture { width, height });
+        }
+        match self.fit {
+            Fit::Squash => self.resize_to(picture, self.size, self.size),
+            Fit::CenterCrop { crop_pct } => self.resize_and_crop(picture, crop_pct),
+        }
+    }
+
+    fn resize_and_crop(&self, picture: &RgbImage, crop_pct: f32) -> Result<RgbImage, Error> {
+        let (width, height) = picture.dimensions();
+        let (short, long) = (width.min(height), width.max(height));
+        // A strip of 1 x 10,000 px would be blown up to gigabytes, of which the crop keeps the middle.
+        let kept = short.saturating_mul(MAX_ASPECT);
+        if long > kept {
+            let (w, h) = (width.min(kept), height.min(kept));
+            let (x, y) = ((width - w) / 2, (height - h) / 2);
+            let middle = imageops::crop_imm(picture, x, y, w, h).to_image();
+            return self.resize_and_crop(&middle, crop_pct);
+        }
+        // In f32, where 224 / 0.1 rounds back to 2240; the widened 0.1 would floor to 2239.
+        let scaled = (self.size as f32 / crop_pct).floor() as u32;
+        // torchvision: int(size * long / short)
+        let other = (u64::from(scaled) * u64::from(long) / u64::from(short)) as u32;
+        let (w, h) = if width <= height {
+            (scaled, other)
+        } else {
+            (other, scaled)
+        };
+        let resized = self.resize_to(picture, w, h)?;
+        // torchvision: int(round((side - size) / 2)), and Python rounds halves to even.
+        let margin = |side: u32| (f64::from(side - self.size) / 2.0).round_ties_even() as u32;
+        Ok(imageops::crop_imm(&resized, margin(w), margin(h), self.size, self.size).to_image())
+    }
+
+    /// Rows first, as Pillow does: the 8-bit values between the two passes are clipped, so with a
+    /// kernel that overshoots the order shows. The resizer on its own would begin with the columns.
+    fn resize_to(&self, picture: &RgbImage, width: u32, height: u32) -> Result<RgbImage, Error> {
+        let rows = if picture.width() == width {
+            Cow::Borrowed(picture)
+        } else {
+            Cow::Owned(self.pass(picture, width, picture.height())?)
+        };
+        if rows.height() == height {
+            return Ok(rows.into_owned());
+        }
+        self.pass(&rows, width, height)
+    }
+
+    fn pass(&self, picture: &RgbImage, width: u32, height: u32) -> Result<RgbImage, Error> {
+        let filter = match self.filter {
+            Interpolation::Bicubic => FilterType::CatmullRom,
+            Interpolation::Bilinear => FilterType::Bilinear,
+        };
+        let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter));
+        let mut resized = RgbImage::new(width, height);
+        let fault = |source: Box<dyn std::error::Error + Send + Sync>| Error::Resize { source };
+        let (from_width, from_height) = picture.dimensions();
+        let from = ImageRef::new(from_width, from_height, picture.as_raw(), PixelType::U8x3)
+            .map_err(|source| fault(source.into()))?;
+        let mut to = Image::from_slice_u8(width, height, &mut resized, PixelType::U8x3)
+            .map_err(|source| fault(source.into()))?;
+        Resizer::new()
+            .resize(&from, &mut to, &options)
+            .map_err(|source| fault(source.into()))?;
+        Ok(resized)
+    }
+
+    /// Writes a resized picture as network input: `(v / 255 - mean) / std`, channels first.
+    ///
+    /// `picture`: the result of [`Self::resize`]; `input`: `[3, size, size]`, row-major.
+    /// # Errors
+    /// [`Error::PictureSize`] and [`Error::InputLength`] when either has another size.
+    pub fn normalize_into(&self, picture: &RgbImage, input: &mut [f32]) -> Result<(), Error> {
+        let expected = self.input_len();
+        let (width, height) = picture.dimensions();
+        if (width, height) != (self.size, self.size) {
+            return Err(Error::PictureSize {
+                width,
+                height,
+                size: self.size,
+            });
+        }
+        if input.len() != expected {
+            return Err(Error::InputLength {
+                found: input.len(),
+                expected,
+                size: self.size,
+            });
+        }
+        let raw = picture.as_raw();
+        for (c, plane) in input.chunks_exact_mut(expected / 3).enumerate() {
+            let (mean, std) = (self.mean[c], self.std[c]);
+            let table: [f32; 256] = std::array::from_fn(|v| (v as f32 / 255.0 - mean) / std);
+            for (value, pixel) in plane.iter_mut().zip(raw.chunks_exact(3)) {
+                *value = table[usize::from(pixel[c])];
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use image::Rgb;
+
+    use super::*;
+
+    fn preprocess(fit: Fit) -> Preprocess {
+        Preprocess {
+            fit,
+            ..Preprocess::new(4, [0.5, 0.25, 0.0], [0.5, 0.25, 1.0])
+        }
+    }
+
+    #[test]
+    fn squash_keeps_a_constant_picture() {
+        for (width, height) in [(1, 1), (1, 300), (17, 5), (4, 4)] {
+            let picture = RgbImage::from_pixel(width, height, Rgb([9, 99, 199]));
+            let resized = preprocess(Fit::Squash).resize(&picture).unwrap();
+            assert_eq!(resized, RgbImage::from_pixel(4, 4, Rgb([9, 99, 199])));
+        }
+    }
+
+    #[test]
+    fn center_crop_takes_the_centre() {
+        let picture = RgbImage::from_fn(
+            11,
+            4,
+            |x, _| if x == 3 { Rgb([255; 3]) } else { Rgb([0; 3]) },
+        );
+        // The margin (11 - 4) / 2 = 3.5 rounds to the even 4, as Python does: column 3 is cut off.
+        let cropped = preprocess(Fit::CenterCrop { crop_pct: 1.0 })
+            .resize(&picture)
+            .unwrap();
+        assert_eq!(cropped, RgbImage::new(4, 4));
+    }
+
+    #[test]
+    fn strips_do_not_fill_the_memory() {
+        let picture = RgbImage::from_pixel(60_000, 1, Rgb([7; 3]));
+        let fit = Fit::CenterCrop { crop_pct: 0.9 };
+        let preprocess = Preprocess {
+            fit,
+            ..Preprocess::new(224, [0.5; 3], [0.5; 3])
+        };
+        let cropped = preprocess.resize(&picture).unwrap();
+        assert_eq!(cropped, RgbImage::from_pixel(224, 224, Rgb([7; 3])));
+    }
+
+    #[test]
+    fn normalised_input_is_channels_first() {
+        let mut picture = RgbImage::from_pixel(4, 4, Rgb([0, 255, 51]));
+        picture.put_pixel(1, 0, Rgb([255, 0, 0]));
+        let preprocess = preprocess(Fit::Squash);
+        let mut input = vec![0.0; preprocess.input_len()];
+        preprocess.normalize_into(&picture, &mut input).unwrap();
+        for (at, value) in [
+            (0, -1.0),
+            (1, 1.0),
+            (16, 3.0),
+            (17, -1.0),
+            (32, 0.2),
+            (33, 0.0),
+        ] {
+            let found: f32 = input[at];
+            assert!((found - value).abs() < 1e-6, "{at}: {found}");
+        }
+        let error = preprocess
+            .normalize_into(&picture, &mut input[1..])
+            .unwrap_err();
+        assert!(matches!(
+            error,
+            Error::InputLength {
+                found: 47,
+                expected: 48,
+                ..
+            }
+        ));
+        let oblong = RgbImage::new(2, 8);
+        let error = preprocess.normalize_into(&oblong, &mut input).unwrap_err();
+        assert!(matches!(
+            error,
+            Error::PictureSize {
+                width: 2,
+                height: 8,
+                size: 4
+            }
+        ));
+    }
+
+    #[test]
+    fn bad_settings_are_refused_with_their_name() {
+        let good = preprocess(Fit::Squash);
+        let bad = [
+            (
+                "size",
+                Preprocess {
+                    size: 0,
+                    ..good.clone()
+                },
+            ),
+            ("crop_pct", preprocess(Fit::CenterCrop { crop_pct: 1.5 })),
+            (
+                "crop_pct",
+                preprocess(Fit::CenterCrop { crop_pct: f32::NAN }),
+            ),
+            (
+                "mean",
+                Preprocess {
+                    mean: [f32::NAN; 3],
+                    ..good.clone()
+                },
+            ),
+            (
+                "std",
+                Preprocess {
+                    std: [0.5, 0.0, 0.5],
+                    ..good.clone()
+                },
+            ),
+        ];
+        for (field, config) in bad {
+            let error = config.resize(&RgbImage::new(2, 2)).unwrap_err();
+            assert!(error.to_string().starts_with(field), "{error}");
+        }
+        let empty = good.resize(&RgbImage::new(0, 3));
+        assert!(matches!(empty, Err(Error::EmptyPicture { .. })));
+    }
+
+    #[test]
+    fn settings_survive_json_and_unknown_ones_do_not() {
+        for fit in [Fit::Squash, Fit::CenterCrop { crop_pct: 0.9 }] {
+            let text = serde_json::to_string(&preprocess(fit)).unwrap();
+            assert_eq!(
+                serde_json::from_str::<Preprocess>(&text).unwrap(),
+                preprocess(fit)
+            );
+        }
+        let typo = r#"{"size": 224, "mean": [0, 0, 0], "std": [1, 1, 1], "fiter": "bicubic"}"#;
+        assert!(serde_json::from_str::<Preprocess>(typo).is_err());
+    }
+}

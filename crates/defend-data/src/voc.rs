@@ -1,0 +1,233 @@
+//! PASCAL VOC: several objects a picture.
+
+use std::borrow::Cow;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use image::RgbImage;
+use roxmltree::{Document, Node};
+
+use crate::{ClassId, Dataset, Error, dataset::sample, read_image};
+
+/// The classes of PASCAL VOC since 2007; the position is the [`ClassId`].
+pub const VOC_CLASSES: [&str; 20] = [
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+];
+
+const MISSING: &str = "download the train/val archive of PASCAL VOC (VOCtrainval_11-May-2012.tar) from \
+    the challenge's own page and unpack it, so that the folder VOCdevkit/VOC2012 which you open holds \
+    ImageSets/Main, Annotations and JPEGImages";
+
+/// Whether objects that VOC marks as difficult to recognise count.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Difficult {
+    /// They count: they are in the picture.
+    #[default]
+    Counted,
+    /// They are passed over, as in VOC's own evaluation.
+    Ignored,
+}
+
+/// One split of PASCAL VOC with the classes of all annotated objects.
+#[derive(Debug, Clone)]
+pub struct Voc {
+    samples: Vec<(PathBuf, Vec<ClassId>)>,
+    class_names: Vec<String>,
+}
+
+impl Voc {
+    /// Reads the split `ImageSets/Main/<split>.txt` and its annotations under `root`, usually
+    /// `VOCdevkit/VOC2012`.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] with what to download; [`Error::Read`]; [`Error::Xml`] and
+    /// [`Error::Annotation`] with the file at fault; [`Error::NoImages`] for an empty split.
+    pub fn open(root: impl AsRef<Path>, split: &str, difficult: Difficult) -> Result<Self, Error> {
+        let root = root.as_ref();
+        let list = root.join("ImageSets/Main").join(format!("{split}.txt"));
+        let mut samples = Vec::new();
+        // The class lists of VOC ("dog_train.txt") have a second column.
+        for id in read(&list)?
+            .lines()
+            .filter_map(|line| line.split_whitespace().next())
+        {
+            let annotation = root.join("Annotations").join(format!("{id}.xml"));
+            let classes = classes_in(&read(&annotation)?, &annotation, difficult)?;
+            samples.push((root.join("JPEGImages").join(format!("{id}.jpg")), classes));
+        }
+        if samples.is_empty() {
+            return Err(Error::NoImages {
+                path: list,
+                expected: "one image name a line",
+            });
+        }
+        Ok(Self {
+            samples,
+            class_names: VOC_CLASSES.map(String::from).to_vec(),
+        })
+    }
+}
+
+impl Dataset for Voc {
+    fn len(&self) -> usize {
+        self.samples.len()
+    }
+
+    fn name(&self, index: usize) -> Cow<'_, str> {
+        self.samples
+            .get(index)
+            .map_or(Cow::Borrowed(""), |(path, _)| path.to_string_lossy())
+    }
+
+    fn image(&self, index: usize) -> Result<RgbImage, Error> {
+        read_image(&sample(&self.samples, index)?.0)
+    }
+
+    fn classes(&self, index: usize) -> &[ClassId] {
+        self.samples.get(index).map_or(&[], |(_, classes)| classes)
+    }
+
+    fn class_names(&self) -> &[String] {
+        &self.class_names
+    }
+}
+
+fn read(path: &Path) -> Result<String, Error> {
+    fs::read_to_string(path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::NotFound => Error::Missing {
+            path: path.into(),
+            help: MISSING,
+        },
+        _ => Error::Read {
+            path: path.into(),
+            source,
+        },
+    })
+}
+
+/// Classes of the objects in an annotation, each once, ascending.
+fn classes_in(text: &str, path: &Path, difficult: Difficult) -> Result<Vec<ClassId>, Error> {
+    let document = Document::parse(text).map_err(|source| Error::Xml {
+        path: path.into(),
+        source,
+    })?;
+    let root = document.root_element();
+    if root.tag_name().name() != "annotation" {
+        return Err(Error::Annotation {
+            path: path.into(),
+            found: format!("a root element <{}>", root.tag_name().name()),
+            expected: "<annotation>",
+        });
+    }
+    let mut classes = Vec::new();
+    for object in root.children().filter(|node| node.has_tag_name("object")) {
+        if difficult == Difficult::Ignored && text_of(object, "difficult") == Some("1") {
+            continue;
+        }
+        // Direct children only: the parts of a person have names of their own.
+        let name = text_of(object, "name").unwrap_or_default();
+        let Some(class) = VOC_CLASSES.iter().position(|known| *known == name) else {
+            return Err(Error::Annotation {
+                path: path.into(),
+                found: format!("an object named {name:?}"),
+                expected: "one of the 20 classes of PASCAL VOC",
+            });
+        };
+        classes.push(ClassId(class as u32));
+    }
+    classes.sort_unstable();
+    classes.dedup();
+    Ok(classes)
+}
+
+fn text_of<'a>(object: Node<'a, '_>, tag: &str) -> Option<&'a str> {
+    object
+        .children()
+        .find(|node| node.has_tag_name(tag))?
+        .text()
+        .map(str::trim)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TWO_DOGS: &str = "<annotation>
+        <object><name>person</name><difficult>1</difficult><part><name>head</name></part></object>
+        <object><name>dog</name><difficult>0</difficult></object>
+        <object><name> dog </name></object></annotation>";
+
+    fn voc(annotation: Option<&str>) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        let main = root.path().join("ImageSets/Main");
+        fs::create_dir_all(&main).unwrap();
+        fs::create_dir_all(root.path().join("Annotations")).unwrap();
+        fs::write(main.join("train.txt"), "a  1\n\n").unwrap();
+        fs::write(main.join("none.txt"), "\n").unwrap();
+        if let Some(text) = annotation {
+            fs::write(root.path().join("Annotations/a.xml"), text).unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn objects_become_classes_once() {
+        let root = voc(Some(TWO_DOGS));
+        let all = Voc::open(root.path(), "train", Difficult::Counted).unwrap();
+        assert_eq!(
+            (all.len(), all.classes(0)),
+            (1, &[ClassId(11), ClassId(14)][..])
+        );
+        assert_eq!(all.class("dog"), Some(ClassId(11)));
+        assert!(all.name(0).ends_with("a.jpg"));
+        let easy = Voc::open(root.path(), "train", Difficult::Ignored).unwrap();
+        assert_eq!(easy.classes(0), [ClassId(11)]);
+    }
+
+    #[test]
+    fn faults_name_their_file() {
+        let fails = |annotation, split| {
+            Voc::open(voc(annotation).path(), split, Difficult::Counted).unwrap_err()
+        };
+        let missing = fails(None, "test");
+        assert!(matches!(missing, Error::Missing { .. }));
+        assert!(
+            missing.to_string().contains("test.txt") && missing.to_string().contains("download")
+        );
+        assert!(matches!(fails(None, "train"), Error::Missing { .. }));
+        assert!(matches!(fails(None, "none"), Error::NoImages { .. }));
+        let xml = fails(Some("<annotation><object>"), "train");
+        assert!(
+            matches!(xml, Error::Xml { .. }) && xml.to_string().contains("a.xml"),
+            "{xml}"
+        );
+        assert!(matches!(
+            fails(Some("<html/>"), "train"),
+            Error::Annotation { .. }
+        ));
+        let unknown = fails(
+            Some("<annotation><object><name>yeti</name></object></annotation>"),
+            "train",
+        );
+        assert!(unknown.to_string().contains("\"yeti\""), "{unknown}");
+    }
+}

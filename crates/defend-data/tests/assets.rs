@@ -1,0 +1,150 @@
+//! The published data sets as they lie in `$DEFEND_ASSETS`.
+//!
+//! `DEFEND_ASSETS=... cargo test -p defend-data --test assets -- --ignored`
+
+#![expect(clippy::expect_used, reason = "a test helper may panic")]
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use defend_data::{
+    AllVsOne, Batches, ClassFolder, ClassId, Dataset, Difficult, Fit, Idx, IdxSplit, ImageFolder,
+    MultiObject, Preprocess, Protocol, RgbImage, Voc, read_image,
+};
+use serde::Deserialize;
+
+fn assets(part: &str) -> PathBuf {
+    let root = std::env::var_os("DEFEND_ASSETS").expect("DEFEND_ASSETS must name the asset folder");
+    PathBuf::from(root).join(part)
+}
+
+#[test]
+#[ignore = "needs the asset folder: set DEFEND_ASSETS"]
+fn voc_has_the_published_counts() {
+    let open = |split| Voc::open(assets("VOCdevkit/VOC2012"), split, Difficult::Counted).unwrap();
+    let (train, val) = (open("train"), open("val"));
+    assert_eq!((train.len(), val.len()), (2140, 1468));
+    for (name, expected) in [
+        ("dog", 1329),
+        ("cat", 1124),
+        ("person", 661),
+        ("horse", 523),
+        ("sheep", 356),
+        ("cow", 334),
+    ] {
+        let protocol = MultiObject {
+            normal: vec![train.class(name).unwrap()],
+        };
+        let found = protocol.train(&train).len() + protocol.train(&val).len();
+        assert_eq!(found, expected, "{name}");
+    }
+    assert_eq!(train.image(0).unwrap().dimensions(), (299, 224));
+}
+
+#[test]
+#[ignore = "needs the asset folder: set DEFEND_ASSETS"]
+fn fashion_mnist_is_whole() {
+    for (split, len) in [(IdxSplit::Train, 60_000), (IdxSplit::Test, 10_000)] {
+        let set = Idx::fashion_mnist(assets("fashion-mnist"), split).unwrap();
+        assert_eq!(set.len(), len);
+        assert_eq!(set.image(len - 1).unwrap().dimensions(), (28, 28));
+        let all_but_bags = AllVsOne {
+            abnormal: set.class("bag").unwrap(),
+        };
+        assert_eq!(all_but_bags.train(&set).len(), len / 10 * 9);
+    }
+}
+
+#[test]
+#[ignore = "needs the asset folder: set DEFEND_ASSETS"]
+fn cifar10_is_whole() {
+    for (split, len) in [("train", 50_000), ("test", 10_000)] {
+        let set = ClassFolder::open(assets("cifar10").join(split)).unwrap();
+        assert_eq!((set.len(), set.class_names().len()), (len, 10));
+        assert_eq!(set.classes(len - 1), [ClassId(9)]);
+        assert_eq!(set.image(0).unwrap().dimensions(), (32, 32));
+    }
+}
+
+#[derive(Deserialize)]
+struct Golden {
+    places: Vec<(u32, u32, usize)>,
+    photos: BTreeMap<String, Photo>,
+}
+
+#[derive(Deserialize)]
+struct Photo {
+    size: (u32, u32),
+    squash: Sampled,
+    #[serde(rename = "center-crop")]
+    center_crop: Sampled,
+}
+
+#[derive(Deserialize)]
+struct Sampled {
+    mean: [f64; 3],
+    values: Vec<u8>,
+}
+
+/// Mean difference of the sampled values, and the largest of the three channel means.
+fn difference(picture: &RgbImage, places: &[(u32, u32, usize)], golden: &Sampled) -> (f64, f64) {
+    let sampled: f64 = places
+        .iter()
+        .zip(&golden.values)
+        .map(|(&(y, x, c), &value)| f64::from(picture.get_pixel(x, y).0[c].abs_diff(value)))
+        .sum();
+    let pixels = f64::from(picture.width() * picture.height());
+    let channel = |c: usize| picture.pixels().map(|p| f64::from(p.0[c])).sum::<f64>() / pixels;
+    let means = (0..3)
+        .map(|c| (channel(c) - golden.mean[c]).abs())
+        .fold(0.0, f64::max);
+    (sampled / places.len() as f64, means)
+}
+
+#[test]
+#[ignore = "needs the asset folder: set DEFEND_ASSETS"]
+fn photos_come_out_as_in_pillow() {
+    let golden: Golden =
+        serde_json::from_str(include_str!("golden/parity.json")).expect("golden file");
+    assert_eq!(golden.photos.len(), 24);
+    let (mut worst_value, mut worst_mean) = (0.0_f64, 0.0_f64);
+    for (name, photo) in &golden.photos {
+        let picture = read_image(assets("parity").join(name)).unwrap();
+        assert_eq!(picture.dimensions(), photo.size, "{name}");
+        let fits = [
+            (Fit::Squash, &photo.squash),
+            (Fit::CenterCrop { crop_pct: 0.9 }, &photo.center_crop),
+        ];
+        for (fit, sampled) in fits {
+            let preprocess = Preprocess {
+                fit,
+                ..Preprocess::new(224, [0.5; 3], [0.5; 3])
+            };
+            let resized = preprocess.resize(&picture).unwrap();
+            let (value, mean) = difference(&resized, &golden.places, sampled);
+            assert!(value < 1.0 && mean < 0.5, "{name} {fit:?}: {value} {mean}");
+            println!("{name} {fit:?}: values {value:.3}, channel means {mean:.3}");
+            worst_value = worst_value.max(value);
+            worst_mean = worst_mean.max(mean);
+        }
+    }
+    println!("worst photo: values {worst_value:.3}, channel means {worst_mean:.3} grey levels");
+}
+
+#[test]
+#[ignore = "needs the asset folder: set DEFEND_ASSETS"]
+fn a_folder_is_read_in_batches() {
+    let folder: Arc<dyn Dataset> = Arc::new(ImageFolder::open(assets("imagenet-sample")).unwrap());
+    let preprocess = Preprocess::new(224, [0.5; 3], [0.5; 3]);
+    let indices: Vec<usize> = (0..folder.len()).collect();
+    let batches = Batches::new(folder, indices.clone(), preprocess, 32).unwrap();
+    let read: Vec<usize> = batches
+        .flat_map(|batch| {
+            assert!(batch.failures.is_empty(), "{:?}", batch.failures);
+            batch.indices
+        })
+        .collect();
+    assert_eq!(read, indices);
+    assert_eq!(read.len(), 1000);
+}

@@ -1,0 +1,80 @@
+//! Agreement with Pillow and torchvision on synthetic files (`tools/golden_preprocess.py`).
+
+#![expect(clippy::expect_used, reason = "a test helper may panic")]
+
+use std::collections::BTreeMap;
+
+use defend_data::{Fit, Interpolation, Preprocess, RgbImage, decode_image};
+use serde::Deserialize;
+
+#[derive(Deserialize)]
+struct Golden {
+    files: BTreeMap<String, Encoded>,
+    resized: Vec<Resized>,
+}
+
+#[derive(Deserialize)]
+struct Encoded {
+    hex: String,
+    size: (u32, u32),
+    pixels: Vec<u8>,
+}
+
+#[derive(Deserialize)]
+struct Resized {
+    filter: Interpolation,
+    fit: String,
+    size: u32,
+    pixels: Vec<u8>,
+}
+
+fn golden() -> Golden {
+    serde_json::from_str(include_str!("golden/formats.json")).expect("golden file")
+}
+
+fn bytes(hex: &str) -> Vec<u8> {
+    let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).expect("two digits");
+    (0..hex.len()).step_by(2).map(byte).collect()
+}
+
+/// Largest and mean difference in grey levels.
+fn difference(a: &[u8], b: &[u8]) -> (u8, f64) {
+    assert_eq!(a.len(), b.len());
+    let each = || a.iter().zip(b).map(|(a, b)| a.abs_diff(*b));
+    (
+        each().max().unwrap_or(0),
+        each().map(f64::from).sum::<f64>() / a.len() as f64,
+    )
+}
+
+#[test]
+fn unusual_jpegs_decode_as_in_pillow() {
+    for (name, file) in golden().files {
+        let picture = decode_image(&bytes(&file.hex), &name).unwrap();
+        assert_eq!(picture.dimensions(), file.size, "{name}");
+        let (max, mean) = difference(picture.as_raw(), &file.pixels);
+        assert!(max <= 4 && mean < 1.0, "{name}: {max} {mean}");
+    }
+}
+
+#[test]
+fn resizing_is_pillows() {
+    let picture = RgbImage::from_fn(41, 23, |x, y| {
+        image::Rgb([1, 2, 3].map(|c| ((x * x * 7 + y * 13 * c + x * y) % 256) as u8))
+    });
+    for case in golden().resized {
+        let fit = match case.fit.as_str() {
+            "squash" => Fit::Squash,
+            _ => Fit::CenterCrop { crop_pct: 0.9 },
+        };
+        let what = format!("{:?} {fit:?} {}", case.filter, case.size);
+        let preprocess = Preprocess {
+            fit,
+            filter: case.filter,
+            ..Preprocess::new(case.size, [0.5; 3], [0.5; 3])
+        };
+        let resized = preprocess.resize(&picture).unwrap();
+        let (max, mean) = difference(resized.as_raw(), &case.pixels);
+        assert!(max <= 1 && mean < 0.02, "{what}: {max} {mean}");
+    }
+}

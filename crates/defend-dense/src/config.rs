@@ -1,0 +1,152 @@
+//! Settings of the dense stage.
+
+use defend_ot::SinkhornKnopp;
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+
+/// How the full view's assignment Q becomes a target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Assignment {
+    /// The most likely prototype of each patch (authors' code).
+    Hard,
+    /// Q itself (the paper's "2D cross-entropy").
+    Soft,
+}
+
+/// Settings of the dense stage; the default is the paper's (sections 3.1 and 4.2), authors' code where
+/// the paper is silent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DenseConfig {
+    /// Passes over the images. Paper: 3, for COCO 10.
+    pub epochs: usize,
+    /// Images a step. Authors' code: 32.
+    pub batch: usize,
+    /// Crops of each image, `1..=8`. Authors' code: 4; eq. 1 has one.
+    pub crops: usize,
+    /// Side of a resized crop, pixels; a multiple of the patch size. Paper: 96.
+    pub crop_size: usize,
+    /// Smallest and largest area of a crop as a share of the view. Authors' code: 0.1 and 0.3.
+    pub crop_area: [f64; 2],
+    /// Smallest and largest ratio of width to height of a crop. Authors' code: 3/4 and 4/3.
+    pub crop_aspect: [f64; 2],
+    /// Hidden widths of the projection head, GELU between. Paper: two of 2048.
+    pub head_hidden: Vec<usize>,
+    /// Output width of the projection head, D. Paper: 256.
+    pub head_output: usize,
+    /// Number of prototypes, K. Paper: twice the object classes seen in the images; 5 in its ablations.
+    pub prototypes: usize,
+    /// The assignment of patches to prototypes. SwAV: epsilon 0.05, 3 iterations.
+    pub sinkhorn: SinkhornKnopp,
+    /// Hard or soft targets. Authors' code: hard.
+    pub assignment: Assignment,
+    /// Temperature tau of the crop's scores. Paper: 0.1.
+    pub temperature: f64,
+    /// Blocks that train, counted from the last. Paper: 2.
+    pub trained_blocks: usize,
+    /// Learning rate of the blocks. Paper: 1e-5.
+    pub backbone_learning_rate: f64,
+    /// Learning rate of head and prototypes. Paper: 1e-4.
+    pub head_learning_rate: f64,
+    /// Decoupled weight decay of blocks and head (the prototypes are normalised, theirs has no effect).
+    /// Authors' code: 1e-2.
+    pub weight_decay: f64,
+    /// Limit of the memory for the frozen blocks' output, bytes. Ours: 1 GiB.
+    pub cache_bytes: usize,
+}
+
+impl Default for DenseConfig {
+    fn default() -> Self {
+        Self {
+            epochs: 3,
+            batch: 32,
+            crops: 4,
+            crop_size: 96,
+            crop_area: [0.1, 0.3],
+            crop_aspect: [3.0 / 4.0, 4.0 / 3.0],
+            head_hidden: vec![2048, 2048],
+            head_output: 256,
+            prototypes: 5,
+            sinkhorn: SinkhornKnopp::default(),
+            assignment: Assignment::Hard,
+            temperature: 0.1,
+            trained_blocks: 2,
+            backbone_learning_rate: 1e-5,
+            head_learning_rate: 1e-4,
+            weight_decay: 1e-2,
+            cache_bytes: 1 << 30,
+        }
+    }
+}
+
+impl DenseConfig {
+    /// Checks every field's range.
+    ///
+    /// # Errors
+    /// [`Error::Config`] that names the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        let at_least_one = "at least 1";
+        let counts = [
+            ("epochs", self.epochs),
+            ("batch", self.batch),
+            ("head_output", self.head_output),
+            ("trained_blocks", self.trained_blocks),
+        ];
+        for (field, value) in counts {
+            check(value > 0, field, value, at_least_one)?;
+        }
+        check((1..=8).contains(&self.crops), "crops", self.crops, "1 to 8")?;
+        check(
+            self.prototypes >= 2,
+            "prototypes",
+            self.prototypes,
+            "at least 2",
+        )?;
+        check(
+            !self.head_hidden.contains(&0),
+            "head_hidden",
+            format!("{:?}", self.head_hidden),
+            "positive widths",
+        )?;
+        let [low, high] = self.crop_area;
+        check(
+            0.0 < low && low <= high && high <= 1.0,
+            "crop_area",
+            format!("{:?}", self.crop_area),
+            "an increasing pair in 0..=1",
+        )?;
+        let [low, high] = self.crop_aspect;
+        check(
+            0.0 < low && low <= high && high.is_finite(),
+            "crop_aspect",
+            format!("{:?}", self.crop_aspect),
+            "an increasing positive pair",
+        )?;
+        let positive = |x: f64| x.is_finite() && x > 0.0;
+        check(
+            positive(self.temperature),
+            "temperature",
+            self.temperature,
+            "a positive number",
+        )?;
+        Ok(self.sinkhorn.validate()?)
+    }
+}
+
+fn check(
+    ok: bool,
+    field: &'static str,
+    value: impl std::fmt::Display,
+    expected: &'static str,
+) -> Result<(), Error> {
+    if ok {
+        return Ok(());
+    }
+    Err(Error::Config {
+        field,
+        value: value.to_string(),
+        expected,
+    })
+}

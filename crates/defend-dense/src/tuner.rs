@@ -1,0 +1,249 @@
+//! The training loop of the dense stage.
+
+use defend_nn::{
+    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, shuffled_batches,
+};
+use defend_vit::{Grid, ImageSource, Prefix, Trainable};
+
+use crate::crop::{CropSampler, extract};
+use crate::{CropBox, DenseConfig, DenseObjective, Error};
+
+/// Fine-tunes the trainable blocks of a backbone on normal images (paper, section 3.1).
+#[derive(Debug, Clone)]
+pub struct DenseTuner {
+    config: DenseConfig,
+}
+
+/// What a run of the tuner did.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DenseReport {
+    /// Mean loss of each epoch, first epoch first.
+    pub losses: Vec<f64>,
+    /// Steps taken.
+    pub steps: usize,
+}
+
+impl DenseTuner {
+    /// A tuner with checked settings.
+    ///
+    /// # Errors
+    /// [`Error::Config`] that names the field.
+    pub fn new(config: DenseConfig) -> Result<Self, Error> {
+        config.validate()?;
+        Ok(Self { config })
+    }
+
+    /// Trains `backbone` and `objective` in place; `on_step` hears of every step.
+    ///
+    /// # Errors
+    /// [`Error::NoImages`], [`Error::FrozenBackbone`], [`Error::Config`] for crops that are no multiple of the
+    /// patch size, [`Error::Diverged`], and what backbone and objective return.
+    pub fn tune(
+        &self,
+        backbone: &dyn Trainable,
+        objective: &dyn DenseObjective,
+        images: &dyn ImageSource,
+        rng: &mut Rng,
+        on_step: &mut dyn FnMut(TrainingStep),
+    ) -> Result<DenseReport, Error> {
+        let config = &self.config;
+        let patch = backbone.spec().architecture.patch_size;
+        if images.is_empty() {
+            return Err(Error::NoImages);
+        }
+        if backbone.parameters().is_empty() {
+            return Err(Error::FrozenBackbone);
+        }
+        if config.crop_size == 0 || !config.crop_size.is_multiple_of(patch) {
+            return Err(Error::Config {
+                field: "crop_size",
+                value: config.crop_size.to_string(),
+                expected: "a multiple of the backbone's patch size",
+            });
+        }
+        let group = |parameters, learning_rate| ParameterGroup {
+            parameters,
+            learning_rate,
+            weight_decay: config.weight_decay,
+        };
+        let groups = vec![
+            group(backbone.parameters(), config.backbone_learning_rate),
+            group(objective.parameters(), config.head_learning_rate),
+        ];
+        let mut optimiser = AdamW::new(groups, AdamWConfig::default())?;
+        let sampler = CropSampler::new(config);
+        let mut views = TensorCache::<1>::new(images.len(), config.cache_bytes);
+        let steps = config.epochs * images.len().div_ceil(config.batch);
+        let mut losses = Vec::with_capacity(config.epochs);
+        for epoch in 0..config.epochs {
+            let mut total = 0.0;
+            for indices in shuffled_batches(images.len(), config.batch, rng) {
+                let batch = images.images(&indices)?;
+                let (_, _, height, width) = batch.dims4()?;
+                let grid = Grid {
+                    rows: height / patch,
+                    columns: width / patch,
+                };
+                let [tokens] = views.batch(&indices, |missing| {
+                    let batch = images.images(missing)?;
+                    Ok::<_, Error>([backbone.frozen_prefix(&batch)?.tokens.detach()])
+                })?;
+                let boxes: Vec<CropBox> = (0..indices.len() * config.crops)
+                    .map(|_| sampler.sample(grid, rng))
+                    .collect();
+                let crops = extract(&batch, &boxes, patch, config.crop_size)?;
+                objective.constrain()?;
+                // No gradient flows through the view: Q is a constant target.
+                let view = backbone
+                    .features_from(&Prefix { tokens, grid })?
+                    .patches
+                    .detach();
+                let crops = backbone.features_from(&backbone.frozen_prefix(&crops)?)?;
+                let loss = objective.loss(&view, grid, &crops.patches, crops.grid, &boxes)?;
+                let value = f64::from(loss.to_scalar::<f32>()?);
+                if !value.is_finite() {
+                    return Err(Error::Diverged {
+                        step: optimiser.steps(),
+                        loss: value,
+                    });
+                }
+                optimiser.step(&loss.backward()?, 1.0)?;
+                total += value * indices.len() as f64;
+                on_step(TrainingStep {
+                    epoch,
+                    step: optimiser.steps(),
+                    steps,
+                    images: indices.len(),
+                    loss: value,
+                });
+            }
+            losses.push(total / images.len() as f64);
+        }
+        objective.constrain()?;
+        Ok(DenseReport { losses, steps })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::PrototypeObjective;
+    use candle_core::{DType, Device, Tensor};
+    use defend_vit::{Architecture, Backbone, BackboneSpec, TrainScope, Vit};
+
+    fn backbone() -> Vit {
+        let architecture = Architecture {
+            image_size: 64,
+            patch_size: 8,
+            width: 32,
+            depth: 3,
+            heads: 2,
+            mlp_width: 64,
+            ..Architecture::vit_tiny()
+        };
+        let spec = BackboneSpec::new(architecture);
+        let random = Vit::random(spec, 0.0, &mut Rng::seed(1), &Device::Cpu).unwrap();
+        random.copy(TrainScope::LastBlocks(2)).unwrap()
+    }
+
+    fn config() -> DenseConfig {
+        DenseConfig {
+            epochs: 6,
+            batch: 4,
+            crops: 2,
+            crop_size: 32,
+            head_hidden: vec![32],
+            head_output: 16,
+            backbone_learning_rate: 1e-3,
+            head_learning_rate: 1e-2,
+            ..DenseConfig::default()
+        }
+    }
+
+    /// Ten images of two halves with different textures.
+    fn images() -> Tensor {
+        let values: Vec<f32> = (0..10 * 3 * 64 * 64)
+            .map(|i| {
+                let (x, y) = (i % 64, i / 64 % 64);
+                let left = x < 20 + (i / (3 * 64 * 64)) * 2;
+                if left {
+                    (y as f32).sin()
+                } else {
+                    (x as f32 * 0.7).cos()
+                }
+            })
+            .collect();
+        Tensor::from_vec(values, (10, 3, 64, 64), &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn the_loss_falls_and_only_the_last_blocks_move() -> Result<(), Error> {
+        let run = || -> Result<_, Error> {
+            let (vit, config) = (backbone(), config());
+            let mut rng = Rng::seed(2);
+            let objective = PrototypeObjective::random(&config, 32, &mut rng, &Device::Cpu)?;
+            let mut seen = Vec::new();
+            let tuner = DenseTuner::new(config)?;
+            let report = tuner.tune(&vit, &objective, &images(), &mut rng, &mut |s| {
+                seen.push(s.step);
+            })?;
+            assert_eq!(seen, (1..=18).collect::<Vec<_>>());
+            Ok((report, vit))
+        };
+        let (report, vit) = run()?;
+        assert!(
+            report.losses[5] < 0.8 * report.losses[0],
+            "{:?}",
+            report.losses
+        );
+        let (before, after) = (backbone().tensors()?, vit.tensors()?);
+        for (name, tensor) in &before {
+            let moved = (tensor - &after[name])?
+                .abs()?
+                .flatten_all()?
+                .max(0)?
+                .to_scalar::<f32>()?;
+            let trains = name.starts_with("blocks.1") || name.starts_with("blocks.2");
+            assert_eq!(moved > 0.0, trains, "{name} moved by {moved}");
+        }
+        assert_eq!(report, run()?.0, "the same seed gives the same losses");
+        Ok(())
+    }
+
+    #[test]
+    fn impossible_runs_are_refused() -> Result<(), Error> {
+        let mut rng = Rng::seed(2);
+        let objective = PrototypeObjective::random(&config(), 32, &mut rng, &Device::Cpu)?;
+        let tuner = DenseTuner::new(config())?;
+        let none = Tensor::zeros((0, 3, 64, 64), DType::F32, &Device::Cpu)?;
+        let result = tuner.tune(&backbone(), &objective, &none, &mut rng, &mut |_| ());
+        assert!(matches!(result, Err(Error::NoImages)));
+        let frozen = backbone().copy(TrainScope::Frozen)?;
+        assert_eq!(frozen.spec().architecture.depth, 3);
+        let result = tuner.tune(&frozen, &objective, &images(), &mut rng, &mut |_| ());
+        assert!(matches!(result, Err(Error::FrozenBackbone)));
+        let tuner = DenseTuner::new(DenseConfig {
+            crop_size: 30,
+            ..config()
+        })?;
+        let result = tuner.tune(&backbone(), &objective, &images(), &mut rng, &mut |_| ());
+        assert!(matches!(
+            result,
+            Err(Error::Config {
+                field: "crop_size",
+                ..
+            })
+        ));
+        let wrong = DenseConfig {
+            crops: 9,
+            ..config()
+        };
+        assert!(
+            DenseTuner::new(wrong)
+                .unwrap_err()
+                .to_string()
+                .contains("dense.crops is 9")
+        );
+        Ok(())
+    }
+}

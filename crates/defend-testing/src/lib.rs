@@ -1,0 +1,70 @@
+//! What the workspace's tests share. Not published; everything here panics, as tests do.
+#![allow(
+    clippy::panic,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::missing_panics_doc
+)]
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+
+/// A golden file with lookups that name what is missing.
+pub struct Golden(HashMap<String, Tensor>);
+
+impl Golden {
+    /// Reads `tests/golden/<name>.safetensors` of the crate at `manifest` (`env!("CARGO_MANIFEST_DIR")`).
+    pub fn read(manifest: &str, name: &str) -> Self {
+        let path = Path::new(manifest).join(format!("tests/golden/{name}.safetensors"));
+        let tensors = candle_core::safetensors::load(&path, &Device::Cpu);
+        Self(tensors.unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+    }
+
+    /// A tensor by name.
+    pub fn get(&self, name: &str) -> Tensor {
+        let found = self.0.get(name);
+        found
+            .unwrap_or_else(|| panic!("no golden tensor {name}"))
+            .clone()
+    }
+
+    /// All tensors whose names start with `prefix`, without it.
+    pub fn starting_with(&self, prefix: &str) -> HashMap<String, Tensor> {
+        let all = self.0.iter();
+        all.filter_map(|(name, t)| Some((name.strip_prefix(prefix)?.to_owned(), t.clone())))
+            .collect()
+    }
+}
+
+/// Largest absolute value.
+pub fn largest(t: &Tensor) -> f64 {
+    let top = t
+        .to_dtype(DType::F64)
+        .unwrap()
+        .abs()
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .max(0)
+        .unwrap();
+    top.to_scalar().unwrap()
+}
+
+/// Fails when the largest difference exceeds `tolerance` times the largest reference value.
+pub fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64, what: &str) {
+    assert_eq!(found.dims(), expected.dims(), "shape of {what}");
+    let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+    let error = largest(&(wide(found) - wide(expected)).unwrap()) / largest(expected).max(1e-12);
+    assert!(
+        error <= tolerance,
+        "{what}: relative error {error}, allowed {tolerance}"
+    );
+}
+
+/// The folder of images and weights that `$DEFEND_ASSETS` names.
+pub fn assets() -> PathBuf {
+    let folder = std::env::var_os("DEFEND_ASSETS");
+    PathBuf::from(folder.expect("set DEFEND_ASSETS to the unpacked asset folder"))
+}
