@@ -1,1 +1,87 @@
-//! placeholder
+//! Novelty detection that knows what an object is: *does this picture show what I have called normal,
+//! even when other things are in it too?*
+//!
+//! The method of "Redefining Normal" (Salehi et al., ACCV 2024): a pretrained Vision Transformer is
+//! fine-tuned on normal images with a dense objective, a student learns to predict its features from
+//! part of each image, and an image is novel where the student fails.
+//!
+//! ```no_run
+//! use defend_core::prelude::*;
+//!
+//! let mut bar = ProgressBar::new();
+//! let mut detector = Defend::builder()
+//!     .backbone(Pretrained::hub("timm/vit_small_patch16_224.augreg_in21k_ft_in1k"))
+//!     .device(best_device())
+//!     .fit(ImageFolder::open("normal/")?, &mut bar)?
+//!     .detector;
+//! detector.calibrate(ImageFolder::open("held-out/")?, FalseAlarmRate::new(0.05)?, &mut bar)?;
+//! detector.save("dogs.defend")?;
+//!
+//! let detector = Detector::load("dogs.defend", &best_device())?;
+//! let scan = scan(&detector, ImageFolder::open("new/")?, &mut bar)?;
+//! for finding in &scan.findings {
+//!     println!("{} {} {:?}", finding.name, finding.novelty.score, finding.novelty.verdict);
+//! }
+//! # Ok::<(), defend_core::Error>(())
+//! ```
+//!
+//! Every stage is a crate of its own behind an object-safe role, and each can be replaced: see
+//! [`DefendBuilder`]. They are re-exported here as [`vit`], [`ot`], [`dense`], [`distill`], [`data`],
+//! [`metrics`] and [`nn`].
+
+mod builder;
+mod config;
+mod detector;
+mod device;
+mod error;
+mod observer;
+mod overlay;
+mod persist;
+mod pictures;
+#[cfg(feature = "progress")]
+mod progress;
+mod scan;
+
+pub use builder::{Defend, DefendBuilder, Fitted};
+pub use config::DefendConfig;
+pub use detector::{Calibration, Detector, MapScale, Novelty, NoveltyDetector, PatchMap, Verdict};
+pub use device::best_device;
+pub use error::Error;
+pub use observer::{Event, Observer, Silent, Stage};
+pub use overlay::overlay;
+pub use pictures::Pictures;
+#[cfg(feature = "progress")]
+pub use progress::ProgressBar;
+pub use scan::{Finding, Outcome, Scan, Skipped, preprocess_of, scan, scan_each};
+
+pub use defend_data as data;
+pub use defend_dense as dense;
+pub use defend_distill as distill;
+pub use defend_metrics as metrics;
+pub use defend_nn as nn;
+pub use defend_ot as ot;
+pub use defend_vit as vit;
+
+pub use candle_core::{Device, Tensor};
+
+/// What most programs need.
+pub mod prelude {
+    #[cfg(feature = "progress")]
+    pub use crate::ProgressBar;
+    pub use crate::data::{Dataset, ImageFolder};
+    pub use crate::metrics::FalseAlarmRate;
+    pub use crate::vit::Pretrained;
+    pub use crate::{
+        Defend, DefendConfig, Detector, Device, NoveltyDetector, Silent, Verdict, best_device, scan,
+    };
+}
+
+/// The small backbone that ships with the library: a ViT of width 192 and 4 blocks, distilled from
+/// ViT-Ti/16 with this library (`examples/train_backbone.rs`).
+#[cfg(feature = "embedded")]
+pub fn embedded_backbone() -> vit::Pretrained {
+    vit::Pretrained::Bytes {
+        name: "embedded backbone".into(),
+        content: defend_tiny::WEIGHTS,
+    }
+}

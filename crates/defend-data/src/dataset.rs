@@ -1,6 +1,7 @@
 //! The role of everything that gives pictures.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
@@ -42,6 +43,28 @@ pub trait Dataset: Send + Sync {
     fn class(&self, name: &str) -> Option<ClassId> {
         let position = self.class_names().iter().position(|known| known == name)?;
         u32::try_from(position).ok().map(ClassId)
+    }
+}
+
+impl<T: Dataset + ?Sized> Dataset for Arc<T> {
+    fn len(&self) -> usize {
+        (**self).len()
+    }
+
+    fn name(&self, index: usize) -> Cow<'_, str> {
+        (**self).name(index)
+    }
+
+    fn image(&self, index: usize) -> Result<RgbImage, Error> {
+        (**self).image(index)
+    }
+
+    fn classes(&self, index: usize) -> &[ClassId] {
+        (**self).classes(index)
+    }
+
+    fn class_names(&self) -> &[String] {
+        (**self).class_names()
     }
 }
 

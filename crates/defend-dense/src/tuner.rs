@@ -196,7 +196,7 @@ mod tests {
             "{:?}",
             report.losses
         );
-        let (before, after) = (backbone().tensors()?, vit.tensors()?);
+        let (before, after) = (backbone().state()?, vit.state()?);
         for (name, tensor) in &before {
             let moved = (tensor - &after[name])?
                 .abs()?

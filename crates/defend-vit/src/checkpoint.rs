@@ -237,7 +237,7 @@ impl Vit {
         let spec = serde_json::to_string(self.spec()).map_err(|e| config(&e))?;
         let metadata = std::collections::HashMap::from([(SPEC_KEY.to_owned(), spec)]);
         let tensors = self
-            .tensors()?
+            .state()?
             .into_iter()
             .map(|(name, tensor)| Ok((name, tensor.to_dtype(precision)?.to_device(&Device::Cpu)?)))
             .collect::<Result<std::collections::BTreeMap<_, _>, Error>>()?;
@@ -300,7 +300,7 @@ mod tests {
         let (folder, vit) = (tempfile::tempdir().unwrap(), small());
         std::fs::write(folder.path().join("config.json"), config()).unwrap();
         let file = folder.path().join("model.safetensors");
-        candle_core::safetensors::save(&vit.tensors()?, &file)?;
+        candle_core::safetensors::save(&vit.state()?, &file)?;
         for source in [Pretrained::local(folder.path()), Pretrained::local(&file)] {
             let loaded = source.load(TrainScope::LastBlocks(1), &Device::Cpu)?;
             assert_eq!(loaded.spec().normalization.mean, [0.1, 0.2, 0.3]);
@@ -316,7 +316,7 @@ mod tests {
         let (folder, vit) = (tempfile::tempdir().unwrap(), small());
         let file = folder.path().join("model.safetensors");
         let load = |change: &dyn Fn(&mut std::collections::HashMap<String, Tensor>)| {
-            let mut tensors = vit.tensors().unwrap();
+            let mut tensors = vit.state().unwrap();
             change(&mut tensors);
             candle_core::safetensors::save(&tensors, &file).unwrap();
             let error = Pretrained::local(&file)

@@ -95,6 +95,15 @@ pub enum Error {
         /// What the hub client said.
         reason: String,
     },
+    /// An image source could not give its images.
+    #[error("cannot get image {index}")]
+    ImageSource {
+        /// Index that was asked for.
+        index: usize,
+        /// What the source said.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// candle failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

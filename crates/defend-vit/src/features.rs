@@ -1,5 +1,7 @@
 //! What a backbone gives and what it is asked for: the roles other stages see.
 
+use std::collections::HashMap;
+
 use candle_core::{DType, Tensor, Var};
 use defend_nn::Rng;
 use serde::{Deserialize, Serialize};
@@ -153,6 +155,14 @@ pub trait Backbone: Send + Sync {
     /// # Errors
     /// [`Error::Input`], and [`Error::TokenSet`] when the set does not fit the images.
     fn features_of(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error>;
+
+    /// All parameters by name, for saving; `None` for a backbone that keeps them to itself.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] when candle fails.
+    fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {
+        Ok(None)
+    }
 }
 
 /// Tokens that enter the part of a backbone that trains.
@@ -208,7 +218,7 @@ pub trait ImageSource {
     /// Images as the backbone expects them, `[B, 3, H, W]`.
     ///
     /// # Errors
-    /// [`Error::Candle`] when the tensor cannot be made.
+    /// [`Error::ImageSource`] when an image cannot be had, [`Error::Candle`] when the tensor cannot be made.
     fn images(&self, indices: &[usize]) -> Result<Tensor, Error>;
 }
 

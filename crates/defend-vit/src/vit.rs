@@ -249,7 +249,7 @@ impl Vit {
     ///
     /// # Errors
     /// [`Error::Candle`] when candle fails.
-    pub fn tensors(&self) -> Result<HashMap<String, Tensor>, Error> {
+    pub fn state(&self) -> Result<HashMap<String, Tensor>, Error> {
         let mut tensors = HashMap::new();
         let mut add = |name: String, tensor: &Tensor| {
             tensors.insert(name, tensor.detach());
@@ -290,7 +290,7 @@ impl Vit {
     /// As [`Vit::load`].
     pub fn copy(&self, scope: TrainScope) -> Result<Self, Error> {
         let tensors = self
-            .tensors()?
+            .state()?
             .into_iter()
             .map(|(name, tensor)| Ok((name, tensor.copy()?)))
             .collect::<Result<_, Error>>()?;
@@ -382,6 +382,10 @@ impl Backbone for Vit {
     fn features_of(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error> {
         let (tokens, grid) = self.embed(images, Some(keep))?;
         self.finish(&tokens, 0, grid, None)
+    }
+
+    fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {
+        self.state().map(Some)
     }
 }
 

@@ -1,0 +1,312 @@
+//! From normal images to a detector.
+
+use std::sync::Arc;
+
+use candle_core::Device;
+use defend_data::Dataset;
+use defend_dense::{DenseObjective, DenseReport, DenseTuner, PrototypeObjective};
+use defend_distill::{DistillObjective, DistillReport, Distiller, MaskPolicy, Score};
+use defend_nn::{Rng, TrainingStep};
+use defend_vit::{Backbone, ImageSource, Pretrained, TrainScope, Vit};
+
+use crate::observer::{Event, Observer, Stage};
+use crate::scan::{Skipped, preprocess_of};
+use crate::{DefendConfig, Detector, Error, MapScale, NoveltyDetector, Pictures};
+
+/// Entry to the library.
+#[derive(Debug, Clone, Copy)]
+pub struct Defend;
+
+impl Defend {
+    /// A detector with the default settings, to be changed step by step.
+    pub fn builder() -> DefendBuilder {
+        DefendBuilder {
+            config: DefendConfig::default(),
+            device: Device::Cpu,
+            backbone: None,
+            strict: false,
+            memory: 2 << 30,
+            dense: None,
+            mask: None,
+            objective: None,
+            score: None,
+        }
+    }
+}
+
+/// Purposes of the independent random streams of a seed.
+mod stream {
+    pub(super) const DENSE: u64 = 1;
+    pub(super) const STUDENT: u64 = 2;
+    pub(super) const DISTILL: u64 = 3;
+}
+
+enum Source {
+    Pretrained(Pretrained),
+    Vit(Box<Vit>),
+}
+
+/// Settings and roles of a fit. Every role has the method's implementation as its default and can be
+/// replaced by the user's own.
+pub struct DefendBuilder {
+    config: DefendConfig,
+    device: Device,
+    backbone: Option<Source>,
+    strict: bool,
+    memory: usize,
+    dense: Option<Box<dyn DenseObjective>>,
+    mask: Option<Box<dyn MaskPolicy>>,
+    objective: Option<Arc<dyn DistillObjective>>,
+    score: Option<Arc<dyn Score>>,
+}
+
+/// A fitted detector and how the fit went.
+pub struct Fitted {
+    /// The detector, not calibrated yet.
+    pub detector: Detector,
+    /// The dense stage, where it ran.
+    pub dense: Option<DenseReport>,
+    /// The distillation.
+    pub distill: DistillReport,
+    /// Images that were used.
+    pub images: usize,
+    /// Images that could not be read.
+    pub skipped: Vec<Skipped>,
+}
+
+impl DefendBuilder {
+    /// Where the teacher's weights come from. Without it, the embedded backbone is used.
+    #[must_use]
+    pub fn backbone(mut self, source: Pretrained) -> Self {
+        self.backbone = Some(Source::Pretrained(source));
+        self
+    }
+
+    /// A teacher that is loaded already.
+    #[must_use]
+    pub fn teacher(mut self, teacher: Vit) -> Self {
+        self.backbone = Some(Source::Vit(Box::new(teacher)));
+        self
+    }
+
+    /// All settings at once.
+    #[must_use]
+    pub fn config(mut self, config: DefendConfig) -> Self {
+        self.config = config;
+        self
+    }
+
+    /// Seed of every random choice.
+    #[must_use]
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.config.seed = seed;
+        self
+    }
+
+    /// Where to compute; the CPU by default.
+    #[must_use]
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// Whether the first unreadable image ends the fit, instead of being skipped and counted.
+    #[must_use]
+    pub fn strict(mut self, strict: bool) -> Self {
+        self.strict = strict;
+        self
+    }
+
+    /// Limit of the memory for resized pictures, bytes; 2 GiB by default, enough for 14,000.
+    #[must_use]
+    pub fn picture_memory(mut self, bytes: usize) -> Self {
+        self.memory = bytes;
+        self
+    }
+
+    /// Another objective for the dense stage.
+    #[must_use]
+    pub fn dense_objective(mut self, objective: Box<dyn DenseObjective>) -> Self {
+        self.dense = Some(objective);
+        self
+    }
+
+    /// Another choice of the patches that the student sees.
+    #[must_use]
+    pub fn mask(mut self, mask: Box<dyn MaskPolicy>) -> Self {
+        self.mask = Some(mask);
+        self
+    }
+
+    /// Another distance between teacher and student; such a detector cannot be saved.
+    #[must_use]
+    pub fn objective(mut self, objective: Arc<dyn DistillObjective>) -> Self {
+        self.objective = Some(objective);
+        self
+    }
+
+    /// Another step from patch distances to a score; such a detector cannot be saved.
+    #[must_use]
+    pub fn score(mut self, score: Arc<dyn Score>) -> Self {
+        self.score = Some(score);
+        self
+    }
+
+    /// Runs all stages on normal images.
+    ///
+    /// # Errors
+    /// [`Error::Config`] before any work, [`Error::NoImages`], [`Error::Unreadable`] when strict, and what
+    /// the stages return.
+    pub fn fit(
+        self,
+        normal: impl Dataset + 'static,
+        observer: &mut dyn Observer,
+    ) -> Result<Fitted, Error> {
+        self.config.validate()?;
+        let device = self.device.clone();
+        let dense_blocks = self.config.dense.as_ref().map(|d| d.trained_blocks);
+        let scope = dense_blocks.map_or(TrainScope::Frozen, TrainScope::LastBlocks);
+        let teacher = match self.backbone {
+            Some(Source::Vit(vit)) => vit.copy(scope)?,
+            Some(Source::Pretrained(source)) => source.load(scope, &device)?,
+            #[cfg(feature = "embedded")]
+            None => crate::embedded_backbone().load(scope, &device)?,
+            #[cfg(not(feature = "embedded"))]
+            None => {
+                return Err(Error::Config {
+                    field: "backbone",
+                    value: "not set".into(),
+                    expected: "a pretrained backbone, or the feature \"embedded\"".into(),
+                });
+            }
+        };
+        let config = self.config;
+        let preprocess = preprocess_of(teacher.spec(), config.fit);
+        let pictures = Pictures::read(
+            Arc::new(normal),
+            preprocess.clone(),
+            &device,
+            self.memory,
+            self.strict,
+            observer,
+        )?;
+
+        let dense = match &config.dense {
+            None => None,
+            Some(dense) => {
+                let mut rng = Rng::stream(config.seed, stream::DENSE);
+                let width = teacher.spec().architecture.width;
+                let objective: Box<dyn DenseObjective> = match self.dense {
+                    Some(objective) => objective,
+                    None => Box::new(PrototypeObjective::random(dense, width, &mut rng, &device)?),
+                };
+                let images = dense.epochs * pictures.len();
+                let report = observed(observer, Stage::Dense, images, |on_step| {
+                    let tuner = DenseTuner::new(dense.clone())?;
+                    tuner.tune(&teacher, &*objective, &pictures, &mut rng, on_step)
+                })?;
+                Some(report)
+            }
+        };
+
+        let teacher = teacher.copy(TrainScope::Frozen)?;
+        let student = Vit::random(
+            teacher.spec().clone(),
+            config.distill.drop_path,
+            &mut Rng::stream(config.seed, stream::STUDENT),
+            &device,
+        )?;
+        let mask: Box<dyn MaskPolicy> = match self.mask {
+            Some(mask) => mask,
+            None => Box::new(config.distill.mask),
+        };
+        let custom = match (&self.objective, &self.score) {
+            (Some(_), _) => Some("distance"),
+            (_, Some(_)) => Some("score"),
+            _ => None,
+        };
+        let objective = self
+            .objective
+            .unwrap_or_else(|| Arc::new(config.distill.distance));
+        let images = config.distill.epochs_for(pictures.len()) * pictures.len();
+        let distill = observed(observer, Stage::Distill, images, |on_step| {
+            let mut rng = Rng::stream(config.seed, stream::DISTILL);
+            Distiller::new(config.distill.clone())?.distill(
+                &teacher,
+                &student,
+                &*mask,
+                &*objective,
+                &pictures,
+                &mut rng,
+                on_step,
+            )
+        })?;
+        let student = student.copy(TrainScope::Frozen)?;
+        let mut detector = Detector {
+            teacher: Arc::new(teacher),
+            student: Arc::new(student),
+            objective,
+            score: self.score.unwrap_or_else(|| Arc::new(config.aggregation)),
+            custom,
+            config,
+            preprocess,
+            device,
+            calibration: None,
+            map_scale: MapScale {
+                low: 0.0,
+                high: 1.0,
+            },
+        };
+        detector.map_scale = map_scale(&detector, &pictures)?;
+        Ok(Fitted {
+            images: pictures.len(),
+            skipped: pictures.skipped().to_vec(),
+            detector,
+            dense,
+            distill,
+        })
+    }
+}
+
+/// Runs a training stage between its events.
+fn observed<R, E>(
+    observer: &mut dyn Observer,
+    stage: Stage,
+    images: usize,
+    run: impl FnOnce(&mut dyn FnMut(TrainingStep)) -> Result<R, E>,
+) -> Result<R, E> {
+    observer.on(&Event::Started {
+        stage,
+        images: images as u64,
+    });
+    let result = run(&mut |step| {
+        observer.on(&Event::Advanced {
+            images: step.images as u64,
+            loss: Some(step.loss),
+        });
+    })?;
+    observer.on(&Event::Finished { stage });
+    Ok(result)
+}
+
+/// Patch values of some training images, for the colours of heat maps.
+fn map_scale(detector: &Detector, pictures: &Pictures) -> Result<MapScale, Error> {
+    const IMAGES: usize = 128;
+    let indices: Vec<usize> = (0..pictures.len().min(IMAGES)).collect();
+    let mut values = Vec::new();
+    for batch in indices.chunks(detector.batch()) {
+        for novelty in detector.score(&pictures.images(batch)?)? {
+            values.extend(novelty.map.into_iter().flat_map(|map| map.values));
+        }
+    }
+    values.sort_by(f32::total_cmp);
+    let quantile = |q: f64| {
+        let at = (q * values.len().saturating_sub(1) as f64).round() as usize;
+        values.get(at).copied().unwrap_or(0.0)
+    };
+    let (low, high) = (quantile(0.5), quantile(0.99));
+    Ok(MapScale {
+        low,
+        high: low + 2.0 * (high - low),
+    })
+}

@@ -1,0 +1,69 @@
+//! Settings of a whole fit.
+
+use defend_data::Fit;
+use defend_dense::DenseConfig;
+use defend_distill::{Aggregation, DistillConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+
+/// Settings of a whole fit; saved with the model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DefendConfig {
+    /// Seed of every random choice: same seed, same bits.
+    pub seed: u64,
+    /// How pictures become square. Squash keeps every object in the picture.
+    pub fit: Fit,
+    /// Dense fine-tuning of the teacher; `None` leaves the teacher as it was pretrained.
+    pub dense: Option<DenseConfig>,
+    /// Masked knowledge distillation.
+    pub distill: DistillConfig,
+    /// How patch distances become a score.
+    pub aggregation: Aggregation,
+    /// Images a forward pass when scoring; has no influence on the scores.
+    pub batch: usize,
+}
+
+impl Default for DefendConfig {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            fit: Fit::Squash,
+            dense: Some(DenseConfig::default()),
+            distill: DistillConfig::default(),
+            aggregation: Aggregation::Mean,
+            batch: 32,
+        }
+    }
+}
+
+impl DefendConfig {
+    /// Checks every field and that the stages fit each other.
+    ///
+    /// # Errors
+    /// [`Error::Config`], [`Error::Dense`] or [`Error::Distill`] naming the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        if let Some(dense) = &self.dense {
+            dense.validate()?;
+        }
+        self.distill.validate()?;
+        self.aggregation.validate()?;
+        if self.batch == 0 {
+            return Err(Error::Config {
+                field: "batch",
+                value: "0".into(),
+                expected: "at least 1".into(),
+            });
+        }
+        if self.aggregation.uses_cls() && self.distill.cls_weight == 0.0 {
+            return Err(Error::Config {
+                field: "aggregation",
+                value: format!("{:?}", self.aggregation),
+                expected: "distill.cls_weight above 0, so that the student learns the CLS token"
+                    .into(),
+            });
+        }
+        Ok(())
+    }
+}

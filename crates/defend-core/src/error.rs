@@ -1,0 +1,87 @@
+//! What can go wrong in a detector.
+
+use std::path::PathBuf;
+
+/// Errors of `defend-core`.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A setting has no meaning.
+    #[error("{field} is {value}, expected {expected}")]
+    Config {
+        /// Name of the field.
+        field: &'static str,
+        /// Value that was given.
+        value: String,
+        /// What the field accepts.
+        expected: String,
+    },
+    /// No image could be read, so there is nothing to learn or to calibrate with.
+    #[error("none of the {tried} images could be read; the first: {first}")]
+    NoImages {
+        /// How many were tried.
+        tried: usize,
+        /// Name and fault of the first.
+        first: String,
+    },
+    /// An image could not be read and the run is strict.
+    #[error("{name} cannot be read")]
+    Unreadable {
+        /// Name of the image.
+        name: String,
+        /// Why.
+        #[source]
+        source: defend_data::Error,
+    },
+    /// A model file could not be read or written.
+    #[error("{}: {action} failed", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file is not a model of this library.
+    #[error("{}: {reason}", path.display())]
+    Model {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what is expected.
+        reason: String,
+    },
+    /// A detector with parts of the user's own cannot be saved as a file that loads by itself.
+    #[error("this detector cannot be saved: its {role} is not one of the library's")]
+    NotSavable {
+        /// The custom part.
+        role: &'static str,
+    },
+    /// The detector's scores are not finite.
+    #[error("the score of {name} is {score}: the model or the image is damaged")]
+    NonFiniteScore {
+        /// Name of the image.
+        name: String,
+        /// The score.
+        score: f32,
+    },
+    /// Reading images failed.
+    #[error(transparent)]
+    Data(#[from] defend_data::Error),
+    /// A backbone or its weights failed.
+    #[error(transparent)]
+    Vit(#[from] defend_vit::Error),
+    /// The dense stage failed.
+    #[error(transparent)]
+    Dense(#[from] defend_dense::Error),
+    /// The distillation stage failed.
+    #[error(transparent)]
+    Distill(#[from] defend_distill::Error),
+    /// A metric or a threshold failed.
+    #[error(transparent)]
+    Metrics(#[from] defend_metrics::Error),
+    /// candle failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}

@@ -1,0 +1,58 @@
+//! What a long run tells about itself.
+
+use defend_data::Failure;
+
+/// Part of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Stage {
+    /// Decoding and resizing the training images.
+    Read,
+    /// Dense fine-tuning.
+    Dense,
+    /// Masked distillation.
+    Distill,
+    /// Scoring images.
+    Score,
+}
+
+/// Something that happened in a run.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// A stage begins that will handle this many images (over all epochs).
+    Started {
+        /// The stage.
+        stage: Stage,
+        /// Images it will handle.
+        images: u64,
+    },
+    /// Some of them are done.
+    Advanced {
+        /// Images since the last event.
+        images: u64,
+        /// Loss of the step, in training stages.
+        loss: Option<f64>,
+    },
+    /// An image was left out.
+    Skipped(&'a Failure),
+    /// The stage is over.
+    Finished {
+        /// The stage.
+        stage: Stage,
+    },
+}
+
+/// Role: hears of a run's progress.
+pub trait Observer {
+    /// Called for every event, on the thread that runs the stage.
+    fn on(&mut self, event: &Event<'_>);
+}
+
+/// Hears nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Observer for Silent {
+    fn on(&mut self, _: &Event<'_>) {}
+}

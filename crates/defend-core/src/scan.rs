@@ -1,0 +1,183 @@
+//! Scoring many pictures.
+
+use std::fmt;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use defend_data::{Batches, Dataset, Failure, Interpolation, Preprocess, RgbImage};
+use defend_vit::BackboneSpec;
+use rayon::prelude::*;
+
+use crate::observer::{Event, Observer, Stage};
+use crate::{Error, Novelty, NoveltyDetector};
+
+/// What was found in a picture.
+#[derive(Debug, Clone)]
+pub struct Finding {
+    /// Position in the data set.
+    pub index: usize,
+    /// Name in the data set.
+    pub name: String,
+    /// Score, verdict and map.
+    pub novelty: Novelty,
+}
+
+/// A picture that was left out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skipped {
+    /// Position in the data set.
+    pub index: usize,
+    /// Name in the data set.
+    pub name: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+impl From<Failure> for Skipped {
+    fn from(failure: Failure) -> Self {
+        Self {
+            index: failure.index,
+            name: failure.name,
+            reason: failure.error.to_string(),
+        }
+    }
+}
+
+impl fmt::Display for Skipped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.name, self.reason)
+    }
+}
+
+/// Everything that was found in a data set.
+#[derive(Debug, Clone, Default)]
+pub struct Scan {
+    /// One finding a readable picture, in the data set's order.
+    pub findings: Vec<Finding>,
+    /// Pictures that could not be read.
+    pub skipped: Vec<Skipped>,
+}
+
+impl Scan {
+    /// The scores, in the order of the findings.
+    pub fn scores(&self) -> Vec<f64> {
+        let findings = self.findings.iter();
+        findings.map(|f| f64::from(f.novelty.score)).collect()
+    }
+}
+
+/// The preprocessing that belongs to a backbone.
+pub fn preprocess_of(spec: &BackboneSpec, fit: defend_data::Fit) -> Preprocess {
+    let normalization = spec.normalization;
+    let size = u32::try_from(spec.architecture.image_size).unwrap_or(u32::MAX);
+    Preprocess {
+        fit,
+        filter: match spec.interpolation {
+            defend_vit::Interpolation::Bilinear => Interpolation::Bilinear,
+            defend_vit::Interpolation::Bicubic => Interpolation::Bicubic,
+        },
+        ..Preprocess::new(size, normalization.mean, normalization.std)
+    }
+}
+
+/// Normalised pictures as a tensor `[B, 3, size, size]`.
+pub(crate) fn to_tensor(
+    pictures: &[RgbImage],
+    preprocess: &Preprocess,
+    device: &Device,
+) -> Result<Tensor, Error> {
+    let size = preprocess.size as usize;
+    let mut values = vec![0f32; pictures.len() * 3 * size * size];
+    values
+        .par_chunks_mut(3 * size * size)
+        .zip(pictures)
+        .try_for_each(|(target, picture)| preprocess.normalize_into(picture, target))?;
+    Ok(Tensor::from_vec(
+        values,
+        (pictures.len(), 3, size, size),
+        device,
+    )?)
+}
+
+/// Scores every picture of a data set; unreadable ones are listed, not fatal.
+///
+/// # Errors
+/// [`Error::NonFiniteScore`], and what the detector returns.
+pub fn scan(
+    detector: &dyn NoveltyDetector,
+    images: impl Dataset + 'static,
+    observer: &mut dyn Observer,
+) -> Result<Scan, Error> {
+    let mut scan = Scan::default();
+    let images: Arc<dyn Dataset> = Arc::new(images);
+    scan_each::<Error>(detector, &images, observer, &mut |outcome| {
+        match outcome {
+            Ok((finding, _)) => scan.findings.push(finding),
+            Err(failure) => scan.skipped.push(Skipped::from(failure)),
+        }
+        Ok(())
+    })?;
+    Ok(scan)
+}
+
+/// A finding with its resized picture, or why there is none.
+pub type Outcome = Result<(Finding, RgbImage), Failure>;
+
+/// As [`scan()`], handing over each result as soon as it is there, for any number of pictures in constant
+/// memory; an error of `on_result` ends the run.
+///
+/// # Errors
+/// As [`scan()`], and those of `on_result`.
+pub fn scan_each<E: From<Error>>(
+    detector: &dyn NoveltyDetector,
+    images: &Arc<dyn Dataset>,
+    observer: &mut dyn Observer,
+    on_result: &mut dyn FnMut(Outcome) -> Result<(), E>,
+) -> Result<(), E> {
+    let total = images.len();
+    observer.on(&Event::Started {
+        stage: Stage::Score,
+        images: total as u64,
+    });
+    let preprocess = detector.preprocess();
+    let batches = Batches::new(
+        Arc::clone(images),
+        (0..total).collect(),
+        preprocess.clone(),
+        detector.batch(),
+    )
+    .map_err(Error::from)?;
+    for batch in batches {
+        let handled = (batch.indices.len() + batch.failures.len()) as u64;
+        if !batch.pictures.is_empty() {
+            let tensor = to_tensor(&batch.pictures, preprocess, detector.device())?;
+            let novelties = detector.score(&tensor)?;
+            let results = batch.indices.into_iter().zip(batch.pictures).zip(novelties);
+            for ((index, picture), novelty) in results {
+                let name = images.name(index).into_owned();
+                if !novelty.score.is_finite() {
+                    let score = novelty.score;
+                    return Err(E::from(Error::NonFiniteScore { name, score }));
+                }
+                let finding = Finding {
+                    index,
+                    name,
+                    novelty,
+                };
+                on_result(Ok((finding, picture)))?;
+            }
+        }
+        for failure in batch.failures {
+            observer.on(&Event::Skipped(&failure));
+            on_result(Err(failure))?;
+        }
+        observer.on(&Event::Advanced {
+            images: handled,
+            loss: None,
+        });
+    }
+    observer.on(&Event::Finished {
+        stage: Stage::Score,
+    });
+    Ok(())
+}

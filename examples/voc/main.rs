@@ -1,0 +1,216 @@
+//! The multi-object protocol on Pascal VOC: train on every image that shows a class, tell test images
+//! that show it from those that do not (paper, section 4.4; METHOD.md, section 4).
+//!
+//! `cargo run --release --bin voc -- --voc VOCdevkit/VOC2012 --weights vit_tiny_patch16_224 dog cat`
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use defend_baselines::{Reference, References};
+use defend_core::data::{ClassId, Difficult, Fit, Label, MultiObject, Protocol, Subset, Voc};
+use defend_core::distill::{Aggregation, FeatureDistance, Score, discrepancy};
+use defend_core::metrics::auroc;
+use defend_core::prelude::*;
+use defend_core::vit::{Backbone, ImageSource, TrainScope};
+use defend_core::{Pictures, preprocess_of};
+use ndarray::ArrayView1;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// AUROC of the method, its variants and the references on Pascal VOC, as a Markdown table.
+#[derive(Parser)]
+struct Arguments {
+    /// VOC folder with Annotations, ImageSets and JPEGImages.
+    #[arg(long)]
+    voc: PathBuf,
+    /// Weight file or timm folder of the teacher.
+    #[arg(long)]
+    weights: PathBuf,
+    /// JSON files with settings (`DefendConfig`, missing fields as by default); a row each, named after
+    /// the file. Without one: the default settings, with and without the dense stage.
+    #[arg(long)]
+    config: Vec<PathBuf>,
+    /// Seeds of the method; figures are means over them.
+    #[arg(long, default_value = "0", value_delimiter = ',')]
+    seeds: Vec<u64>,
+    /// Uses only every n-th test image.
+    #[arg(long, default_value_t = 1)]
+    test_stride: usize,
+    /// Leaves the references out.
+    #[arg(long)]
+    no_references: bool,
+    /// Prints every aggregation of the patch distances, not only the configured one.
+    #[arg(long)]
+    all_scores: bool,
+    /// Normal classes, one experiment each.
+    #[arg(required = true)]
+    classes: Vec<String>,
+}
+
+/// A line of the table: name, and AUROC of each class.
+struct Row {
+    name: String,
+    values: Vec<f64>,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let open = |split| Voc::open(&arguments.voc, split, Difficult::Counted).map(Arc::new);
+    let (train, test) = (open("train")?, open("val")?);
+    let normal_classes = arguments
+        .classes
+        .iter()
+        .map(|name| train.class(name).with_context(|| format!("VOC has no class \"{name}\"")))
+        .collect::<Result<Vec<ClassId>>>()?;
+    let teacher = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &Device::Cpu)?;
+    let teacher: Arc<dyn Backbone> = Arc::new(teacher);
+    let kept: Vec<usize> = (0..test.len()).step_by(arguments.test_stride.max(1)).collect();
+    let test = Arc::new(Subset::new(test, kept)?);
+    let mut bar = ProgressBar::new();
+    let test_pictures = Pictures::read(
+        test.clone(),
+        preprocess_of(teacher.spec(), Fit::Squash),
+        &Device::Cpu,
+        usize::MAX,
+        true,
+        &mut bar,
+    )?;
+    let variants = variants(&arguments)?;
+
+    let mut rows: Vec<Row> = Vec::new();
+    for (column, &class) in normal_classes.iter().enumerate() {
+        let protocol = MultiObject { normal: vec![class] };
+        let normal = Subset::new(train.clone(), protocol.train(&*train))?;
+        let abnormal: Vec<bool> = (0..test.len())
+            .map(|i| protocol.label(test.classes(i)) == Label::Abnormal)
+            .collect();
+        eprintln!(
+            "{}: {} training images, {} normal and {} abnormal test images",
+            arguments.classes[column],
+            normal.len(),
+            abnormal.iter().filter(|a| !**a).count(),
+            abnormal.iter().filter(|a| **a).count()
+        );
+        let normal = Arc::new(normal);
+        let mut add = |name: String, scores: &[f32]| -> Result<()> {
+            let scores: Vec<f64> = scores.iter().map(|&s| f64::from(s)).collect();
+            let value = auroc(ArrayView1::from(&scores), ArrayView1::from(&abnormal))?;
+            eprintln!("  {name}: {value:.4}");
+            match rows.iter_mut().find(|row| row.name == name) {
+                Some(row) => row.values.push(value),
+                None => rows.push(Row { name, values: vec![value] }),
+            }
+            Ok(())
+        };
+        if !arguments.no_references {
+            let references =
+                References::fit(teacher.clone(), normal.clone(), Fit::Squash, &Device::Cpu, &mut bar)?;
+            let mut all = [const { Vec::new() }; 4];
+            for batch in batches(test_pictures.len()) {
+                let scores = references.score_all(&test_pictures.images(&batch)?)?;
+                for (all, scores) in all.iter_mut().zip(scores) {
+                    all.extend(scores);
+                }
+            }
+            for (reference, scores) in Reference::ALL.iter().zip(&all) {
+                add(reference.name().into(), scores)?;
+            }
+        }
+        for (name, config) in &variants {
+            for &seed in &arguments.seeds {
+                let start = Instant::now();
+                let fitted = Defend::builder()
+                    .backbone(Pretrained::local(&arguments.weights))
+                    .config(config.clone())
+                    .seed(seed)
+                    .fit(normal.clone(), &mut bar)?;
+                let losses = &fitted.distill.losses;
+                eprintln!(
+                    "  {name}, seed {seed}: fitted in {:.0} s, {} steps, dense loss {:?}, loss {:.4} -> {:.4}",
+                    start.elapsed().as_secs_f64(),
+                    fitted.distill.steps,
+                    fitted.dense.as_ref().map(|d| &d.losses),
+                    losses.first().unwrap_or(&f64::NAN),
+                    losses.last().unwrap_or(&f64::NAN)
+                );
+                let aggregations = aggregations(config, arguments.all_scores);
+                let mut scores = vec![Vec::new(); aggregations.len()];
+                for batch in batches(test_pictures.len()) {
+                    let images = test_pictures.images(&batch)?;
+                    let (teacher, student) = (fitted.detector.teacher(), fitted.detector.student());
+                    let distance: FeatureDistance = config.distill.distance;
+                    let found = discrepancy(teacher, student, &distance, &images)?;
+                    for (scores, aggregation) in scores.iter_mut().zip(&aggregations) {
+                        scores.extend(aggregation.score(&found)?);
+                    }
+                }
+                let seed = if arguments.seeds.len() > 1 { format!(", seed {seed}") } else { String::new() };
+                for (aggregation, scores) in aggregations.iter().zip(&scores) {
+                    let detail = if arguments.all_scores { format!(", {aggregation:?}") } else { String::new() };
+                    add(format!("{name}{detail}{seed}"), scores)?;
+                }
+            }
+        }
+    }
+    print_table(&arguments.classes, &rows);
+    Ok(())
+}
+
+/// Names and settings of the rows.
+fn variants(arguments: &Arguments) -> Result<Vec<(String, DefendConfig)>> {
+    if arguments.config.is_empty() {
+        let whole = DefendConfig::default();
+        let distillation = DefendConfig { dense: None, ..whole.clone() };
+        return Ok(vec![
+            ("whole method".into(), whole),
+            ("masked distillation alone".into(), distillation),
+        ]);
+    }
+    let read = |path: &PathBuf| {
+        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        let config: DefendConfig =
+            serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        let Some(name) = path.file_stem() else {
+            bail!("{} has no name", path.display())
+        };
+        Ok((name.to_string_lossy().into_owned(), config))
+    };
+    arguments.config.iter().map(read).collect()
+}
+
+fn aggregations(config: &DefendConfig, all: bool) -> Vec<Aggregation> {
+    if !all {
+        return vec![config.aggregation];
+    }
+    let mut list = vec![
+        Aggregation::Mean,
+        Aggregation::AttentionWeighted,
+        Aggregation::BestPatches { share: 0.1 },
+        Aggregation::BestPatches { share: 0.5 },
+        Aggregation::WorstPatches { share: 0.1 },
+    ];
+    if config.distill.cls_weight > 0.0 {
+        list.push(Aggregation::Cls);
+        list.push(Aggregation::PatchesAndCls { weight: 1.0 });
+    }
+    list
+}
+
+fn batches(images: usize) -> Vec<Vec<usize>> {
+    let all: Vec<usize> = (0..images).collect();
+    all.chunks(32).map(<[usize]>::to_vec).collect()
+}
+
+fn print_table(classes: &[String], rows: &[Row]) {
+    println!("| AUROC | {} | mean |", classes.join(" | "));
+    println!("|---|{}---|", "---|".repeat(classes.len()));
+    for row in rows {
+        let cells: Vec<String> = row.values.iter().map(|v| format!("{v:.3}")).collect();
+        let mean = row.values.iter().sum::<f64>() / row.values.len().max(1) as f64;
+        println!("| {} | {} | {mean:.3} |", row.name, cells.join(" | "));
+    }
+}
