@@ -64,11 +64,17 @@ fn main() -> Result<()> {
     let normal_classes = arguments
         .classes
         .iter()
-        .map(|name| train.class(name).with_context(|| format!("VOC has no class \"{name}\"")))
+        .map(|name| {
+            train
+                .class(name)
+                .with_context(|| format!("VOC has no class \"{name}\""))
+        })
         .collect::<Result<Vec<ClassId>>>()?;
     let teacher = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &Device::Cpu)?;
     let teacher: Arc<dyn Backbone> = Arc::new(teacher);
-    let kept: Vec<usize> = (0..test.len()).step_by(arguments.test_stride.max(1)).collect();
+    let kept: Vec<usize> = (0..test.len())
+        .step_by(arguments.test_stride.max(1))
+        .collect();
     let test = Arc::new(Subset::new(test, kept)?);
     let mut bar = ProgressBar::new();
     let test_pictures = Pictures::read(
@@ -83,7 +89,9 @@ fn main() -> Result<()> {
 
     let mut rows: Vec<Row> = Vec::new();
     for (column, &class) in normal_classes.iter().enumerate() {
-        let protocol = MultiObject { normal: vec![class] };
+        let protocol = MultiObject {
+            normal: vec![class],
+        };
         let normal = Subset::new(train.clone(), protocol.train(&*train))?;
         let abnormal: Vec<bool> = (0..test.len())
             .map(|i| protocol.label(test.classes(i)) == Label::Abnormal)
@@ -102,13 +110,21 @@ fn main() -> Result<()> {
             eprintln!("  {name}: {value:.4}");
             match rows.iter_mut().find(|row| row.name == name) {
                 Some(row) => row.values.push(value),
-                None => rows.push(Row { name, values: vec![value] }),
+                None => rows.push(Row {
+                    name,
+                    values: vec![value],
+                }),
             }
             Ok(())
         };
         if !arguments.no_references {
-            let references =
-                References::fit(teacher.clone(), normal.clone(), Fit::Squash, &Device::Cpu, &mut bar)?;
+            let references = References::fit(
+                teacher.clone(),
+                normal.clone(),
+                Fit::Squash,
+                &Device::Cpu,
+                &mut bar,
+            )?;
             let mut all = [const { Vec::new() }; 4];
             for batch in batches(test_pictures.len()) {
                 let scores = references.score_all(&test_pictures.images(&batch)?)?;
@@ -148,9 +164,17 @@ fn main() -> Result<()> {
                         scores.extend(aggregation.score(&found)?);
                     }
                 }
-                let seed = if arguments.seeds.len() > 1 { format!(", seed {seed}") } else { String::new() };
+                let seed = if arguments.seeds.len() > 1 {
+                    format!(", seed {seed}")
+                } else {
+                    String::new()
+                };
                 for (aggregation, scores) in aggregations.iter().zip(&scores) {
-                    let detail = if arguments.all_scores { format!(", {aggregation:?}") } else { String::new() };
+                    let detail = if arguments.all_scores {
+                        format!(", {aggregation:?}")
+                    } else {
+                        String::new()
+                    };
                     add(format!("{name}{detail}{seed}"), scores)?;
                 }
             }
@@ -164,7 +188,10 @@ fn main() -> Result<()> {
 fn variants(arguments: &Arguments) -> Result<Vec<(String, DefendConfig)>> {
     if arguments.config.is_empty() {
         let whole = DefendConfig::default();
-        let distillation = DefendConfig { dense: None, ..whole.clone() };
+        let distillation = DefendConfig {
+            dense: None,
+            ..whole.clone()
+        };
         return Ok(vec![
             ("whole method".into(), whole),
             ("masked distillation alone".into(), distillation),

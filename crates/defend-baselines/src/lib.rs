@@ -10,9 +10,7 @@ use candle_core::{D, Device, Tensor};
 use defend_core::data::{Dataset, Fit, Preprocess};
 use defend_core::nn::ops::l2_normalize;
 use defend_core::vit::{Backbone, Features, Grid, ImageSource};
-use defend_core::{
-    Error, Novelty, NoveltyDetector, Observer, PatchMap, Pictures, preprocess_of,
-};
+use defend_core::{Error, Novelty, NoveltyDetector, Observer, PatchMap, Pictures, preprocess_of};
 
 /// Images a forward pass.
 const BATCH: usize = 32;
@@ -167,7 +165,10 @@ impl References {
             }
             Reference::ConstantStudent => {
                 let unit = l2_normalize(&features.patches)?;
-                let distance = unit.broadcast_sub(&self.position_means)?.sqr()?.sum(D::Minus1)?;
+                let distance = unit
+                    .broadcast_sub(&self.position_means)?
+                    .sqr()?
+                    .sum(D::Minus1)?;
                 mapped(distance.to_vec2()?, features.grid)
             }
         })
@@ -185,7 +186,9 @@ fn mapped(rows: Vec<Vec<f32>>, grid: Grid) -> Vec<Novelty> {
 
 /// Mean cosine distance to the nearest of `bank`, `[R, D]` of unit length, for each row of `[B, D]`.
 fn nearest(bank: &Tensor, features: &Tensor) -> Result<Vec<f32>, Error> {
-    let cosines = l2_normalize(features)?.matmul(&bank.t()?)?.to_vec2::<f32>()?;
+    let cosines = l2_normalize(features)?
+        .matmul(&bank.t()?)?
+        .to_vec2::<f32>()?;
     let mean = |mut row: Vec<f32>| {
         let k = NEIGHBOURS.min(row.len()).max(1);
         row.sort_by(|a, b| b.total_cmp(a));

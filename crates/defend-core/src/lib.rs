@@ -62,7 +62,7 @@ pub use defend_nn as nn;
 pub use defend_ot as ot;
 pub use defend_vit as vit;
 
-pub use candle_core::{Device, Tensor};
+pub use candle_core::{DType, Device, Tensor};
 
 /// What most programs need.
 pub mod prelude {

@@ -298,6 +298,42 @@ impl Vit {
         Self::load(self.spec.clone(), weights, scope, self.pos_embed.device())
     }
 
+    /// A shallower backbone of some of this one's blocks, everything trainable: the start of a distillation
+    /// into fewer blocks. Nothing is shared with `self`.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] for a block that does not exist; [`Error::Config`] without any.
+    pub fn with_blocks(&self, blocks: &[usize], name: &str) -> Result<Self, Error> {
+        let state = self.state()?;
+        let mut spec = self.spec.clone();
+        spec.name = name.to_owned();
+        spec.architecture.depth = blocks.len();
+        Self::build(
+            spec,
+            TrainScope::All,
+            0.0,
+            self.pos_embed.device(),
+            &mut |name, shape| {
+                let source = match name
+                    .strip_prefix("blocks.")
+                    .and_then(|rest| rest.split_once('.'))
+                {
+                    Some((index, rest)) => {
+                        let index = index.parse().ok().and_then(|i: usize| blocks.get(i));
+                        format!("blocks.{}.{rest}", index.copied().unwrap_or(usize::MAX))
+                    }
+                    None => name.to_owned(),
+                };
+                let tensor = state.get(&source).ok_or_else(|| Error::MissingTensor {
+                    origin: self.spec.name.clone(),
+                    name: source,
+                    expected: shape.to_vec(),
+                })?;
+                Ok(tensor.copy()?)
+            },
+        )
+    }
+
     /// The tokens that enter the first block, `[B, 1 + N, D]` (or 1 + M for kept ones).
     fn embed(&self, images: &Tensor, keep: Option<&TokenSet>) -> Result<(Tensor, Grid), Error> {
         let arch = &self.spec.architecture;
