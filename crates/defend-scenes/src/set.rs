@@ -1,0 +1,222 @@
+//! The pictures of a whole experiment.
+
+use std::path::Path;
+
+use defend_data::{ClassId, Dataset, Memory};
+use defend_nn::Rng;
+use rand::RngExt;
+use rand::seq::SliceRandom;
+use rayon::prelude::*;
+
+use crate::{Error, Object, Scene, render};
+
+/// What to render.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SceneConfig {
+    /// The object that makes a picture normal.
+    pub normal: Object,
+    /// Side of the pictures, pixels.
+    pub size: u32,
+    /// Fewest objects in a picture.
+    pub fewest: usize,
+    /// Most objects in a picture, at most 8.
+    pub most: usize,
+    /// Normal pictures to learn from.
+    pub train: usize,
+    /// Normal pictures to calibrate on.
+    pub calibration: usize,
+    /// Test pictures, half of them normal.
+    pub test: usize,
+    /// Seed of everything.
+    pub seed: u64,
+}
+
+impl Default for SceneConfig {
+    fn default() -> Self {
+        Self {
+            normal: Object::Boat,
+            size: 224,
+            fewest: 2,
+            most: 4,
+            train: 240,
+            calibration: 100,
+            test: 200,
+            seed: 0,
+        }
+    }
+}
+
+/// Rendered pictures, split as an experiment wants them; classes are the objects' names.
+#[derive(Debug, Clone)]
+pub struct SceneSet {
+    /// Normal pictures to learn from.
+    pub train: Memory,
+    /// Normal pictures to calibrate on.
+    pub calibration: Memory,
+    /// Test pictures that show the normal object.
+    pub test_normal: Memory,
+    /// Test pictures that do not.
+    pub test_abnormal: Memory,
+}
+
+impl SceneSet {
+    /// Renders all pictures; each depends on the seed, its split and its number only.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a size outside `32..=4096` or a range of objects outside `1..=8`.
+    pub fn render(config: &SceneConfig) -> Result<Self, Error> {
+        if config.fewest == 0 || config.most < config.fewest || config.most > 8 {
+            return Err(Error::Config {
+                field: "fewest..=most",
+                value: format!("{}..={}", config.fewest, config.most),
+                expected: "a range within 1..=8".into(),
+            });
+        }
+        let split = |name: &str, number: u64, count: usize, shows: bool| -> Result<Memory, Error> {
+            let render_one = |i: usize| -> Result<Scene, Error> {
+                let mut rng = Rng::stream(config.seed, number << 32 | i as u64);
+                let objects = choose(config, shows, &mut rng);
+                render(&objects, config.size, &mut rng)
+            };
+            let scenes: Result<Vec<Scene>, Error> =
+                (0..count).into_par_iter().map(render_one).collect();
+            let mut memory = Memory::new(Object::ALL.iter().map(|o| o.name().to_owned()).collect());
+            for (i, scene) in scenes?.into_iter().enumerate() {
+                let classes = scene.objects.iter().map(|placed| class_of(placed.object));
+                memory.push(
+                    format!("{name}/{i:04}.png"),
+                    scene.picture,
+                    classes.collect(),
+                );
+            }
+            Ok(memory)
+        };
+        Ok(Self {
+            train: split("train", 0, config.train, true)?,
+            calibration: split("calibration", 1, config.calibration, true)?,
+            test_normal: split("test/normal", 2, config.test.div_ceil(2), true)?,
+            test_abnormal: split("test/abnormal", 3, config.test / 2, false)?,
+        })
+    }
+
+    /// Writes all pictures under `folder`: `train/`, `calibration/`, `test/normal/`, `test/abnormal/`.
+    ///
+    /// # Errors
+    /// [`Error::Folder`] and [`Error::Write`], naming the path.
+    pub fn save(&self, folder: &Path) -> Result<(), Error> {
+        for memory in [
+            &self.train,
+            &self.calibration,
+            &self.test_normal,
+            &self.test_abnormal,
+        ] {
+            for i in 0..memory.len() {
+                let path = folder.join(memory.name(i).as_ref());
+                if let Some(parent) = path.parent() {
+                    let parent = parent.to_owned();
+                    std::fs::create_dir_all(&parent).map_err(|source| Error::Folder {
+                        path: parent,
+                        source,
+                    })?;
+                }
+                if let Ok(picture) = memory.image(i) {
+                    picture
+                        .save(&path)
+                        .map_err(|source| Error::Write { path, source })?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn class_of(object: Object) -> ClassId {
+    let position = Object::ALL.iter().position(|&o| o == object);
+    ClassId(position.map_or(u32::MAX, |p| p as u32))
+}
+
+/// Different objects in random order, with or without the normal one.
+fn choose(config: &SceneConfig, shows: bool, rng: &mut Rng) -> Vec<Object> {
+    let mut others: Vec<Object> = Object::ALL
+        .into_iter()
+        .filter(|&o| o != config.normal)
+        .collect();
+    others.shuffle(rng);
+    let count = rng.random_range(config.fewest..=config.most);
+    others.truncate(if shows { count - 1 } else { count });
+    if shows {
+        others.push(config.normal);
+        others.shuffle(rng);
+    }
+    others
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn small() -> SceneConfig {
+        SceneConfig {
+            train: 6,
+            calibration: 2,
+            test: 8,
+            size: 96,
+            ..SceneConfig::default()
+        }
+    }
+
+    #[test]
+    fn normal_pictures_show_the_object_and_abnormal_ones_do_not() {
+        let set = SceneSet::render(&small()).unwrap();
+        let normal = class_of(small().normal);
+        for i in 0..4 {
+            assert!(set.test_normal.classes(i).contains(&normal));
+            assert!(!set.test_abnormal.classes(i).contains(&normal));
+            assert!(set.test_abnormal.classes(i).len() >= small().fewest);
+        }
+    }
+
+    #[test]
+    fn the_seed_decides_every_pixel() {
+        let (a, b) = (
+            SceneSet::render(&small()).unwrap(),
+            SceneSet::render(&small()).unwrap(),
+        );
+        let other = SceneSet::render(&SceneConfig { seed: 1, ..small() }).unwrap();
+        for i in 0..6 {
+            assert_eq!(a.train.image(i).unwrap(), b.train.image(i).unwrap());
+            assert_ne!(a.train.image(i).unwrap(), other.train.image(i).unwrap());
+        }
+    }
+
+    #[test]
+    fn pictures_are_saved_where_the_command_looks_for_them() {
+        let folder = tempfile::tempdir().unwrap();
+        SceneSet::render(&small())
+            .unwrap()
+            .save(folder.path())
+            .unwrap();
+        let count = |sub: &str| std::fs::read_dir(folder.path().join(sub)).unwrap().count();
+        assert_eq!(
+            (count("train"), count("test/normal"), count("test/abnormal")),
+            (6, 4, 4)
+        );
+    }
+
+    #[test]
+    fn senseless_settings_are_refused() {
+        for wrong in [
+            SceneConfig {
+                fewest: 0,
+                ..small()
+            },
+            SceneConfig { most: 9, ..small() },
+            SceneConfig { size: 8, ..small() },
+        ] {
+            assert!(matches!(
+                SceneSet::render(&wrong),
+                Err(Error::Config { .. })
+            ));
+        }
+    }
+}
