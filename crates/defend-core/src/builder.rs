@@ -7,7 +7,7 @@ use defend_data::Dataset;
 use defend_dense::{DenseObjective, DenseReport, DenseTuner, PrototypeObjective};
 use defend_distill::{DistillObjective, DistillReport, Distiller, MaskPolicy, Score};
 use defend_nn::{Rng, TrainingStep};
-use defend_vit::{Backbone, ImageSource, Pretrained, TrainScope, Vit};
+use defend_vit::{Backbone, ImageSource, Pretrained, TrainScope, Trainable, Vit};
 
 use crate::observer::{Event, Observer, Stage};
 use crate::scan::{Skipped, preprocess_of};
@@ -26,6 +26,7 @@ impl Defend {
             backbone: None,
             strict: false,
             memory: 2 << 30,
+            student: None,
             dense: None,
             mask: None,
             objective: None,
@@ -44,6 +45,22 @@ mod stream {
 enum Source {
     Pretrained(Pretrained),
     Vit(Box<Vit>),
+    Own(Arc<dyn Backbone>),
+}
+
+/// The teacher before the dense stage.
+enum Teacher {
+    Vit(Vit),
+    Own(Arc<dyn Backbone>),
+}
+
+impl Teacher {
+    fn role(&self) -> &dyn Backbone {
+        match self {
+            Self::Vit(vit) => vit,
+            Self::Own(own) => &**own,
+        }
+    }
 }
 
 /// Settings and roles of a fit. Every role has the method's implementation as its default and can be
@@ -54,6 +71,7 @@ pub struct DefendBuilder {
     backbone: Option<Source>,
     strict: bool,
     memory: usize,
+    student: Option<Arc<dyn Trainable>>,
     dense: Option<Box<dyn DenseObjective>>,
     mask: Option<Box<dyn MaskPolicy>>,
     objective: Option<Arc<dyn DistillObjective>>,
@@ -86,6 +104,22 @@ impl DefendBuilder {
     #[must_use]
     pub fn teacher(mut self, teacher: Vit) -> Self {
         self.backbone = Some(Source::Vit(Box::new(teacher)));
+        self
+    }
+
+    /// A teacher of one's own. It stays as it is, so [`DefendConfig::dense`] has to be `None`, and without
+    /// [`Backbone::tensors`] such a detector cannot be saved.
+    #[must_use]
+    pub fn own_teacher(mut self, teacher: Arc<dyn Backbone>) -> Self {
+        self.backbone = Some(Source::Own(teacher));
+        self
+    }
+
+    /// A student of one's own in place of a random copy of the teacher's architecture; it is trained in
+    /// place. Its features have the teacher's width and grid.
+    #[must_use]
+    pub fn own_student(mut self, student: Arc<dyn Trainable>) -> Self {
+        self.student = Some(student);
         self
     }
 
@@ -163,25 +197,9 @@ impl DefendBuilder {
         observer: &mut dyn Observer,
     ) -> Result<Fitted, Error> {
         self.config.validate()?;
-        let device = self.device.clone();
-        let dense_blocks = self.config.dense.as_ref().map(|d| d.trained_blocks);
-        let scope = dense_blocks.map_or(TrainScope::Frozen, TrainScope::LastBlocks);
-        let teacher = match self.backbone {
-            Some(Source::Vit(vit)) => vit.copy(scope)?,
-            Some(Source::Pretrained(source)) => source.load(scope, &device)?,
-            #[cfg(feature = "embedded")]
-            None => crate::embedded_backbone().load(scope, &device)?,
-            #[cfg(not(feature = "embedded"))]
-            None => {
-                return Err(Error::Config {
-                    field: "backbone",
-                    value: "not set".into(),
-                    expected: "a pretrained backbone, or the feature \"embedded\"".into(),
-                });
-            }
-        };
-        let config = self.config;
-        let preprocess = preprocess_of(teacher.spec(), config.fit);
+        let (config, device) = (self.config, self.device);
+        let teacher = load_teacher(self.backbone, &config, &device)?;
+        let preprocess = preprocess_of(teacher.role().spec(), config.fit);
         let pictures = Pictures::read(
             Arc::new(normal),
             preprocess.clone(),
@@ -191,31 +209,26 @@ impl DefendBuilder {
             observer,
         )?;
 
-        let dense = match &config.dense {
-            None => None,
-            Some(dense) => {
-                let mut rng = Rng::stream(config.seed, stream::DENSE);
-                let width = teacher.spec().architecture.width;
-                let objective: Box<dyn DenseObjective> = match self.dense {
-                    Some(objective) => objective,
-                    None => Box::new(PrototypeObjective::random(dense, width, &mut rng, &device)?),
-                };
-                let images = dense.epochs * pictures.len();
-                let report = observed(observer, Stage::Dense, images, |on_step| {
-                    let tuner = DenseTuner::new(dense.clone())?;
-                    tuner.tune(&teacher, &*objective, &pictures, &mut rng, on_step)
-                })?;
-                Some(report)
-            }
+        let mut dense_report = None;
+        if let (Some(dense), Teacher::Vit(teacher)) = (&config.dense, &teacher) {
+            let mut rng = Rng::stream(config.seed, stream::DENSE);
+            let width = teacher.spec().architecture.width;
+            let objective: Box<dyn DenseObjective> = match self.dense {
+                Some(objective) => objective,
+                None => Box::new(PrototypeObjective::random(dense, width, &mut rng, &device)?),
+            };
+            let images = dense.epochs * pictures.len();
+            let report = observed(observer, Stage::Dense, images, |on_step| {
+                let tuner = DenseTuner::new(dense.clone())?;
+                tuner.tune(teacher, &*objective, &pictures, &mut rng, on_step)
+            })?;
+            dense_report = Some(report);
+        }
+        let teacher: Arc<dyn Backbone> = match teacher {
+            Teacher::Vit(vit) => Arc::new(vit.copy(TrainScope::Frozen)?),
+            Teacher::Own(own) => own,
         };
 
-        let teacher = teacher.copy(TrainScope::Frozen)?;
-        let student = Vit::random(
-            teacher.spec().clone(),
-            config.distill.drop_path,
-            &mut Rng::stream(config.seed, stream::STUDENT),
-            &device,
-        )?;
         let mask: Box<dyn MaskPolicy> = match self.mask {
             Some(mask) => mask,
             None => Box::new(config.distill.mask),
@@ -228,23 +241,40 @@ impl DefendBuilder {
         let objective = self
             .objective
             .unwrap_or_else(|| Arc::new(config.distill.distance));
-        let images = config.distill.epochs_for(pictures.len()) * pictures.len();
-        let distill = observed(observer, Stage::Distill, images, |on_step| {
-            let mut rng = Rng::stream(config.seed, stream::DISTILL);
-            Distiller::new(config.distill.clone())?.distill(
-                &teacher,
-                &student,
-                &*mask,
-                &*objective,
-                &pictures,
-                &mut rng,
-                on_step,
-            )
-        })?;
-        let student = student.copy(TrainScope::Frozen)?;
+        let distill = |student: &dyn Trainable, observer: &mut dyn Observer| {
+            let images = config.distill.epochs_for(pictures.len()) * pictures.len();
+            observed(observer, Stage::Distill, images, |on_step| {
+                let mut rng = Rng::stream(config.seed, stream::DISTILL);
+                Distiller::new(config.distill.clone())?.distill(
+                    &*teacher,
+                    student,
+                    &*mask,
+                    &*objective,
+                    &pictures,
+                    &mut rng,
+                    on_step,
+                )
+            })
+        };
+        let (student, distill): (Arc<dyn Backbone>, _) = match self.student {
+            Some(own) => {
+                let report = distill(&*own, observer)?;
+                (own, report)
+            }
+            None => {
+                let vit = Vit::random(
+                    teacher.spec().clone(),
+                    config.distill.drop_path,
+                    &mut Rng::stream(config.seed, stream::STUDENT),
+                    &device,
+                )?;
+                let report = distill(&vit, observer)?;
+                (Arc::new(vit.copy(TrainScope::Frozen)?), report)
+            }
+        };
         let mut detector = Detector {
-            teacher: Arc::new(teacher),
-            student: Arc::new(student),
+            teacher,
+            student,
             objective,
             score: self.score.unwrap_or_else(|| Arc::new(config.aggregation)),
             custom,
@@ -262,10 +292,43 @@ impl DefendBuilder {
             images: pictures.len(),
             skipped: pictures.skipped().to_vec(),
             detector,
-            dense,
+            dense: dense_report,
             distill,
         })
     }
+}
+
+/// The teacher as it enters the dense stage, with the blocks trainable that this stage trains.
+fn load_teacher(
+    source: Option<Source>,
+    config: &DefendConfig,
+    device: &Device,
+) -> Result<Teacher, Error> {
+    let dense_blocks = config.dense.as_ref().map(|d| d.trained_blocks);
+    let scope = dense_blocks.map_or(TrainScope::Frozen, TrainScope::LastBlocks);
+    let vit = match source {
+        Some(Source::Own(_)) if config.dense.is_some() => {
+            return Err(Error::Config {
+                field: "dense",
+                value: "set".into(),
+                expected: "null with a teacher of one's own, which cannot be fine-tuned".into(),
+            });
+        }
+        Some(Source::Own(own)) => return Ok(Teacher::Own(own)),
+        Some(Source::Vit(vit)) => vit.copy(scope)?,
+        Some(Source::Pretrained(source)) => source.load(scope, device)?,
+        #[cfg(feature = "embedded")]
+        None => crate::embedded_backbone().load(scope, device)?,
+        #[cfg(not(feature = "embedded"))]
+        None => {
+            return Err(Error::Config {
+                field: "backbone",
+                value: "not set".into(),
+                expected: "a pretrained backbone, or the feature \"embedded\"".into(),
+            });
+        }
+    };
+    Ok(Teacher::Vit(vit))
 }
 
 /// Runs a training stage between its events.

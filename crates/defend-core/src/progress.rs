@@ -9,12 +9,24 @@ use crate::{Event, Observer, Stage};
 #[derive(Debug)]
 pub struct ProgressBar {
     bar: Bar,
+    visible: bool,
 }
 
 impl ProgressBar {
     /// A bar that appears with the first stage.
     pub fn new() -> Self {
-        Self { bar: Bar::hidden() }
+        Self {
+            bar: Bar::hidden(),
+            visible: true,
+        }
+    }
+
+    /// Never a bar: only skipped images are named, for programs that write to the terminal themselves.
+    pub fn hidden() -> Self {
+        Self {
+            bar: Bar::hidden(),
+            visible: false,
+        }
     }
 }
 
@@ -27,7 +39,7 @@ impl Default for ProgressBar {
 impl Observer for ProgressBar {
     fn on(&mut self, event: &Event<'_>) {
         match event {
-            Event::Started { stage, images } => {
+            Event::Started { stage, images } if self.visible => {
                 let title = match stage {
                     Stage::Read => "reading",
                     Stage::Dense => "dense tuning",
@@ -53,6 +65,7 @@ impl Observer for ProgressBar {
                 self.bar
                     .suspend(|| eprintln!("skipped {}: {}", failure.name, failure.error));
             }
+            Event::Started { .. } => {}
             Event::Finished { .. } => self.bar.finish_and_clear(),
         }
     }

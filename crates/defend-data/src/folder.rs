@@ -16,18 +16,20 @@ const EXTENSIONS: [&str; 13] = [
 #[derive(Debug, Clone)]
 pub struct ImageFolder {
     paths: Vec<PathBuf>,
+    passed_over: Vec<PathBuf>,
 }
 
 impl ImageFolder {
     /// Finds the images in `folder` and its sub-folders, sorted by path.
     ///
-    /// A file counts by its extension, in upper or lower case; other files and all whose name or
-    /// folder starts with a dot are passed over. Links are followed.
+    /// A file counts by its extension, in upper or lower case; other files are passed over
+    /// ([`ImageFolder::passed_over`]), and so are all whose name or folder starts with a dot. Links are
+    /// followed.
     /// # Errors
     /// [`Error::Walk`] when the folder cannot be listed; [`Error::NoImages`].
     pub fn open(folder: impl AsRef<Path>) -> Result<Self, Error> {
         let folder = folder.as_ref();
-        let paths = images_under(folder)?;
+        let (paths, passed_over) = files_under(folder)?;
         if paths.is_empty() {
             let expected = "files that end in .jpg, .png, .webp, .bmp, .gif, .tif or .ppm";
             return Err(Error::NoImages {
@@ -35,17 +37,25 @@ impl ImageFolder {
                 expected,
             });
         }
-        Ok(Self { paths })
+        Ok(Self { paths, passed_over })
     }
 
     /// Takes these files as they are, whatever their extension and in this order.
     pub fn from_paths(paths: Vec<PathBuf>) -> Self {
-        Self { paths }
+        Self {
+            paths,
+            passed_over: Vec::new(),
+        }
     }
 
     /// The files.
     pub fn paths(&self) -> &[PathBuf] {
         &self.paths
+    }
+
+    /// Files of the folder that are no images by their extension, sorted by path.
+    pub fn passed_over(&self) -> &[PathBuf] {
+        &self.passed_over
     }
 }
 
@@ -102,7 +112,7 @@ impl ClassFolder {
             }
             let class = ClassId(class_names.len() as u32);
             class_names.push(entry.file_name().to_string_lossy().into_owned());
-            paths.extend(images_under(entry.path())?);
+            paths.extend(files_under(entry.path())?.0);
             classes.resize(paths.len(), class);
         }
         if paths.is_empty() {
@@ -113,7 +123,7 @@ impl ClassFolder {
             });
         }
         Ok(Self {
-            images: ImageFolder { paths },
+            images: ImageFolder::from_paths(paths),
             classes,
             class_names,
         })
@@ -152,19 +162,27 @@ fn visible(walk: WalkDir) -> impl Iterator<Item = walkdir::Result<DirEntry>> {
         })
 }
 
-fn images_under(folder: &Path) -> Result<Vec<PathBuf>, Error> {
-    let mut paths = Vec::new();
+/// Images and other files below `folder`, both sorted by path.
+fn files_under(folder: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>), Error> {
+    let (mut images, mut others) = (Vec::new(), Vec::new());
     for entry in visible(WalkDir::new(folder)) {
         let entry = entry.map_err(|source| Error::Walk {
             path: folder.into(),
             source,
         })?;
-        if entry.file_type().is_file() && has_image_extension(entry.path()) {
-            paths.push(entry.into_path());
+        if !entry.file_type().is_file() {
+            continue;
         }
+        let files = if has_image_extension(entry.path()) {
+            &mut images
+        } else {
+            &mut others
+        };
+        files.push(entry.into_path());
     }
-    paths.sort_unstable();
-    Ok(paths)
+    images.sort_unstable();
+    others.sort_unstable();
+    Ok((images, others))
 }
 
 fn has_image_extension(path: &Path) -> bool {

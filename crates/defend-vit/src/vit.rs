@@ -306,7 +306,7 @@ impl Vit {
     pub fn with_blocks(&self, blocks: &[usize], name: &str) -> Result<Self, Error> {
         let state = self.state()?;
         let mut spec = self.spec.clone();
-        spec.name = name.to_owned();
+        name.clone_into(&mut spec.name);
         spec.architecture.depth = blocks.len();
         Self::build(
             spec,

@@ -1,0 +1,234 @@
+//! What can be said on the command line.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use defend_core::vit::Pretrained;
+use defend_core::{DefendConfig, Detector, Device, best_device};
+
+/// Does this picture show what I have called normal, even when other things are in it too?
+#[derive(Parser)]
+#[command(name = "defend", version)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Learns from a folder of normal pictures and writes a model.
+    Fit(Fit),
+    /// Chooses a model's threshold from held-out normal pictures.
+    Calibrate(Calibrate),
+    /// Prints a line for each picture: score, verdict, path.
+    Score(Score),
+    /// Measures a model on labelled pictures.
+    Evaluate(Evaluate),
+    /// Renders pictures of everyday objects and does the whole job on them.
+    Demo(Demo),
+    /// Prints the default settings as JSON, to be changed and given to `fit --config`.
+    Settings,
+}
+
+#[derive(Args)]
+pub(crate) struct Fit {
+    /// Folder of normal pictures; its sub-folders count too. May be given several times.
+    #[arg(long, required = true)]
+    pub(crate) normal: Vec<PathBuf>,
+    /// Model file to write.
+    #[arg(long)]
+    pub(crate) out: PathBuf,
+    /// Pretrained weights: a safetensors file, a folder with config.json and model.safetensors, or a
+    /// model id of the hub such as timm/vit_small_patch16_224.augreg_in21k_ft_in1k. Without it, the
+    /// small backbone inside the program.
+    #[arg(long)]
+    pub(crate) backbone: Option<String>,
+    /// Settings as JSON; see `defend settings`.
+    #[arg(long)]
+    pub(crate) config: Option<PathBuf>,
+    /// Seed of every random choice; overrides the settings.
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// Leaves the dense fine-tuning of the backbone out.
+    #[arg(long)]
+    pub(crate) no_dense: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Calibrate {
+    /// Model file.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// Folder of normal pictures that were not fitted on. May be given several times.
+    #[arg(long, required = true)]
+    pub(crate) normal: Vec<PathBuf>,
+    /// Share of normal pictures that may be called novel, between 0 and 1.
+    #[arg(long, default_value_t = 0.05)]
+    pub(crate) false_alarm_rate: f64,
+    /// Model file to write; by default the model is replaced.
+    #[arg(long)]
+    pub(crate) out: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Score {
+    /// Model file.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// How the lines look.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
+    /// Folder for pictures with the novelty laid over them as a heat map.
+    #[arg(long)]
+    pub(crate) maps: Option<PathBuf>,
+    /// Pictures and folders of pictures.
+    #[arg(required = true)]
+    pub(crate) paths: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Evaluate {
+    /// Model file.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// Folder with the sub-folders normal and abnormal.
+    #[arg(long)]
+    pub(crate) test: PathBuf,
+    /// Prints the figures as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Demo {
+    /// Folder for pictures, model and heat maps.
+    #[arg(long, default_value = "out/demo")]
+    pub(crate) out: PathBuf,
+    /// Object that makes a picture normal.
+    #[arg(long, default_value = "boat")]
+    pub(crate) normal: String,
+    /// Seed of pictures and training.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+/// What every job that reads pictures understands.
+#[derive(Args, Clone, Copy)]
+pub(crate) struct Common {
+    /// Stops at the first picture that cannot be read, instead of naming and counting it.
+    #[arg(long)]
+    pub(crate) strict: bool,
+    /// Where to compute.
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Best)]
+    pub(crate) device: DeviceChoice,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Format {
+    /// `score<TAB>verdict<TAB>path`.
+    Text,
+    /// A header, then `path,score,verdict,error`.
+    Csv,
+    /// A JSON object a line.
+    Json,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum DeviceChoice {
+    /// The graphics card where this build and this machine have one.
+    Best,
+    /// The processor.
+    Cpu,
+}
+
+impl Common {
+    pub(crate) fn device(self) -> Device {
+        match self.device {
+            DeviceChoice::Best => best_device(),
+            DeviceChoice::Cpu => Device::Cpu,
+        }
+    }
+
+    pub(crate) fn load(self, model: &Path) -> Result<Detector> {
+        Ok(Detector::load(model, &self.device())?)
+    }
+}
+
+impl Fit {
+    /// Settings from file and flags.
+    pub(crate) fn settings(&self) -> Result<DefendConfig> {
+        let mut config = match &self.config {
+            None => DefendConfig::default(),
+            Some(path) => {
+                let text = std::fs::read_to_string(path)
+                    .with_context(|| format!("cannot read the settings {}", path.display()))?;
+                serde_json::from_str(&text)
+                    .with_context(|| format!("the settings {} are not valid", path.display()))?
+            }
+        };
+        if let Some(seed) = self.seed {
+            config.seed = seed;
+        }
+        if self.no_dense {
+            config.dense = None;
+        }
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Where the weights come from: what exists on disk wins over the hub.
+    pub(crate) fn pretrained(&self) -> Pretrained {
+        match &self.backbone {
+            None => defend_core::embedded_backbone(),
+            Some(name) if Path::new(name).exists() || !looks_like_model_id(name) => {
+                Pretrained::local(name)
+            }
+            Some(name) => Pretrained::hub(name),
+        }
+    }
+}
+
+/// `owner/name`, neither of them a path.
+fn looks_like_model_id(name: &str) -> bool {
+    let is_file = Path::new(name)
+        .extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("safetensors"));
+    let parts: Vec<&str> = name.split('/').collect();
+    !is_file && parts.len() == 2 && parts.iter().all(|p| !p.is_empty() && !p.starts_with('.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn model_ids_are_told_from_paths() {
+        assert!(looks_like_model_id("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"));
+        for path in [
+            "weights.safetensors",
+            "weights/tiny.safetensors",
+            "./weights",
+            "/weights/tiny",
+            "a/b/c",
+        ] {
+            assert!(!looks_like_model_id(path), "{path}");
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! `defend demo`: the whole job on pictures that it renders itself.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use defend_baselines::{Reference, References};
+use defend_core::data::{Dataset, ImageFolder};
+use defend_core::metrics::{FalseAlarmRate, auroc};
+use defend_core::vit::{Backbone, TrainScope};
+use defend_core::{Defend, DefendConfig, Detector, Device, NoveltyDetector, ProgressBar, scan, scan_each};
+use defend_scenes::{Object, SceneConfig, SceneSet};
+use ndarray::ArrayView1;
+
+use crate::arguments::Demo;
+use crate::evaluate::evaluate;
+use crate::fit::summarize;
+use crate::maps::MapFolder;
+use crate::pictures::make_folder;
+
+/// Overlays of each test folder.
+const OVERLAYS: usize = 8;
+
+pub(crate) fn run(arguments: &Demo) -> Result<()> {
+    let start = Instant::now();
+    let normal = object(&arguments.normal)?;
+    let pictures = arguments.out.join("pictures");
+    make_folder(&pictures)?;
+    let scenes = SceneConfig {
+        normal,
+        seed: arguments.seed,
+        ..SceneConfig::default()
+    };
+    SceneSet::render(&scenes)?.save(&pictures)?;
+    println!(
+        "{}: rendered {} pictures of several objects each; normal = a {} is among them",
+        pictures.display(),
+        scenes.train + scenes.calibration + scenes.test,
+        normal.name()
+    );
+
+    let (mut bar, device) = (ProgressBar::new(), arguments.common.device());
+    let folder = |name: &str| ImageFolder::open(pictures.join(name));
+    let mut fitted = Defend::builder()
+        .seed(arguments.seed)
+        .device(device.clone())
+        .fit(folder("train")?, &mut bar)?;
+    summarize(&fitted);
+    let rate = FalseAlarmRate::new(0.05)?;
+    fitted
+        .detector
+        .calibrate(folder("calibration")?, rate, &mut bar)?;
+    let model = arguments.out.join("model.defend");
+    fitted.detector.save(&model)?;
+    println!("{}: the fitted and calibrated model", model.display());
+
+    let detector = Detector::load(&model, &device)?;
+    let normal_paths = folder("test/normal")?.paths().to_vec();
+    let first_abnormal = normal_paths.len();
+    let paths = [normal_paths, folder("test/abnormal")?.paths().to_vec()].concat();
+    let test: Arc<dyn Dataset> = Arc::new(ImageFolder::from_paths(paths));
+    evaluate(&detector, &test, first_abnormal, true, &mut bar)?.print();
+    print_references(folder("train")?, &test, first_abnormal, &device, &mut bar)?;
+
+    let maps = arguments.out.join("maps");
+    write_overlays(&detector, &pictures, &maps)?;
+    println!("{}: where the novelty is, picture by picture", maps.display());
+    println!("done in {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn object(name: &str) -> Result<Object> {
+    let known = || Object::ALL.map(Object::name).join(", ");
+    let found = Object::ALL.into_iter().find(|o| o.name() == name);
+    found.with_context(|| format!("no object \"{name}\", expected one of: {}", known()))
+}
+
+/// What simpler detectors get from the same backbone's untouched features.
+fn print_references(
+    train: ImageFolder,
+    test: &Arc<dyn Dataset>,
+    first_abnormal: usize,
+    device: &Device,
+    bar: &mut ProgressBar,
+) -> Result<()> {
+    let teacher: Arc<dyn Backbone> =
+        Arc::new(defend_core::embedded_backbone().load(TrainScope::Frozen, device)?);
+    let fit = DefendConfig::default().fit;
+    let references = Arc::new(References::fit(teacher, train, fit, device, bar)?);
+    let abnormal: Vec<bool> = (0..test.len()).map(|i| i >= first_abnormal).collect();
+    println!("beside it, on the same backbone's untouched features:");
+    for reference in Reference::ALL {
+        let detector: &dyn NoveltyDetector = &references.detector(reference);
+        let scores = scan(detector, test.clone(), bar)?.scores();
+        let value = auroc(ArrayView1::from(&scores), ArrayView1::from(&abnormal))?;
+        println!("  {:<20} AUROC {value:.4}", reference.name());
+    }
+    Ok(())
+}
+
+fn write_overlays(detector: &Detector, pictures: &Path, maps: &Path) -> Result<()> {
+    let mut folder = MapFolder::make(maps, detector)?;
+    for name in ["normal", "abnormal"] {
+        let mut paths = ImageFolder::open(pictures.join("test").join(name))?
+            .paths()
+            .to_vec();
+        paths.truncate(OVERLAYS);
+        let inside: Vec<_> = paths
+            .iter()
+            .map(|p| Path::new(name).join(p.file_name().unwrap_or_default()))
+            .collect();
+        let some: Arc<dyn Dataset> = Arc::new(ImageFolder::from_paths(paths));
+        scan_each::<anyhow::Error>(detector, &some, &mut ProgressBar::hidden(), &mut |outcome| {
+            if let Ok((finding, resized)) = outcome {
+                let inside = inside.get(finding.index).context("unknown picture")?;
+                folder.write(inside, &finding, &some, &resized)?;
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}

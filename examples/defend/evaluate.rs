@@ -1,0 +1,151 @@
+//! `defend evaluate`
+
+use std::sync::Arc;
+
+use anyhow::{Result, bail};
+use defend_core::data::{Dataset, ImageFolder};
+use defend_core::metrics::{
+    Interval, Threshold, auroc_interval, average_precision, fpr_at_tpr,
+};
+use defend_core::{Detector, Observer, ProgressBar};
+use ndarray::{Array1, ArrayView1};
+use serde::Serialize;
+
+use crate::arguments::Evaluate;
+use crate::pictures::{find, scan_all};
+
+/// Confidence of the intervals.
+const CONFIDENCE: f64 = 0.95;
+
+pub(crate) fn run(arguments: &Evaluate) -> Result<()> {
+    let strict = arguments.common.strict;
+    let folder = |name: &str| {
+        let path = arguments.test.join(name);
+        if !path.is_dir() {
+            bail!(
+                "{} is missing: the test folder needs the sub-folders normal and abnormal",
+                path.display()
+            );
+        }
+        Ok(find(&[path], strict)?.paths)
+    };
+    let (normal, abnormal) = (folder("normal")?, folder("abnormal")?);
+    let detector = arguments.common.load(&arguments.model)?;
+    let first_abnormal = normal.len();
+    let paths = [normal, abnormal].concat();
+    let pictures: Arc<dyn Dataset> = Arc::new(ImageFolder::from_paths(paths));
+    let figures = evaluate(
+        &detector,
+        &pictures,
+        first_abnormal,
+        strict,
+        &mut ProgressBar::new(),
+    )?;
+    if arguments.json {
+        println!("{}", serde_json::to_string(&figures)?);
+    } else {
+        figures.print();
+    }
+    Ok(())
+}
+
+/// What a detector is worth on a test set.
+#[derive(Debug, Serialize)]
+pub(crate) struct Figures {
+    pub(crate) normal: usize,
+    pub(crate) abnormal: usize,
+    pub(crate) auroc: f64,
+    /// Of the AUROC, by DeLong.
+    pub(crate) confidence_95: [f64; 2],
+    pub(crate) aupr: f64,
+    pub(crate) fpr_at_95_tpr: f64,
+    /// Share of the normal pictures called novel, where the model is calibrated.
+    pub(crate) false_alarms: Option<f64>,
+    /// Share of the abnormal pictures called novel, where the model is calibrated.
+    pub(crate) detections: Option<f64>,
+}
+
+/// Scores pictures of which the first `first_abnormal` are normal and the others are not.
+pub(crate) fn evaluate(
+    detector: &Detector,
+    pictures: &Arc<dyn Dataset>,
+    first_abnormal: usize,
+    strict: bool,
+    observer: &mut dyn Observer,
+) -> Result<Figures> {
+    let (mut scores, mut abnormal) = (Vec::new(), Vec::new());
+    scan_all(detector, pictures, strict, observer, &mut |outcome| {
+        if let Ok((finding, _)) = outcome {
+            scores.push(f64::from(finding.novelty.score));
+            abnormal.push(finding.index >= first_abnormal);
+        }
+        Ok(())
+    })?;
+    let threshold = detector.calibration().map(|c| c.threshold);
+    figures(&scores, &abnormal, threshold)
+}
+
+fn figures(scores: &[f64], abnormal: &[bool], threshold: Option<f64>) -> Result<Figures> {
+    let labels = Array1::from_iter(abnormal.iter().copied());
+    let views = (ArrayView1::from(scores), labels.view());
+    let Interval {
+        low,
+        estimate,
+        high,
+    } = auroc_interval(views.0, views.1, CONFIDENCE)?;
+    let count = |class: bool| abnormal.iter().filter(|&&a| a == class).count();
+    let called_novel = |class: bool| -> Result<Option<f64>> {
+        let Some(threshold) = threshold else {
+            return Ok(None);
+        };
+        let threshold = Threshold::new(threshold)?;
+        let of_class = scores.iter().zip(abnormal).filter(|(_, a)| **a == class);
+        let novel = of_class.filter(|(s, _)| threshold.is_novel(**s)).count();
+        Ok(Some(novel as f64 / count(class) as f64))
+    };
+    Ok(Figures {
+        normal: count(false),
+        abnormal: count(true),
+        auroc: estimate,
+        confidence_95: [low, high],
+        aupr: average_precision(views.0, views.1)?,
+        fpr_at_95_tpr: fpr_at_tpr(views.0, views.1, 0.95)?,
+        false_alarms: called_novel(false)?,
+        detections: called_novel(true)?,
+    })
+}
+
+impl Figures {
+    pub(crate) fn print(&self) {
+        let [low, high] = self.confidence_95;
+        println!("pictures          {} normal, {} abnormal", self.normal, self.abnormal);
+        println!("AUROC             {:.4}  (95 % confidence {low:.4} to {high:.4})", self.auroc);
+        println!("AUPR              {:.4}", self.aupr);
+        println!("FPR at 95 % TPR   {:.4}", self.fpr_at_95_tpr);
+        if let (Some(false_alarms), Some(detections)) = (self.false_alarms, self.detections) {
+            println!(
+                "at the threshold  {:.1} % of normal and {:.1} % of abnormal pictures called novel",
+                100.0 * false_alarms,
+                100.0 * detections
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_match_hand_computed_values() {
+        let scores = [0.1, 0.2, 0.3, 0.4, 0.35, 0.5, 0.6, 0.7];
+        let abnormal = [false, false, false, false, true, true, true, true];
+        let found = figures(&scores, &abnormal, Some(0.32)).unwrap();
+        // 15 of 16 pairs are ordered rightly; one normal picture is above the threshold.
+        assert_eq!((found.normal, found.abnormal, found.auroc), (4, 4, 15.0 / 16.0));
+        assert_eq!((found.false_alarms, found.detections), (Some(0.25), Some(1.0)));
+        assert_eq!(found.fpr_at_95_tpr, 0.25);
+        assert!(figures(&scores, &abnormal, None).unwrap().detections.is_none());
+        assert!(figures(&scores[..4], &abnormal[..4], None).is_err());
+    }
+}

@@ -1,0 +1,176 @@
+//! `defend score`
+
+use std::io::{IsTerminal, Write, stdout};
+
+use anyhow::{Context, Result};
+use defend_core::{Finding, Outcome, ProgressBar, Verdict};
+use serde::Serialize;
+
+use crate::arguments::{Format, Score};
+use crate::maps::MapFolder;
+use crate::pictures::{find, scan_all};
+
+pub(crate) fn run(arguments: &Score) -> Result<()> {
+    let detector = arguments.common.load(&arguments.model)?;
+    let found = find(&arguments.paths, arguments.common.strict)?;
+    let mut maps = match &arguments.maps {
+        Some(folder) => Some(MapFolder::make(folder, &detector)?),
+        None => None,
+    };
+    if detector.calibration().is_none() {
+        eprintln!(
+            "the model has no threshold yet, so there are no verdicts: see defend calibrate"
+        );
+    }
+    // On a terminal the lines themselves show the progress, and a bar would write over them.
+    let mut bar = if stdout().is_terminal() {
+        ProgressBar::hidden()
+    } else {
+        ProgressBar::new()
+    };
+    let mut lines = Lines::new(arguments.format, stdout().lock())?;
+    let dataset = found.dataset();
+    scan_all(
+        &detector,
+        &dataset,
+        arguments.common.strict,
+        &mut bar,
+        &mut |outcome| {
+            lines.write(&outcome)?;
+            let (Some(maps), Ok((finding, resized))) = (&mut maps, outcome) else {
+                return Ok(());
+            };
+            let inside = found.inside.get(finding.index);
+            let inside = inside.context("a finding without a picture")?;
+            maps.write(inside, &finding, &dataset, &resized)
+        },
+    )
+}
+
+/// What is known of a picture, for CSV and JSON.
+#[derive(Serialize)]
+struct Record<'a> {
+    path: &'a str,
+    score: Option<f32>,
+    verdict: Option<Verdict>,
+    error: Option<String>,
+}
+
+impl<'a> Record<'a> {
+    fn of(outcome: &'a Outcome) -> Self {
+        match outcome {
+            Ok((Finding { name, novelty, .. }, _)) => Self {
+                path: name,
+                score: Some(novelty.score),
+                verdict: novelty.verdict,
+                error: None,
+            },
+            Err(failure) => Self {
+                path: &failure.name,
+                score: None,
+                verdict: None,
+                error: Some(failure.error.to_string()),
+            },
+        }
+    }
+}
+
+/// Writes a line an image, at once: a run that is cut short has said what it knew.
+enum Lines<W: Write> {
+    Text(W),
+    Csv(Box<csv::Writer<W>>),
+    Json(W),
+}
+
+impl<W: Write> Lines<W> {
+    fn new(format: Format, out: W) -> Result<Self> {
+        Ok(match format {
+            Format::Text => Self::Text(out),
+            Format::Csv => Self::Csv(Box::new(csv::Writer::from_writer(out))),
+            Format::Json => Self::Json(out),
+        })
+    }
+
+    fn write(&mut self, outcome: &Outcome) -> Result<()> {
+        let record = Record::of(outcome);
+        match self {
+            Self::Text(out) => match (record.score, record.verdict) {
+                (Some(score), Some(verdict)) => {
+                    writeln!(out, "{score:.6}\t{}\t{}", word(verdict), record.path)?;
+                }
+                (Some(score), None) => writeln!(out, "{score:.6}\t-\t{}", record.path)?,
+                (None, _) => writeln!(out, "-\tunreadable\t{}", record.path)?,
+            },
+            Self::Csv(out) => {
+                out.serialize(record)?;
+                out.flush()?;
+            }
+            Self::Json(out) => {
+                serde_json::to_writer(&mut *out, &record)?;
+                writeln!(out)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn word(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Normal => "normal",
+        Verdict::Novel => "novel",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use defend_core::Novelty;
+    use defend_core::data::{Error, Failure, RgbImage};
+
+    fn lines(format: Format) -> String {
+        let novelty = Novelty {
+            score: 0.25,
+            verdict: Some(Verdict::Novel),
+            map: None,
+        };
+        let name = "a, \"b\".jpg".to_owned();
+        let good = Finding {
+            index: 0,
+            name,
+            novelty,
+        };
+        let bad = Failure {
+            index: 1,
+            name: "c.jpg".into(),
+            error: Error::EmptyFile {
+                origin: "c.jpg".into(),
+            },
+        };
+        let mut bytes = Vec::new();
+        let mut lines = Lines::new(format, &mut bytes).unwrap();
+        lines.write(&Ok((good, RgbImage::new(1, 1)))).unwrap();
+        lines.write(&Err(bad)).unwrap();
+        drop(lines);
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn every_picture_has_a_line_in_every_format() {
+        assert_eq!(
+            lines(Format::Text),
+            "0.250000\tnovel\ta, \"b\".jpg\n-\tunreadable\tc.jpg\n"
+        );
+        let csv = lines(Format::Csv);
+        let mut csv = csv.lines();
+        assert_eq!(csv.next(), Some("path,score,verdict,error"));
+        assert_eq!(csv.next(), Some("\"a, \"\"b\"\".jpg\",0.25,novel,"));
+        assert!(csv.next().unwrap().starts_with("c.jpg,,,"));
+        let json = lines(Format::Json);
+        let rows: Vec<serde_json::Value> = json
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        assert_eq!(rows[0]["verdict"], "novel");
+        assert!(rows[1]["score"].is_null() && rows[1]["error"].is_string());
+    }
+}
