@@ -220,7 +220,9 @@ mod tests {
 
     #[test]
     fn model_ids_are_told_from_paths() {
-        assert!(looks_like_model_id("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"));
+        assert!(looks_like_model_id(
+            "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+        ));
         for path in [
             "weights.safetensors",
             "weights/tiny.safetensors",

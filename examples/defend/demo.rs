@@ -9,7 +9,9 @@ use defend_baselines::{Reference, References};
 use defend_core::data::{Dataset, ImageFolder};
 use defend_core::metrics::{FalseAlarmRate, auroc};
 use defend_core::vit::{Backbone, TrainScope};
-use defend_core::{Defend, DefendConfig, Detector, Device, NoveltyDetector, ProgressBar, scan, scan_each};
+use defend_core::{
+    Defend, DefendConfig, Detector, Device, NoveltyDetector, ProgressBar, scan, scan_each,
+};
 use defend_scenes::{Object, SceneConfig, SceneSet};
 use ndarray::ArrayView1;
 
@@ -65,7 +67,10 @@ pub(crate) fn run(arguments: &Demo) -> Result<()> {
 
     let maps = arguments.out.join("maps");
     write_overlays(&detector, &pictures, &maps)?;
-    println!("{}: where the novelty is, picture by picture", maps.display());
+    println!(
+        "{}: where the novelty is, picture by picture",
+        maps.display()
+    );
     println!("done in {:.0} s", start.elapsed().as_secs_f64());
     Ok(())
 }
@@ -111,13 +116,18 @@ fn write_overlays(detector: &Detector, pictures: &Path, maps: &Path) -> Result<(
             .map(|p| Path::new(name).join(p.file_name().unwrap_or_default()))
             .collect();
         let some: Arc<dyn Dataset> = Arc::new(ImageFolder::from_paths(paths));
-        scan_each::<anyhow::Error>(detector, &some, &mut ProgressBar::hidden(), &mut |outcome| {
-            if let Ok((finding, resized)) = outcome {
-                let inside = inside.get(finding.index).context("unknown picture")?;
-                folder.write(inside, &finding, &some, &resized)?;
-            }
-            Ok(())
-        })?;
+        scan_each::<anyhow::Error>(
+            detector,
+            &some,
+            &mut ProgressBar::hidden(),
+            &mut |outcome| {
+                if let Ok((finding, resized)) = outcome {
+                    let inside = inside.get(finding.index).context("unknown picture")?;
+                    folder.write(inside, &finding, &some, &resized)?;
+                }
+                Ok(())
+            },
+        )?;
     }
     Ok(())
 }

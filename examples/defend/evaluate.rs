@@ -4,9 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use defend_core::data::{Dataset, ImageFolder};
-use defend_core::metrics::{
-    Interval, Threshold, auroc_interval, average_precision, fpr_at_tpr,
-};
+use defend_core::metrics::{Interval, Threshold, auroc_interval, average_precision, fpr_at_tpr};
 use defend_core::{Detector, Observer, ProgressBar};
 use ndarray::{Array1, ArrayView1};
 use serde::Serialize;
@@ -118,8 +116,14 @@ fn figures(scores: &[f64], abnormal: &[bool], threshold: Option<f64>) -> Result<
 impl Figures {
     pub(crate) fn print(&self) {
         let [low, high] = self.confidence_95;
-        println!("pictures          {} normal, {} abnormal", self.normal, self.abnormal);
-        println!("AUROC             {:.4}  (95 % confidence {low:.4} to {high:.4})", self.auroc);
+        println!(
+            "pictures          {} normal, {} abnormal",
+            self.normal, self.abnormal
+        );
+        println!(
+            "AUROC             {:.4}  (95 % confidence {low:.4} to {high:.4})",
+            self.auroc
+        );
         println!("AUPR              {:.4}", self.aupr);
         println!("FPR at 95 % TPR   {:.4}", self.fpr_at_95_tpr);
         if let (Some(false_alarms), Some(detections)) = (self.false_alarms, self.detections) {
@@ -142,10 +146,21 @@ mod tests {
         let abnormal = [false, false, false, false, true, true, true, true];
         let found = figures(&scores, &abnormal, Some(0.32)).unwrap();
         // 15 of 16 pairs are ordered rightly; one normal picture is above the threshold.
-        assert_eq!((found.normal, found.abnormal, found.auroc), (4, 4, 15.0 / 16.0));
-        assert_eq!((found.false_alarms, found.detections), (Some(0.25), Some(1.0)));
+        assert_eq!(
+            (found.normal, found.abnormal, found.auroc),
+            (4, 4, 15.0 / 16.0)
+        );
+        assert_eq!(
+            (found.false_alarms, found.detections),
+            (Some(0.25), Some(1.0))
+        );
         assert_eq!(found.fpr_at_95_tpr, 0.25);
-        assert!(figures(&scores, &abnormal, None).unwrap().detections.is_none());
+        assert!(
+            figures(&scores, &abnormal, None)
+                .unwrap()
+                .detections
+                .is_none()
+        );
         assert!(figures(&scores[..4], &abnormal[..4], None).is_err());
     }
 }

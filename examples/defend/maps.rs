@@ -103,9 +103,18 @@ mod tests {
             whole: true,
             written: HashSet::new(),
         };
-        assert_eq!(maps.free_path(Path::new("a/b.jpg")), Path::new("maps/a/b.jpg.png"));
-        assert_eq!(maps.free_path(Path::new("a/b.jpg")), Path::new("maps/a/b.jpg.2.png"));
-        assert_eq!(maps.free_path(Path::new("../b.jpg")), Path::new("maps/b.jpg.png"));
+        assert_eq!(
+            maps.free_path(Path::new("a/b.jpg")),
+            Path::new("maps/a/b.jpg.png")
+        );
+        assert_eq!(
+            maps.free_path(Path::new("a/b.jpg")),
+            Path::new("maps/a/b.jpg.2.png")
+        );
+        assert_eq!(
+            maps.free_path(Path::new("../b.jpg")),
+            Path::new("maps/b.jpg.png")
+        );
     }
 
     #[test]

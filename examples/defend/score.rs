@@ -18,9 +18,7 @@ pub(crate) fn run(arguments: &Score) -> Result<()> {
         None => None,
     };
     if detector.calibration().is_none() {
-        eprintln!(
-            "the model has no threshold yet, so there are no verdicts: see defend calibrate"
-        );
+        eprintln!("the model has no threshold yet, so there are no verdicts: see defend calibrate");
     }
     // On a terminal the lines themselves show the progress, and a bar would write over them.
     let mut bar = if stdout().is_terminal() {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::D;
 use defend_core::data::Preprocess;
-use defend_core::dense::{Assignment, DenseConfig, PrototypeObjective, ProjectionHead};
+use defend_core::dense::{Assignment, DenseConfig, ProjectionHead, PrototypeObjective};
 use defend_core::distill::{Discrepancy, DistillConfig, DistillObjective, MaskPolicy, Score};
 use defend_core::nn::{Rng, normal, ops};
 use defend_core::ot::Assigner;
@@ -38,7 +38,10 @@ impl MaskPolicy for Chessboard {
         _: &mut Rng,
     ) -> Result<Option<TokenSet>, defend_core::distill::Error> {
         let black = |i: &usize| (i / grid.columns + i % grid.columns).is_multiple_of(2);
-        let kept: Vec<u32> = (0..grid.patches()).filter(black).map(|i| i as u32).collect();
+        let kept: Vec<u32> = (0..grid.patches())
+            .filter(black)
+            .map(|i| i as u32)
+            .collect();
         let rows = vec![kept; attention.dim(0)?];
         Ok(Some(TokenSet::from_rows(&rows, grid, attention.device())?))
     }
@@ -195,7 +198,10 @@ fn main() -> Result<()> {
         .objective(Arc::new(Cosine))
         .score(Arc::new(Median))
         .fit(scenes.train.clone(), &mut counter)?;
-    println!("own assigner, mask, distance and score: {} events", counter.0);
+    println!(
+        "own assigner, mask, distance and score: {} events",
+        counter.0
+    );
     print_scores(&fitted.detector, &scenes)?;
 
     // Teacher and student.

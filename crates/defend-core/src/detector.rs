@@ -204,6 +204,14 @@ impl NoveltyDetector for Detector {
     }
 
     fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {
+        let size = self.preprocess.size;
+        // The backbones take any size, but their distances at another one say nothing.
+        if !matches!(images.dims(), &[_, 3, h, w] if h == size as usize && w == size as usize) {
+            return Err(Error::Images {
+                found: images.dims().to_vec(),
+                size,
+            });
+        }
         let found = discrepancy(&*self.teacher, &*self.student, &*self.objective, images)?;
         let scores = self.score.score(&found)?;
         let threshold = match self.calibration {

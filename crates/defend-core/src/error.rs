@@ -66,6 +66,14 @@ pub enum Error {
         /// The score.
         score: f32,
     },
+    /// A batch of images is not what the detector was fitted on.
+    #[error("the images have shape {found:?}, expected [images, 3, {size}, {size}]")]
+    Images {
+        /// Shape of the batch.
+        found: Vec<usize>,
+        /// Side that the detector was fitted on, pixels.
+        size: u32,
+    },
     /// Reading images failed.
     #[error(transparent)]
     Data(#[from] defend_data::Error),

@@ -100,6 +100,7 @@ impl Detector {
             serde_json::from_str(json).map_err(|e| wrong(format!("{MODEL_KEY}: {e}")))?;
         header.config.validate()?;
         header.preprocess.validate()?;
+        header.check_sizes().map_err(wrong)?;
         let (teacher, student) = (weights.split_off("teacher."), weights.split_off("student."));
         weights.finish()?;
         let load = |spec, weights| Vit::load(spec, weights, TrainScope::Frozen, device);
@@ -115,6 +116,30 @@ impl Detector {
             calibration: header.calibration,
             map_scale: header.map_scale,
         })
+    }
+}
+
+impl Header {
+    /// Whether pictures, teacher and student fit each other.
+    fn check_sizes(&self) -> Result<(), String> {
+        let (teacher, student) = (&self.teacher.architecture, &self.student.architecture);
+        let size = self.preprocess.size as usize;
+        if teacher.image_size != size {
+            return Err(format!(
+                "pictures are resized to {size} px, but its teacher is for {} px",
+                teacher.image_size
+            ));
+        }
+        if (teacher.width, teacher.grid()) != (student.width, student.grid()) {
+            return Err(format!(
+                "the student has {} patches of width {}, expected the teacher's {} of width {}",
+                student.grid().patches(),
+                student.width,
+                teacher.grid().patches(),
+                teacher.width
+            ));
+        }
+        Ok(())
     }
 }
 

@@ -1,0 +1,344 @@
+//! The main job on a small random backbone: fit, calibrate, score, map, save, load, and what bad input
+//! does to it.
+
+#![expect(clippy::expect_used, reason = "test helpers may panic")]
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use defend_core::data::{ImageFolder, Memory, RgbImage};
+use defend_core::dense::DenseConfig;
+use defend_core::distill::{Aggregation, DistillConfig};
+use defend_core::prelude::*;
+use defend_core::vit::{Architecture, BackboneSpec, Vit};
+use defend_core::{DType, Error, Event, Observer, Stage, Tensor};
+use image::{DynamicImage, ImageBuffer, Luma, LumaA, Rgb, Rgba};
+
+fn teacher() -> Vit {
+    let spec = BackboneSpec::new(Architecture {
+        image_size: 32,
+        patch_size: 8,
+        width: 24,
+        depth: 3,
+        heads: 2,
+        mlp_width: 48,
+        ..Architecture::vit_tiny()
+    });
+    let mut rng = defend_core::nn::Rng::seed(7);
+    Vit::random(spec, 0.0, &mut rng, &Device::Cpu).expect("a backbone")
+}
+
+fn config() -> DefendConfig {
+    DefendConfig {
+        dense: Some(DenseConfig {
+            epochs: 1,
+            batch: 8,
+            crops: 2,
+            crop_size: 16,
+            head_hidden: vec![16],
+            head_output: 8,
+            ..DenseConfig::default()
+        }),
+        distill: DistillConfig {
+            epochs: 12,
+            min_steps: 0,
+            batch: 8,
+            cls_weight: 1.0,
+            learning_rate: 3e-3,
+            ..DistillConfig::default()
+        },
+        aggregation: Aggregation::PatchesAndCls { weight: 1.0 },
+        ..DefendConfig::default()
+    }
+}
+
+/// Stripes of a period: 3 is normal, 5 is novel.
+fn stripes(period: u32, phase: u32) -> RgbImage {
+    RgbImage::from_fn(40, 32, |x, y| {
+        let on = (x + phase) % period == 0;
+        let v = if on { 220 } else { 30 };
+        Rgb([v, (y * 7 % 256) as u8, 255 - v])
+    })
+}
+
+fn set(period: u32, pictures: u32) -> Memory {
+    let mut memory = Memory::default();
+    for i in 0..pictures {
+        memory.push(format!("{period}/{i}"), stripes(period, i), vec![]);
+    }
+    memory
+}
+
+fn fitted() -> Detector {
+    let builder = Defend::builder().teacher(teacher()).config(config());
+    let fitted = builder.fit(set(3, 21), &mut Silent).expect("a fit");
+    assert_eq!((fitted.images, fitted.skipped.len()), (21, 0));
+    fitted.detector
+}
+
+fn scores(detector: &Detector, set: Memory) -> Vec<f64> {
+    scan(detector, set, &mut Silent).expect("a scan").scores()
+}
+
+#[test]
+fn the_main_job_tells_novel_from_normal_and_survives_a_file() -> Result<(), Error> {
+    let mut detector = fitted();
+    let (normal, novel) = (scores(&detector, set(3, 9)), scores(&detector, set(5, 9)));
+    let highest = normal.iter().copied().fold(f64::MIN, f64::max);
+    assert!(
+        novel.iter().all(|s| *s > highest),
+        "normal {normal:?}, novel {novel:?}"
+    );
+    let unsure = scan(&detector, set(5, 1), &mut Silent)?;
+    assert_eq!(unsure.findings[0].novelty.verdict, None);
+    detector.calibrate(set(3, 30), FalseAlarmRate::new(0.1)?, &mut Silent)?;
+    let sure = scan(&detector, set(5, 1), &mut Silent)?;
+    assert_eq!(sure.findings[0].novelty.verdict, Some(Verdict::Novel));
+    let map = sure.findings[0].novelty.map.as_ref().expect("a map");
+    assert_eq!(
+        (map.grid.rows, map.grid.columns, map.values.len()),
+        (4, 4, 16)
+    );
+
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("stripes.defend");
+    detector.save(&path)?;
+    let again = Detector::load(&path, &Device::Cpu)?;
+    assert_eq!(again.calibration(), detector.calibration());
+    assert_eq!(again.config(), detector.config());
+    assert_eq!(again.map_scale(), detector.map_scale());
+    for period in [3, 5] {
+        let (before, after) = (
+            scan(&detector, set(period, 9), &mut Silent)?,
+            scan(&again, set(period, 9), &mut Silent)?,
+        );
+        for (a, b) in before.findings.iter().zip(&after.findings) {
+            assert_eq!(a.novelty, b.novelty);
+        }
+    }
+    // One file, nothing left beside it.
+    assert_eq!(
+        std::fs::read_dir(folder.path()).expect("a folder").count(),
+        1
+    );
+    Ok(())
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bits_and_the_batch_size_none() -> Result<(), Error> {
+    let (a, b) = (fitted(), fitted());
+    assert_eq!(scores(&a, set(5, 7)), scores(&b, set(5, 7)));
+    let builder = Defend::builder().teacher(teacher()).config(DefendConfig {
+        batch: 2,
+        ..config()
+    });
+    let small = builder.fit(set(3, 21), &mut Silent)?.detector;
+    assert_eq!(scores(&a, set(5, 7)), scores(&small, set(5, 7)));
+    Ok(())
+}
+
+/// Names of the skipped images.
+#[derive(Default)]
+struct Skips(Vec<String>, Vec<Stage>);
+
+impl Observer for Skips {
+    fn on(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Skipped(failure) => self.0.push(failure.name.clone()),
+            Event::Finished { stage } => self.1.push(*stage),
+            _ => {}
+        }
+    }
+}
+
+/// A picture in every form that a folder may hold, and one file that is none.
+fn mixed_folder(folder: &Path) {
+    let save = |name: &str, picture: DynamicImage| {
+        picture.save(folder.join(name)).expect("a picture");
+    };
+    save("a.png", stripes(3, 1).into());
+    let grey = ImageBuffer::from_pixel(30, 50, Luma([99u8]));
+    save("grey.jpg", DynamicImage::ImageLuma8(grey));
+    let alpha = ImageBuffer::from_pixel(8, 8, Rgba([9u8, 9, 9, 0]));
+    save("alpha.png", DynamicImage::ImageRgba8(alpha));
+    let deep = ImageBuffer::from_pixel(8, 8, Rgb([9u16, 60_000, 9]));
+    save("deep.png", DynamicImage::ImageRgb16(deep));
+    let grey_alpha = ImageBuffer::from_pixel(8, 8, LumaA([9u16, 60_000]));
+    save("grey-alpha.png", DynamicImage::ImageLumaA16(grey_alpha));
+    save("pixel.png", RgbImage::new(1, 1).into());
+    save("large.png", RgbImage::new(10_000, 3).into());
+    std::fs::write(folder.join("broken.jpg"), b"no picture").expect("a file");
+    std::fs::write(folder.join("notes.txt"), b"no picture").expect("a file");
+}
+
+#[test]
+fn every_kind_of_picture_is_used_and_what_is_none_is_named() -> Result<(), Error> {
+    let folder = tempfile::tempdir().expect("a folder");
+    mixed_folder(folder.path());
+    let mut skips = Skips::default();
+    let images = ImageFolder::open(folder.path())?;
+    assert_eq!(images.passed_over().len(), 1);
+    let builder = || Defend::builder().teacher(teacher()).config(config());
+    let fitted = builder().fit(images.clone(), &mut skips)?;
+    // Seven pictures are fewer than a batch of eight.
+    assert_eq!(
+        (fitted.images, fitted.skipped.len(), skips.0.len()),
+        (7, 1, 1)
+    );
+    assert!(skips.0[0].ends_with("broken.jpg"), "{:?}", skips.0);
+    assert_eq!(skips.1, [Stage::Read, Stage::Dense, Stage::Distill]);
+    let scan = scan(&fitted.detector, images.clone(), &mut Silent)?;
+    assert_eq!((scan.findings.len(), scan.skipped.len()), (7, 1));
+
+    let strict = builder().strict(true).fit(images, &mut Silent);
+    let error = strict.err().expect("an error");
+    assert!(matches!(&error, Error::Unreadable { name, .. } if name.ends_with("broken.jpg")));
+
+    let none = builder().fit(Memory::default(), &mut Silent);
+    assert!(matches!(none.err(), Some(Error::NoImages { tried: 0, .. })));
+    Ok(())
+}
+
+#[test]
+fn a_failed_calibration_keeps_the_earlier_one() -> Result<(), Error> {
+    let mut detector = fitted();
+    let rate = FalseAlarmRate::new(0.1)?;
+    detector.calibrate(set(3, 20), rate, &mut Silent)?;
+    let before = *detector.calibration().expect("a calibration");
+    let error = detector.calibrate(set(3, 5), rate, &mut Silent);
+    let error = error.expect_err("too few").to_string();
+    assert!(
+        error.contains('9'),
+        "names the number that is needed: {error}"
+    );
+    assert!(
+        detector
+            .calibrate(Memory::default(), rate, &mut Silent)
+            .is_err()
+    );
+    assert_eq!(detector.calibration(), Some(&before));
+    Ok(())
+}
+
+#[test]
+fn images_of_another_size_are_refused() -> Result<(), Error> {
+    let detector = fitted();
+    let images = Tensor::zeros((2, 3, 64, 64), DType::F32, &Device::Cpu)?;
+    let error = detector.score(&images).expect_err("a refusal").to_string();
+    assert!(
+        error.contains("[2, 3, 64, 64]") && error.contains("3, 32, 32"),
+        "{error}"
+    );
+    Ok(())
+}
+
+#[test]
+fn damaged_models_are_named_and_leave_the_file() -> Result<(), Error> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("model.defend");
+    fitted().save(&path)?;
+    let whole = std::fs::read(&path).expect("a model");
+    let load = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).expect("a file");
+        let error = Detector::load(&path, &Device::Cpu);
+        let error = error.err().expect("an error").to_string();
+        assert!(error.contains("model.defend"), "{error}");
+        error
+    };
+    for cut in [0, 7, 100, whole.len() / 2, whole.len() - 1] {
+        load(&whole[..cut]);
+    }
+    // Changes the header without moving the tensors.
+    let text = |from: &str, to: &str| {
+        assert_eq!(from.len(), to.len());
+        let at = whole.windows(from.len()).position(|w| w == from.as_bytes());
+        let mut bytes = whole.clone();
+        let at = at.expect("the text to change");
+        bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+        load(&bytes)
+    };
+    let error = text("format_version\\\":1", "format_version\\\":9");
+    assert!(error.contains("format version 9"), "{error}");
+    let error = text(
+        "\\\"preprocess\\\":{\\\"size\\\":32",
+        "\\\"preprocess\\\":{\\\"size\\\":48",
+    );
+    assert!(
+        error.contains("48 px") && error.contains("32 px"),
+        "{error}"
+    );
+    let error = text("student.norm.bias", "student.morn.bias");
+    assert!(error.contains("norm.bias"), "{error}");
+
+    // NaN in the weights.
+    std::fs::write(&path, &whole).expect("a file");
+    let (_, header) = safetensors::SafeTensors::read_metadata(&whole).expect("a header");
+    let mut tensors: HashMap<String, Tensor> = candle_core::safetensors::load(&path, &Device::Cpu)?;
+    let bias = (Tensor::zeros(24, DType::F32, &Device::Cpu)? / 0.0)?;
+    tensors.insert("teacher.norm.bias".into(), bias);
+    let bytes = safetensors::serialize(&tensors, header.metadata().clone()).expect("bytes");
+    let error = load(&bytes);
+    assert!(
+        error.contains("norm.bias") && error.contains("NaN"),
+        "{error}"
+    );
+
+    // A failed save leaves the old file as it was.
+    std::fs::write(&path, &whole).expect("a file");
+    let detector = Detector::load(&path, &Device::Cpu)?;
+    assert!(
+        detector
+            .save(folder.path().join("missing/model.defend"))
+            .is_err()
+    );
+    let custom = detector.with_score(std::sync::Arc::new(Aggregation::Mean));
+    assert!(matches!(
+        custom.save(&path),
+        Err(Error::NotSavable { role: "score" })
+    ));
+    assert_eq!(std::fs::read(&path).expect("a model"), whole);
+    Ok(())
+}
+
+#[test]
+fn scores_that_need_the_cls_token_are_refused_without_it() {
+    let mut wrong = config();
+    wrong.distill.cls_weight = 0.0;
+    let builder = Defend::builder().teacher(teacher()).config(wrong);
+    let error = builder.fit(set(3, 4), &mut Silent).err().expect("an error");
+    assert!(
+        matches!(
+            error,
+            Error::Config {
+                field: "aggregation",
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_teacher_of_ones_own_cannot_be_tuned_but_used() -> Result<(), Error> {
+    let own = std::sync::Arc::new(teacher());
+    let builder = || Defend::builder().own_teacher(own.clone());
+    let refused = builder().config(config()).fit(set(3, 4), &mut Silent);
+    assert!(matches!(
+        refused.err(),
+        Some(Error::Config { field: "dense", .. })
+    ));
+    let untuned = DefendConfig {
+        dense: None,
+        ..config()
+    };
+    let fitted = builder()
+        .config(untuned.clone())
+        .fit(set(3, 8), &mut Silent)?;
+    let plain = Defend::builder().teacher(teacher()).config(untuned);
+    let plain = plain.fit(set(3, 8), &mut Silent)?;
+    assert_eq!(
+        scores(&fitted.detector, set(5, 3)),
+        scores(&plain.detector, set(5, 3))
+    );
+    Ok(())
+}
