@@ -57,6 +57,12 @@ struct Row {
     values: Vec<f64>,
 }
 
+/// The test images of one normal class.
+struct Test<'a> {
+    pictures: &'a Pictures,
+    abnormal: Vec<bool>,
+}
+
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let open = |split| Voc::open(&arguments.voc, split, Difficult::Counted).map(Arc::new);
@@ -77,7 +83,7 @@ fn main() -> Result<()> {
         .collect();
     let test = Arc::new(Subset::new(test, kept)?);
     let mut bar = ProgressBar::new();
-    let test_pictures = Pictures::read(
+    let pictures = Pictures::read(
         test.clone(),
         preprocess_of(teacher.spec(), Fit::Squash),
         &Device::Cpu,
@@ -88,100 +94,129 @@ fn main() -> Result<()> {
     let variants = variants(&arguments)?;
 
     let mut rows: Vec<Row> = Vec::new();
-    for (column, &class) in normal_classes.iter().enumerate() {
+    for (name, &class) in arguments.classes.iter().zip(&normal_classes) {
         let protocol = MultiObject {
             normal: vec![class],
         };
-        let normal = Subset::new(train.clone(), protocol.train(&*train))?;
+        let normal = Arc::new(Subset::new(train.clone(), protocol.train(&*train))?);
         let abnormal: Vec<bool> = (0..test.len())
             .map(|i| protocol.label(test.classes(i)) == Label::Abnormal)
             .collect();
         eprintln!(
-            "{}: {} training images, {} normal and {} abnormal test images",
-            arguments.classes[column],
+            "{name}: {} training images, {} normal and {} abnormal test images",
             normal.len(),
             abnormal.iter().filter(|a| !**a).count(),
             abnormal.iter().filter(|a| **a).count()
         );
-        let normal = Arc::new(normal);
-        let mut add = |name: String, scores: &[f32]| -> Result<()> {
-            let scores: Vec<f64> = scores.iter().map(|&s| f64::from(s)).collect();
-            let value = auroc(ArrayView1::from(&scores), ArrayView1::from(&abnormal))?;
-            eprintln!("  {name}: {value:.4}");
-            match rows.iter_mut().find(|row| row.name == name) {
-                Some(row) => row.values.push(value),
-                None => rows.push(Row {
-                    name,
-                    values: vec![value],
-                }),
-            }
-            Ok(())
+        let test = Test {
+            pictures: &pictures,
+            abnormal,
         };
         if !arguments.no_references {
-            let references = References::fit(
-                teacher.clone(),
-                normal.clone(),
-                Fit::Squash,
-                &Device::Cpu,
-                &mut bar,
-            )?;
-            let mut all = [const { Vec::new() }; 4];
-            for batch in batches(test_pictures.len()) {
-                let scores = references.score_all(&test_pictures.images(&batch)?)?;
-                for (all, scores) in all.iter_mut().zip(scores) {
-                    all.extend(scores);
-                }
-            }
-            for (reference, scores) in Reference::ALL.iter().zip(&all) {
-                add(reference.name().into(), scores)?;
+            for (name, scores) in reference_scores(&teacher, &normal, &test, &mut bar)? {
+                test.add(&mut rows, name.into(), &scores)?;
             }
         }
         for (name, config) in &variants {
             for &seed in &arguments.seeds {
-                let start = Instant::now();
-                let fitted = Defend::builder()
-                    .backbone(Pretrained::local(&arguments.weights))
-                    .config(config.clone())
-                    .seed(seed)
-                    .fit(normal.clone(), &mut bar)?;
-                let losses = &fitted.distill.losses;
-                eprintln!(
-                    "  {name}, seed {seed}: fitted in {:.0} s, {} steps, dense loss {:?}, loss {:.4} -> {:.4}",
-                    start.elapsed().as_secs_f64(),
-                    fitted.distill.steps,
-                    fitted.dense.as_ref().map(|d| &d.losses),
-                    losses.first().unwrap_or(&f64::NAN),
-                    losses.last().unwrap_or(&f64::NAN)
-                );
-                let aggregations = aggregations(config, arguments.all_scores);
-                let mut scores = vec![Vec::new(); aggregations.len()];
-                for batch in batches(test_pictures.len()) {
-                    let images = test_pictures.images(&batch)?;
-                    let (teacher, student) = (fitted.detector.teacher(), fitted.detector.student());
-                    let distance: FeatureDistance = config.distill.distance;
-                    let found = discrepancy(teacher, student, &distance, &images)?;
-                    for (scores, aggregation) in scores.iter_mut().zip(&aggregations) {
-                        scores.extend(aggregation.score(&found)?);
-                    }
-                }
-                let seed = if arguments.seeds.len() > 1 {
+                let seed_name = if arguments.seeds.len() > 1 {
                     format!(", seed {seed}")
                 } else {
                     String::new()
                 };
-                for (aggregation, scores) in aggregations.iter().zip(&scores) {
+                let config = DefendConfig {
+                    seed,
+                    ..config.clone()
+                };
+                let fitted = method_scores(&arguments, name, &config, &normal, &test, &mut bar)?;
+                for (aggregation, scores) in fitted {
                     let detail = if arguments.all_scores {
                         format!(", {aggregation:?}")
                     } else {
                         String::new()
                     };
-                    add(format!("{name}{detail}{seed}"), scores)?;
+                    test.add(&mut rows, format!("{name}{detail}{seed_name}"), &scores)?;
                 }
             }
         }
     }
     print_table(&arguments.classes, &rows);
     Ok(())
+}
+
+impl Test<'_> {
+    /// Adds the AUROC of scores to the row of this name.
+    fn add(&self, rows: &mut Vec<Row>, name: String, scores: &[f32]) -> Result<()> {
+        let scores: Vec<f64> = scores.iter().map(|&s| f64::from(s)).collect();
+        let value = auroc(ArrayView1::from(&scores), ArrayView1::from(&self.abnormal))?;
+        eprintln!("  {name}: {value:.4}");
+        match rows.iter_mut().find(|row| row.name == name) {
+            Some(row) => row.values.push(value),
+            None => rows.push(Row {
+                name,
+                values: vec![value],
+            }),
+        }
+        Ok(())
+    }
+}
+
+fn reference_scores(
+    teacher: &Arc<dyn Backbone>,
+    normal: &Arc<Subset>,
+    test: &Test<'_>,
+    bar: &mut ProgressBar,
+) -> Result<Vec<(&'static str, Vec<f32>)>> {
+    let normal = normal.clone();
+    let references = References::fit(teacher.clone(), normal, Fit::Squash, &Device::Cpu, bar)?;
+    let mut all = Reference::ALL.map(|reference| (reference.name(), Vec::new()));
+    for batch in batches(test.pictures.len()) {
+        let scores = references.score_all(&test.pictures.images(&batch)?)?;
+        for ((_, all), scores) in all.iter_mut().zip(scores) {
+            all.extend(scores);
+        }
+    }
+    Ok(all.into())
+}
+
+/// Fits once and scores with each aggregation.
+fn method_scores(
+    arguments: &Arguments,
+    name: &str,
+    config: &DefendConfig,
+    normal: &Arc<Subset>,
+    test: &Test<'_>,
+    bar: &mut ProgressBar,
+) -> Result<Vec<(Aggregation, Vec<f32>)>> {
+    let start = Instant::now();
+    let fitted = Defend::builder()
+        .backbone(Pretrained::local(&arguments.weights))
+        .config(config.clone())
+        .fit(normal.clone(), bar)?;
+    let losses = &fitted.distill.losses;
+    eprintln!(
+        "  {name}, seed {}: fitted in {:.0} s, {} steps, dense loss {:.4?}, loss {:.4} -> {:.4}",
+        config.seed,
+        start.elapsed().as_secs_f64(),
+        fitted.distill.steps,
+        fitted.dense.as_ref().map(|d| &d.losses),
+        losses.first().unwrap_or(&f64::NAN),
+        losses.last().unwrap_or(&f64::NAN)
+    );
+    let mut scores: Vec<(Aggregation, Vec<f32>)> = aggregations(config, arguments.all_scores)
+        .into_iter()
+        .map(|aggregation| (aggregation, Vec::new()))
+        .collect();
+    for batch in batches(test.pictures.len()) {
+        let images = test.pictures.images(&batch)?;
+        let (teacher, student) = (fitted.detector.teacher(), fitted.detector.student());
+        let distance: FeatureDistance = config.distill.distance;
+        let found = discrepancy(teacher, student, &distance, &images)?;
+        for (aggregation, scores) in &mut scores {
+            scores.extend(aggregation.score(&found)?);
+        }
+    }
+    Ok(scores)
 }
 
 /// Names and settings of the rows.

@@ -50,14 +50,14 @@ enum Source {
 
 /// The teacher before the dense stage.
 enum Teacher {
-    Vit(Vit),
+    Vit(Box<Vit>),
     Own(Arc<dyn Backbone>),
 }
 
 impl Teacher {
     fn role(&self) -> &dyn Backbone {
         match self {
-            Self::Vit(vit) => vit,
+            Self::Vit(vit) => &**vit,
             Self::Own(own) => &**own,
         }
     }
@@ -220,7 +220,7 @@ impl DefendBuilder {
             let images = dense.epochs * pictures.len();
             let report = observed(observer, Stage::Dense, images, |on_step| {
                 let tuner = DenseTuner::new(dense.clone())?;
-                tuner.tune(teacher, &*objective, &pictures, &mut rng, on_step)
+                tuner.tune(&**teacher, &*objective, &pictures, &mut rng, on_step)
             })?;
             dense_report = Some(report);
         }
@@ -256,21 +256,18 @@ impl DefendBuilder {
                 )
             })
         };
-        let (student, distill): (Arc<dyn Backbone>, _) = match self.student {
-            Some(own) => {
-                let report = distill(&*own, observer)?;
-                (own, report)
-            }
-            None => {
-                let vit = Vit::random(
-                    teacher.spec().clone(),
-                    config.distill.drop_path,
-                    &mut Rng::stream(config.seed, stream::STUDENT),
-                    &device,
-                )?;
-                let report = distill(&vit, observer)?;
-                (Arc::new(vit.copy(TrainScope::Frozen)?), report)
-            }
+        let (student, distill): (Arc<dyn Backbone>, _) = if let Some(own) = self.student {
+            let report = distill(&*own, observer)?;
+            (own, report)
+        } else {
+            let vit = Vit::random(
+                teacher.spec().clone(),
+                config.distill.drop_path,
+                &mut Rng::stream(config.seed, stream::STUDENT),
+                &device,
+            )?;
+            let report = distill(&vit, observer)?;
+            (Arc::new(vit.copy(TrainScope::Frozen)?), report)
         };
         let mut detector = Detector {
             teacher,
@@ -328,7 +325,7 @@ fn load_teacher(
             });
         }
     };
-    Ok(Teacher::Vit(vit))
+    Ok(Teacher::Vit(Box::new(vit)))
 }
 
 /// Runs a training stage between its events.

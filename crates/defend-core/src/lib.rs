@@ -85,3 +85,8 @@ pub fn embedded_backbone() -> vit::Pretrained {
         content: defend_tiny::WEIGHTS,
     }
 }
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

@@ -21,7 +21,7 @@ pub struct DistillConfig {
     pub mask: Mask,
     /// Distance to the teacher. Paper: eqs. 3 and 4.
     pub distance: FeatureDistance,
-    /// Weight of the CLS token's distance in the loss; 0 leaves it out (paper).
+    /// Weight of the CLS token's distance in the loss; 0 leaves it out (paper). Ours: 1.
     pub cls_weight: f64,
     /// Peak learning rate. Authors' code: 1e-5, meant for many more steps.
     pub learning_rate: f64,
@@ -48,7 +48,7 @@ impl Default for DistillConfig {
                 selection: Selection::Sampled,
             },
             distance: FeatureDistance::default(),
-            cls_weight: 0.0,
+            cls_weight: 1.0,
             learning_rate: 1e-3,
             schedule: Schedule::Cosine {
                 warmup: 0.1,

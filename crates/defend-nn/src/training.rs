@@ -72,8 +72,9 @@ impl<const N: usize> TensorCache<N> {
         if bytes <= self.free_bytes {
             self.free_bytes -= bytes;
             for (row, &index) in missing.iter().enumerate() {
-                // A copy, so that a row does not keep the whole batch alive.
-                let row = each(&computed, |t| t.narrow(0, row, 1)?.copy())?;
+                // A row of its own, so that it does not keep the whole batch alive. `copy` would clone
+                // the storage of the whole batch for every row.
+                let row = each(&computed, |t| t.narrow(0, row, 1)?.force_contiguous())?;
                 if let Some(slot) = self.rows.get_mut(index) {
                     *slot = Some(row);
                 }
@@ -158,6 +159,20 @@ mod tests {
         assert_eq!(values(&cache.batch(&[2, 0], rows)?), [2.0, 0.0]);
         let again = cache.batch(&[0, 2], |_| -> Result<[Tensor; 1]> { panic!("was cached") })?;
         assert_eq!(values(&again), [0.0, 2.0]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_row_holds_no_more_than_itself() -> Result<()> {
+        let mut cache = TensorCache::<1>::new(4, 1024);
+        cache.batch(&[3, 1, 0], rows)?;
+        for row in cache.rows.iter().flatten() {
+            let (storage, _) = row[0].storage_and_layout();
+            let candle_core::Storage::Cpu(storage) = &*storage else {
+                panic!("on the CPU")
+            };
+            assert_eq!(storage.as_slice::<f32>()?.len(), 1);
+        }
         Ok(())
     }
 

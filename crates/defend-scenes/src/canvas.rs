@@ -37,9 +37,9 @@ impl Canvas<'_> {
         let mut path = PathBuilder::new();
         for (i, &(x, y)) in points.iter().enumerate() {
             if i == 0 {
-                path.move_to(x, y)
+                path.move_to(x, y);
             } else {
-                path.line_to(x, y)
+                path.line_to(x, y);
             }
         }
         path.close();

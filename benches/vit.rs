@@ -1,4 +1,9 @@
-//! Images per second of a ViT's forward pass and training step: `cargo bench -p defend-vit`.
+//! Images per second of a ViT's forward pass and training step: `cargo bench -p defend-benches --bench vit`.
+#![allow(
+    missing_docs,
+    clippy::expect_used,
+    reason = "a benchmark, not an interface"
+)]
 
 use candle_core::{Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
