@@ -26,7 +26,7 @@ pub(crate) fn run(arguments: &Score) -> Result<()> {
     } else {
         ProgressBar::new()
     };
-    let mut lines = Lines::new(arguments.format, stdout().lock())?;
+    let mut lines = Lines::new(arguments.format, stdout().lock());
     let dataset = found.dataset();
     scan_all(
         &detector,
@@ -81,12 +81,12 @@ enum Lines<W: Write> {
 }
 
 impl<W: Write> Lines<W> {
-    fn new(format: Format, out: W) -> Result<Self> {
-        Ok(match format {
+    fn new(format: Format, out: W) -> Self {
+        match format {
             Format::Text => Self::Text(out),
             Format::Csv => Self::Csv(Box::new(csv::Writer::from_writer(out))),
             Format::Json => Self::Json(out),
-        })
+        }
     }
 
     fn write(&mut self, outcome: &Outcome) -> Result<()> {
@@ -145,7 +145,7 @@ mod tests {
             },
         };
         let mut bytes = Vec::new();
-        let mut lines = Lines::new(format, &mut bytes).unwrap();
+        let mut lines = Lines::new(format, &mut bytes);
         lines.write(&Ok((good, RgbImage::new(1, 1)))).unwrap();
         lines.write(&Err(bad)).unwrap();
         drop(lines);
