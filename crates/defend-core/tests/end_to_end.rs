@@ -55,7 +55,7 @@ fn config() -> DefendConfig {
 /// Stripes of a period: 3 is normal, 5 is novel.
 fn stripes(period: u32, phase: u32) -> RgbImage {
     RgbImage::from_fn(40, 32, |x, y| {
-        let on = (x + phase) % period == 0;
+        let on = (x + phase).is_multiple_of(period);
         let v = if on { 220 } else { 30 };
         Rgb([v, (y * 7 % 256) as u8, 255 - v])
     })
