@@ -3,6 +3,13 @@
 //!
 //! `DEFEND_ASSETS=... cargo test -p defend-baselines --test voc -- --ignored`
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests may panic"
+)]
+
 use std::sync::Arc;
 
 use defend_baselines::{Reference, References};

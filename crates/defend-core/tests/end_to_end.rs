@@ -1,7 +1,12 @@
 //! The main job on a small random backbone: fit, calibrate, score, map, save, load, and what bad input
 //! does to it.
 
-#![expect(clippy::expect_used, reason = "test helpers may panic")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests may panic"
+)]
 
 use std::collections::HashMap;
 use std::path::Path;

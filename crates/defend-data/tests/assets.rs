@@ -2,7 +2,12 @@
 //!
 //! `DEFEND_ASSETS=... cargo test -p defend-data --test assets -- --ignored`
 
-#![expect(clippy::expect_used, reason = "a test helper may panic")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests may panic"
+)]
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

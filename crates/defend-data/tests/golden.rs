@@ -1,6 +1,11 @@
 //! Agreement with Pillow and torchvision on synthetic files (`tools/golden_preprocess.py`).
 
-#![expect(clippy::expect_used, reason = "a test helper may panic")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests may panic"
+)]
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,12 @@
 //! The dense loss and its gradients against PyTorch, from `tools/golden_dense.py`.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests may panic"
+)]
+
 use candle_core::{DType, Var};
 use defend_dense::{
     Assignment, CropBox, DenseObjective, ProjectionHead, PrototypeObjective, crop_targets,

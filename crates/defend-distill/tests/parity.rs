@@ -1,5 +1,12 @@
 //! Distances and their gradients against PyTorch, from `tools/golden_distill.py`.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests may panic"
+)]
+
 use candle_core::Var;
 use defend_distill::{DistillObjective, FeatureDistance, FeatureNorm, NormalizedSide, Penalty};
 use defend_testing::{Golden, assert_close};

@@ -1,6 +1,11 @@
 //! Agreement with scikit-learn, SciPy and NumPy (`tools/golden_metrics.py`).
 
-#![expect(clippy::expect_used, reason = "a test helper may panic")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests may panic"
+)]
 
 use defend_metrics::{auroc, auroc_interval, average_precision, f1_max, fpr_at_tpr, pro};
 use ndarray::{Array1, Array2, ArrayView2};

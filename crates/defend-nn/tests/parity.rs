@@ -1,5 +1,12 @@
 //! Values, gradients and optimiser steps against PyTorch, from `tools/golden_nn.py`.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests may panic"
+)]
+
 use candle_core::{Result, Tensor, Var};
 use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Schedule, ops};
 use defend_testing::{Golden, assert_close};

@@ -1,5 +1,12 @@
 //! Sinkhorn-Knopp against an independent float64 implementation, from `tools/golden_ot.py`.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests may panic"
+)]
+
 use defend_ot::{Assigner, SinkhornKnopp};
 use defend_testing::{Golden, assert_close};
 

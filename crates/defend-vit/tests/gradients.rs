@@ -1,6 +1,13 @@
 //! Every parameter of a student gets its gradient, on whole images and on kept patches: against finite
 //! differences along random directions.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests may panic"
+)]
+
 use candle_core::{Device, Tensor};
 use defend_nn::{Rng, normal};
 use defend_vit::{Architecture, Backbone, BackboneSpec, Error, Grid, TokenSet, Trainable, Vit};

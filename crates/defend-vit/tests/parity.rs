@@ -1,5 +1,12 @@
 //! Values and gradients against timm, from `tools/golden_vit.py`.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests may panic"
+)]
+
 use candle_core::{DType, Device};
 use defend_testing::{Golden, assert_close};
 use defend_vit::{
