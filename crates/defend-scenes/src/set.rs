@@ -21,6 +21,9 @@ pub struct SceneConfig {
     pub fewest: usize,
     /// Most objects in a picture, at most 8.
     pub most: usize,
+    /// How many other objects may stand beside the normal one; which, the seed decides. The rest never
+    /// appears in a normal picture, and every abnormal picture shows one of them.
+    pub familiar: usize,
     /// Normal pictures to learn from.
     pub train: usize,
     /// Normal pictures to calibrate on.
@@ -38,6 +41,7 @@ impl Default for SceneConfig {
             size: 224,
             fewest: 2,
             most: 4,
+            familiar: 4,
             train: 240,
             calibration: 100,
             test: 200,
@@ -72,10 +76,22 @@ impl SceneSet {
                 expected: "a range within 1..=8".into(),
             });
         }
+        if config.familiar + 1 < config.most || config.familiar + 2 > Object::ALL.len() {
+            return Err(Error::Config {
+                field: "familiar",
+                value: config.familiar.to_string(),
+                expected: format!(
+                    "a number in {}..={}: enough for a full picture, and one object left over",
+                    config.most - 1,
+                    Object::ALL.len() - 2
+                ),
+            });
+        }
+        let others = Others::choose(config);
         let split = |name: &str, number: u64, count: usize, shows: bool| -> Result<Memory, Error> {
             let render_one = |i: usize| -> Result<Scene, Error> {
                 let mut rng = Rng::stream(config.seed, number << 32 | i as u64);
-                let objects = choose(config, shows, &mut rng);
+                let objects = others.picture(config, shows, &mut rng);
                 render(&objects, config.size, &mut rng)
             };
             let scenes: Result<Vec<Scene>, Error> =
@@ -135,20 +151,40 @@ fn class_of(object: Object) -> ClassId {
     ClassId(position.map_or(u32::MAX, |p| p as u32))
 }
 
-/// Different objects in random order, with or without the normal one.
-fn choose(config: &SceneConfig, shows: bool, rng: &mut Rng) -> Vec<Object> {
-    let mut others: Vec<Object> = Object::ALL
-        .into_iter()
-        .filter(|&o| o != config.normal)
-        .collect();
-    others.shuffle(rng);
-    let count = rng.random_range(config.fewest..=config.most);
-    others.truncate(if shows { count - 1 } else { count });
-    if shows {
-        others.push(config.normal);
-        others.shuffle(rng);
+/// The objects that are not the normal one.
+struct Others {
+    familiar: Vec<Object>,
+    novel: Vec<Object>,
+}
+
+/// Splits have smaller numbers.
+const OTHERS_STREAM: u64 = u64::MAX;
+
+impl Others {
+    fn choose(config: &SceneConfig) -> Self {
+        let others = Object::ALL.into_iter().filter(|&o| o != config.normal);
+        let mut familiar: Vec<Object> = others.collect();
+        familiar.shuffle(&mut Rng::stream(config.seed, OTHERS_STREAM));
+        let novel = familiar.split_off(config.familiar.min(familiar.len()));
+        Self { familiar, novel }
     }
-    others
+
+    /// Different objects in random order: the normal one and familiar ones, or a novel one and any but
+    /// the normal one.
+    fn picture(&self, config: &SceneConfig, shows: bool, rng: &mut Rng) -> Vec<Object> {
+        let (mut beside, mut novel) = (self.familiar.clone(), self.novel.clone());
+        novel.shuffle(rng);
+        let first = if shows { None } else { novel.pop() }.unwrap_or(config.normal);
+        if !shows {
+            beside.extend(novel);
+        }
+        beside.shuffle(rng);
+        let count = rng.random_range(config.fewest..=config.most);
+        beside.truncate(count - 1);
+        beside.push(first);
+        beside.shuffle(rng);
+        beside
+    }
 }
 
 #[cfg(test)]
@@ -173,6 +209,27 @@ mod tests {
             assert!(set.test_normal.classes(i).contains(&normal));
             assert!(!set.test_abnormal.classes(i).contains(&normal));
             assert!(set.test_abnormal.classes(i).len() >= small().fewest);
+        }
+    }
+
+    #[test]
+    fn abnormal_pictures_show_what_no_normal_one_does() {
+        let set = SceneSet::render(&SceneConfig {
+            train: 60,
+            size: 32,
+            ..small()
+        })
+        .unwrap();
+        let mut seen: Vec<ClassId> = (0..60)
+            .flat_map(|i| set.train.classes(i).to_vec())
+            .collect();
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen.len(), 1 + small().familiar);
+        for i in 0..4 {
+            let novel = |class: &ClassId| !seen.contains(class);
+            assert!(set.test_abnormal.classes(i).iter().any(novel));
+            assert!(!set.test_normal.classes(i).iter().any(novel));
         }
     }
 
@@ -212,6 +269,14 @@ mod tests {
             },
             SceneConfig { most: 9, ..small() },
             SceneConfig { size: 8, ..small() },
+            SceneConfig {
+                familiar: 9,
+                ..small()
+            },
+            SceneConfig {
+                familiar: 2,
+                ..small()
+            },
         ] {
             assert!(matches!(
                 SceneSet::render(&wrong),
