@@ -27,7 +27,7 @@ impl MapFolder {
         make_folder(folder)?;
         Ok(Self {
             folder: folder.to_owned(),
-            scale: detector.map_scale(),
+            scale: detector.map_scale().clone(),
             whole: detector.config().fit == Fit::Squash,
             written: HashSet::new(),
         })
@@ -53,7 +53,7 @@ impl MapFolder {
         if let Some(parent) = path.parent() {
             make_folder(parent)?;
         }
-        overlay(&original, map, self.scale)
+        overlay(&original, map, &self.scale)
             .save(&path)
             .with_context(|| format!("cannot write the map {}", path.display()))
     }
@@ -97,8 +97,8 @@ mod tests {
         let mut maps = MapFolder {
             folder: "maps".into(),
             scale: MapScale {
-                low: 0.0,
-                high: 1.0,
+                usual: Vec::new(),
+                span: 0.0,
             },
             whole: true,
             written: HashSet::new(),

@@ -280,8 +280,8 @@ impl DefendBuilder {
             device,
             calibration: None,
             map_scale: MapScale {
-                low: 0.0,
-                high: 1.0,
+                usual: Vec::new(),
+                span: 0.0,
             },
         };
         detector.map_scale = map_scale(&detector, &pictures)?;
@@ -349,24 +349,34 @@ fn observed<R, E>(
     Ok(result)
 }
 
-/// Patch values of some training images, for the colours of heat maps.
+/// Usual patch values and their spread, from some training images.
 fn map_scale(detector: &Detector, pictures: &Pictures) -> Result<MapScale, Error> {
     const IMAGES: usize = 128;
     let indices: Vec<usize> = (0..pictures.len().min(IMAGES)).collect();
-    let mut values = Vec::new();
+    let mut maps = Vec::new();
     for batch in indices.chunks(detector.batch()) {
         for novelty in detector.score(&pictures.images(batch)?)? {
-            values.extend(novelty.map.into_iter().flat_map(|map| map.values));
+            maps.extend(novelty.map.map(|map| map.values));
         }
     }
-    values.sort_by(f32::total_cmp);
-    let quantile = |q: f64| {
-        let at = (q * values.len().saturating_sub(1) as f64).round() as usize;
-        values.get(at).copied().unwrap_or(0.0)
+    let patches = maps.first().map_or(0, Vec::len);
+    let usual: Vec<f32> = (0..patches)
+        .map(|i| {
+            let values = maps.iter().filter_map(|map| map.get(i).copied());
+            quantile(values.collect(), 0.5)
+        })
+        .collect();
+    let above = |map: &Vec<f32>| -> Vec<f32> {
+        let pairs = map.iter().zip(&usual);
+        pairs.map(|(value, usual)| value - usual).collect()
     };
-    let (low, high) = (quantile(0.5), quantile(0.99));
-    Ok(MapScale {
-        low,
-        high: low + 2.0 * (high - low),
-    })
+    let span = 2.0 * quantile(maps.iter().flat_map(above).collect(), 0.99);
+    Ok(MapScale { usual, span })
+}
+
+/// The value at a share of the order, 0 without any.
+fn quantile(mut values: Vec<f32>, share: f64) -> f32 {
+    values.sort_by(f32::total_cmp);
+    let at = (share * values.len().saturating_sub(1) as f64).round() as usize;
+    values.get(at).copied().unwrap_or(0.0)
 }

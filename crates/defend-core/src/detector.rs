@@ -74,14 +74,17 @@ pub struct Calibration {
     pub images: usize,
 }
 
-/// Patch values between which a heat map is coloured, from the training images.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+/// How patch values become colours, from the training images.
+///
+/// Some patches are always hard to predict, such as a Vision Transformer's corners: what counts is how far a
+/// value lies above what is usual at its position.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MapScale {
-    /// Median patch value of the training images: no colour.
-    pub low: f32,
-    /// Twice as far from the median as the 99th percentile: full colour.
-    pub high: f32,
+    /// Median value of each patch over training images, row-major: no colour up to it.
+    pub usual: Vec<f32>,
+    /// Distance above it that gets the full colour: twice the 99th percentile of the training images.
+    pub span: f32,
 }
 
 /// The method's detector (section 3.3): an image is as novel as the student's prediction of the
@@ -146,9 +149,9 @@ impl Detector {
         &self.config
     }
 
-    /// Between which patch values a heat map is coloured.
-    pub fn map_scale(&self) -> MapScale {
-        self.map_scale
+    /// How patch values become the colours of a heat map.
+    pub fn map_scale(&self) -> &MapScale {
+        &self.map_scale
     }
 
     /// The backbone whose features are predicted.

@@ -9,22 +9,25 @@ use crate::{MapScale, PatchMap};
 /// Largest share of the colour in the picture.
 const OPACITY: f32 = 0.65;
 
-/// Lays a patch map over a picture: transparent at or below `scale.low`, full colour at `scale.high`.
+/// Lays a patch map over a picture: transparent where a value is usual, full colour at `scale.span` above.
 ///
 /// The map is interpolated bilinearly to the picture's size. A map whose number of values does not
-/// fit its grid leaves the picture as it is.
-pub fn overlay(picture: &RgbImage, map: &PatchMap, scale: MapScale) -> RgbImage {
+/// fit its grid or the scale leaves the picture as it is.
+pub fn overlay(picture: &RgbImage, map: &PatchMap, scale: &MapScale) -> RgbImage {
     let (width, height) = picture.dimensions();
     let (columns, rows) = (map.grid.columns as u32, map.grid.rows as u32);
-    let Some(heat) =
-        ImageBuffer::<Luma<f32>, Vec<f32>>::from_raw(columns, rows, map.values.clone())
-    else {
+    if map.values.len() != scale.usual.len() {
+        return picture.clone();
+    }
+    let pairs = map.values.iter().zip(&scale.usual);
+    let above = pairs.map(|(value, usual)| value - usual).collect();
+    let Some(heat) = ImageBuffer::<Luma<f32>, Vec<f32>>::from_raw(columns, rows, above) else {
         return picture.clone();
     };
-    let span = (scale.high - scale.low).max(f32::EPSILON);
+    let span = scale.span.max(f32::EPSILON);
     let heat = image::imageops::resize(&heat, width, height, FilterType::Triangle);
     ImageBuffer::from_fn(width, height, |x, y| {
-        let level = ((heat.get_pixel(x, y).0[0] - scale.low) / span).clamp(0.0, 1.0);
+        let level = (heat.get_pixel(x, y).0[0] / span).clamp(0.0, 1.0);
         let colour = colorous::INFERNO.eval_continuous(f64::from(0.25 + 0.75 * level));
         let Rgb(pixel) = *picture.get_pixel(x, y);
         let alpha = OPACITY * level;
@@ -52,32 +55,22 @@ mod tests {
                 rows: 2,
                 columns: 2,
             },
-            values: vec![0.0, 0.0, 0.0, 1.0],
+            values: vec![0.3, 0.0, 0.0, 1.0],
         };
-        let out = overlay(
-            &picture,
-            &map,
-            MapScale {
-                low: 0.1,
-                high: 0.9,
-            },
-        );
+        // The first patch is always as high as here.
+        let scale = MapScale {
+            usual: vec![0.3, 0.1, 0.1, 0.1],
+            span: 0.8,
+        };
+        let out = overlay(&picture, &map, &scale);
         assert_eq!(out.get_pixel(2, 2), &Rgb([10, 20, 30]));
         assert!(out.get_pixel(30, 30)[0] > 100);
-        let broken = PatchMap {
-            values: vec![0.0],
-            ..map
-        };
-        assert_eq!(
-            overlay(
-                &picture,
-                &broken,
-                MapScale {
-                    low: 0.1,
-                    high: 0.9
-                }
-            ),
-            picture
-        );
+        for values in [vec![0.0], vec![0.0; 5]] {
+            let grid = map.grid;
+            assert_eq!(
+                overlay(&picture, &PatchMap { grid, values }, &scale),
+                picture
+            );
+        }
     }
 }

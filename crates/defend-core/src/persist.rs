@@ -49,7 +49,7 @@ impl Detector {
             student: self.student.spec().clone(),
             preprocess: self.preprocess.clone(),
             calibration: self.calibration,
-            map_scale: self.map_scale,
+            map_scale: self.map_scale.clone(),
         };
         let mut tensors = BTreeMap::new();
         for (part, backbone) in [("teacher", &self.teacher), ("student", &self.student)] {
@@ -137,6 +137,13 @@ impl Header {
                 student.width,
                 teacher.grid().patches(),
                 teacher.width
+            ));
+        }
+        let mapped = self.map_scale.usual.len();
+        if mapped != teacher.grid().patches() {
+            return Err(format!(
+                "its map scale has {mapped} patches, expected {}",
+                teacher.grid().patches()
             ));
         }
         Ok(())
