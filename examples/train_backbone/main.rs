@@ -164,7 +164,7 @@ fn report(name: &str, teacher: &Vit, student: &Vit, photos: &Pictures) -> Result
     let indices: Vec<usize> = (0..photos.len()).collect();
     let (mut patches, mut cls) = (0.0, 0.0);
     for batch in indices.chunks(32) {
-        let found = discrepancy(teacher, student, distance, &photos.images(batch)?)?;
+        let found = discrepancy(teacher, student, distance, 1, &photos.images(batch)?)?;
         patches += f64::from(found.patches.mean_all()?.to_scalar::<f32>()?) * batch.len() as f64;
         cls += f64::from(found.cls.mean_all()?.to_scalar::<f32>()?) * batch.len() as f64;
     }

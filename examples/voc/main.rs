@@ -211,7 +211,7 @@ fn method_scores(
         let images = test.pictures.images(&batch)?;
         let (teacher, student) = (fitted.detector.teacher(), fitted.detector.student());
         let distance: FeatureDistance = config.distill.distance;
-        let found = discrepancy(teacher, student, &distance, &images)?;
+        let found = discrepancy(teacher, student, &distance, config.distill.layers, &images)?;
         for (aggregation, scores) in &mut scores {
             scores.extend(aggregation.score(&found)?);
         }

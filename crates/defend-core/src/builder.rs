@@ -61,6 +61,22 @@ impl Teacher {
             Self::Own(own) => &**own,
         }
     }
+
+    /// Whether its features can hold the layers that are compared.
+    fn check_layers(&self, layers: usize) -> Result<(), Error> {
+        let available = match self {
+            Self::Vit(vit) => vit.spec().architecture.depth,
+            Self::Own(own) => own.spec().layers,
+        };
+        if layers <= available {
+            return Ok(());
+        }
+        Err(Error::Config {
+            field: "distill.layers",
+            value: layers.to_string(),
+            expected: format!("at most the {available} layers of the teacher"),
+        })
+    }
 }
 
 /// Settings and roles of a fit. Every role has the method's implementation as its default and can be
@@ -199,6 +215,7 @@ impl DefendBuilder {
         self.config.validate()?;
         let (config, device) = (self.config, self.device);
         let teacher = load_teacher(self.backbone, &config, &device)?;
+        teacher.check_layers(config.distill.layers)?;
         let preprocess = preprocess_of(teacher.role().spec(), config.fit);
         let pictures = Pictures::read(
             Arc::new(normal),
@@ -225,7 +242,10 @@ impl DefendBuilder {
             dense_report = Some(report);
         }
         let teacher: Arc<dyn Backbone> = match teacher {
-            Teacher::Vit(vit) => Arc::new(vit.copy(TrainScope::Frozen)?),
+            Teacher::Vit(vit) => {
+                let frozen = vit.copy(TrainScope::Frozen)?;
+                Arc::new(frozen.with_layers(config.distill.layers)?)
+            }
             Teacher::Own(own) => own,
         };
 

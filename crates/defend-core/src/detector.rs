@@ -215,7 +215,13 @@ impl NoveltyDetector for Detector {
                 size,
             });
         }
-        let found = discrepancy(&*self.teacher, &*self.student, &*self.objective, images)?;
+        let found = discrepancy(
+            &*self.teacher,
+            &*self.student,
+            &*self.objective,
+            self.config.distill.layers,
+            images,
+        )?;
         let scores = self.score.score(&found)?;
         let threshold = match self.calibration {
             Some(calibration) => Some(Threshold::new(calibration.threshold)?),

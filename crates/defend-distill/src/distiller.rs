@@ -6,6 +6,7 @@ use defend_nn::{
 };
 use defend_vit::{Backbone, ImageSource, Trainable};
 
+use crate::layers::Layers;
 use crate::{DistillConfig, DistillObjective, Error, MaskPolicy};
 
 /// Trains a student to predict a frozen teacher's features from part of each image (section 3.2).
@@ -70,13 +71,15 @@ impl Distiller {
                         teacher.features(&images.images(missing)?)?
                     };
                     let attention = features.cls_attention.mean(1)?;
-                    Ok::<_, Error>([features.patches.detach(), features.cls.detach(), attention])
+                    let layers = Layers::of(&features, config.layers)?;
+                    Ok::<_, Error>([layers.patches.detach(), layers.cls.detach(), attention])
                 })?;
                 let grid = student_grid(student, &batch)?;
                 let keep = mask.keep(&attention, grid, rng)?;
                 let predicted = student.training_features(&batch, keep.as_ref(), rng)?;
+                let predicted = Layers::of(&predicted, config.layers)?;
                 let patches = match &keep {
-                    Some(keep) => keep.gather(&patches)?,
+                    Some(keep) => Layers::keep(&patches, keep)?,
                     None => patches,
                 };
                 let mut loss = objective
@@ -225,7 +228,7 @@ mod tests {
         let (_, student) = train(Mask::Random { ratio: 0.5 })?;
         let (teacher, distance) = (vit(1), FeatureDistance::default());
         let score = |images: &Tensor| -> Result<f32, Error> {
-            let d = discrepancy(&teacher, &student, &distance, images)?;
+            let d = discrepancy(&teacher, &student, &distance, 1, images)?;
             assert_eq!((d.patches.dims(), d.cls.dims()), (&[12, 16][..], &[12][..]));
             let scores = Aggregation::Mean.score(&d)?;
             Ok(scores.iter().sum::<f32>() / scores.len() as f32)

@@ -9,6 +9,7 @@
 mod config;
 mod distiller;
 mod error;
+mod layers;
 mod mask;
 mod objective;
 mod score;

@@ -73,6 +73,21 @@ impl Default for FeatureDistance {
 }
 
 impl FeatureDistance {
+    /// Refuses combinations without a meaning of their own.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn validate(self) -> Result<(), Error> {
+        if self.norm == FeatureNorm::None && self.side == NormalizedSide::Teacher {
+            return Err(Error::Config {
+                field: "distance.side",
+                value: "teacher".into(),
+                expected: "both where distance.norm is none: there is nothing to normalise on one side",
+            });
+        }
+        Ok(())
+    }
+
     fn normalize(self, x: &Tensor) -> Result<Tensor, Error> {
         Ok(match self.norm {
             FeatureNorm::None => x.clone(),

@@ -4,14 +4,15 @@ use candle_core::{DType, Tensor};
 use defend_vit::{Backbone, Grid};
 use serde::{Deserialize, Serialize};
 
+use crate::layers::Layers;
 use crate::{DistillObjective, Error};
 
 /// What teacher and student disagree on, for a batch of whole images.
 #[derive(Debug, Clone)]
 pub struct Discrepancy {
-    /// Distance of each patch, `[B, N]`, row-major over the grid: the heat map.
+    /// Distance of each patch, mean over the compared layers, `[B, N]`, row-major over the grid: the heat map.
     pub patches: Tensor,
-    /// Distance of the CLS tokens, `[B]`.
+    /// Distance of the CLS tokens, mean over the compared layers, `[B]`.
     pub cls: Tensor,
     /// The teacher's CLS attention, mean over heads, `[B, N]`.
     pub attention: Tensor,
@@ -19,22 +20,27 @@ pub struct Discrepancy {
     pub grid: Grid,
 }
 
-/// Runs teacher and student on whole images (no mask) and compares them.
+/// Runs teacher and student on whole images (no mask) and compares their last `layers` layers.
 ///
 /// # Errors
-/// [`Error::Vit`] when the images do not fit, [`Error::Shape`] when the backbones' widths differ.
+/// [`Error::Vit`] when the images do not fit, [`Error::Shape`] when the backbones' widths differ,
+/// [`Error::Config`] when their features have fewer layers.
 pub fn discrepancy(
     teacher: &dyn Backbone,
     student: &dyn Backbone,
     objective: &dyn DistillObjective,
+    layers: usize,
     images: &Tensor,
 ) -> Result<Discrepancy, Error> {
-    let (t, s) = (teacher.features(images)?, student.features(images)?);
+    let features = teacher.features(images)?;
+    let t = Layers::of(&features, layers)?;
+    let s = Layers::of(&student.features(images)?, layers)?;
+    let mean = |distances: Tensor| distances.mean(1).map(|mean| mean.detach());
     Ok(Discrepancy {
-        patches: objective.distances(&t.patches, &s.patches)?.detach(),
-        cls: objective.distances(&t.cls, &s.cls)?.detach(),
-        attention: t.cls_attention.mean(1)?,
-        grid: t.grid,
+        patches: mean(objective.distances(&t.patches, &s.patches)?)?,
+        cls: mean(objective.distances(&t.cls, &s.cls)?)?,
+        attention: features.cls_attention.mean(1)?,
+        grid: features.grid,
     })
 }
 

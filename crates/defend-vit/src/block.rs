@@ -41,6 +41,8 @@ pub(crate) struct Block {
     pub(crate) fc1: Linear,
     pub(crate) fc2: Linear,
     pub(crate) heads: usize,
+    /// Factors `[D]` of the attention's and the MLP's branch.
+    pub(crate) scales: Option<[Tensor; 2]>,
     /// Probability of leaving a residual branch out while training, `0..1`.
     pub(crate) drop_path: f64,
 }
@@ -66,9 +68,18 @@ impl Block {
     /// Both residual branches, the first from its packed queries, keys and values.
     fn residual(&self, x: &Tensor, qkv: &Tensor, mut rng: Option<&mut Rng>) -> Result<Tensor> {
         let branch = self.projection.forward(&ops::attention(qkv, self.heads)?)?;
+        let branch = self.scaled(branch, 0)?;
         let x = (x + self.drop_path(branch, rng.as_deref_mut())?)?;
         let hidden = ops::linear_gelu(&self.norm2.forward(&x)?, &self.fc1.weight, &self.fc1.bias)?;
-        &x + self.drop_path(self.fc2.forward(&hidden)?, rng)?
+        let branch = self.scaled(self.fc2.forward(&hidden)?, 1)?;
+        &x + self.drop_path(branch, rng)?
+    }
+
+    fn scaled(&self, branch: Tensor, which: usize) -> Result<Tensor> {
+        match &self.scales {
+            Some(scales) => branch.broadcast_mul(&scales[which]),
+            None => Ok(branch),
+        }
     }
 
     fn qkv(&self, x: &Tensor) -> Result<Tensor> {

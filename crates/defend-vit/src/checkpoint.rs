@@ -3,11 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use serde::Deserialize;
 
-use crate::{
-    Architecture, BackboneSpec, Error, Interpolation, Normalization, TrainScope, Vit, Weights,
-};
+use crate::{BackboneSpec, Error, TrainScope, Vit, Weights, layout, model_config};
+
+pub use crate::model_config::Family;
 
 /// Metadata key under which our own files hold the [`BackboneSpec`] as JSON.
 const SPEC_KEY: &str = "defend.backbone";
@@ -16,10 +15,18 @@ const SPEC_KEY: &str = "defend.backbone";
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Pretrained {
-    /// A folder with `config.json` and `model.safetensors`, as timm's hub repositories hold them.
+    /// A folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, as the hub's repositories
+    /// hold them; models of Hugging Face's own also need their `preprocessor_config.json`.
     Folder(PathBuf),
-    /// A safetensors file: one of ours ([`Vit::to_safetensors`]), or one with a `config.json` beside it.
+    /// A weight file: one of ours ([`Vit::to_safetensors`]), or one with a `config.json` beside it.
     File(PathBuf),
+    /// A weight file that says nothing of its preprocessing, such as DINO's and DeiT's `.pth` files.
+    StateDict {
+        /// The file: `.pth`, `.pt` or `.bin` of PyTorch, or safetensors.
+        path: PathBuf,
+        /// What the weights were trained with.
+        family: Family,
+    },
     /// Content of one of our files, such as weights compiled into a program.
     Bytes {
         /// Name for errors and reports.
@@ -37,6 +44,9 @@ pub enum Pretrained {
         revision: String,
     },
 }
+
+/// Model files in the order of preference.
+const WEIGHT_FILES: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
 
 impl Pretrained {
     /// The newest revision of a model on the hub.
@@ -58,16 +68,30 @@ impl Pretrained {
         }
     }
 
-    /// Reads specification and weights.
+    /// A weight file without a configuration, of a known family.
+    pub fn state_dict(path: impl Into<PathBuf>, family: Family) -> Self {
+        Self::StateDict {
+            path: path.into(),
+            family,
+        }
+    }
+
+    /// Reads specification and weights, the latter with timm's names.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Config`], [`Error::Damaged`], [`Error::Hub`].
+    /// [`Error::Io`], [`Error::Config`], [`Error::Damaged`], [`Error::UnknownLayout`], [`Error::Hub`].
     pub fn read(&self) -> Result<(BackboneSpec, Weights), Error> {
         match self {
-            Self::Folder(folder) => with_config(
-                &folder.join("config.json"),
-                &folder.join("model.safetensors"),
-            ),
+            Self::Folder(folder) => {
+                let found = WEIGHT_FILES.map(|name| folder.join(name));
+                let [first, second] = &found;
+                let weights = if !first.exists() && second.exists() {
+                    second
+                } else {
+                    first
+                };
+                with_config(&folder.join("config.json"), weights)
+            }
             Self::File(path) => {
                 let weights = Weights::read(path)?;
                 if weights.metadata(SPEC_KEY).is_some() {
@@ -78,19 +102,43 @@ impl Pretrained {
                     return Err(Error::Config {
                         origin: path.display().to_string(),
                         reason: format!(
-                            "its normalisation and LayerNorm eps are unknown: put the model's config.json beside it ({})",
+                            "its normalisation and LayerNorm eps are unknown: put the model's config.json beside it ({}), or name its family (Pretrained::state_dict)",
                             config.display()
                         ),
                     });
                 }
                 with_config(&config, path)
             }
+            Self::StateDict { path, family } => {
+                let mut weights = Weights::read(path)?;
+                layout::to_timm(&mut weights)?;
+                let name = path.file_stem().unwrap_or_default().to_string_lossy();
+                let spec = family
+                    .spec(&name, &weights)
+                    .map_err(|reason| Error::Config {
+                        origin: path.display().to_string(),
+                        reason,
+                    })?;
+                Ok((spec, weights))
+            }
             Self::Bytes { name, content } => own(Weights::from_bytes(content, name)?),
             #[cfg(feature = "hub")]
             Self::Hub { model, revision } => {
-                let files =
-                    crate::hub::fetch(model, revision, ["config.json", "model.safetensors"])?;
-                let [config, weights] = files;
+                let [config] = crate::hub::fetch(model, revision, ["config.json"])?;
+                // Hugging Face's own models keep the normalisation in a second file; timm's have none.
+                let _ = crate::hub::fetch(model, revision, [model_config::PREPROCESSOR]);
+                let mut weights = Err(Error::Hub {
+                    model: model.clone(),
+                    file: WEIGHT_FILES.join(" or "),
+                    reason: "not asked for".into(),
+                });
+                for file in WEIGHT_FILES {
+                    weights = crate::hub::fetch(model, revision, [file]);
+                    if weights.is_ok() {
+                        break;
+                    }
+                }
+                let [weights] = weights?;
                 with_config(&config, &weights)
             }
         }
@@ -134,92 +182,17 @@ fn with_config(config: &Path, weights: &Path) -> Result<(BackboneSpec, Weights),
         path: config.to_owned(),
         source,
     })?;
-    let weights = Weights::read(weights)?;
-    let spec = timm_spec(&text, &weights).map_err(|reason| Error::Config {
-        origin: config.display().to_string(),
-        reason,
+    let mut weights = Weights::read(weights)?;
+    layout::to_timm(&mut weights)?;
+    let preprocessor = config.with_file_name(model_config::PREPROCESSOR);
+    let preprocessor = std::fs::read_to_string(preprocessor).ok();
+    let spec = model_config::spec(&text, preprocessor.as_deref(), &weights).map_err(|reason| {
+        Error::Config {
+            origin: config.display().to_string(),
+            reason,
+        }
     })?;
     Ok((spec, weights))
-}
-
-/// The parts of timm's `config.json` that matter here; it has many more.
-#[derive(Deserialize)]
-struct TimmConfig {
-    architecture: String,
-    #[serde(default)]
-    num_classes: usize,
-    pretrained_cfg: TimmPretrained,
-}
-
-#[derive(Deserialize)]
-struct TimmPretrained {
-    #[serde(default)]
-    tag: Option<String>,
-    input_size: [usize; 3],
-    #[serde(default)]
-    interpolation: Option<Interpolation>,
-    #[serde(default)]
-    crop_pct: Option<f32>,
-    mean: [f32; 3],
-    std: [f32; 3],
-}
-
-/// Extents from timm's configuration and the tensors' shapes.
-fn timm_spec(json: &str, weights: &Weights) -> Result<BackboneSpec, String> {
-    let config: TimmConfig =
-        serde_json::from_str(json).map_err(|e| format!("not a timm model configuration: {e}"))?;
-    if !config.architecture.starts_with("vit_") && !config.architecture.starts_with("deit_") {
-        return Err(format!(
-            "architecture \"{}\" is not supported, expected a plain vit_* or deit_* model",
-            config.architecture
-        ));
-    }
-    let shape = |name: &str| {
-        weights
-            .shape(name)
-            .ok_or_else(|| format!("{} has no tensor \"{name}\"", weights.origin()))
-    };
-    let &[width, 3, patch_size, _] = shape("patch_embed.proj.weight")? else {
-        return Err("\"patch_embed.proj.weight\" is not [width, 3, patch, patch]".into());
-    };
-    let &[mlp_width, _] = shape("blocks.0.mlp.fc1.weight")? else {
-        return Err("\"blocks.0.mlp.fc1.weight\" is not a matrix".into());
-    };
-    let mut depth = 0;
-    while weights.contains(&format!("blocks.{depth}.norm1.weight")) {
-        depth += 1;
-    }
-    let [_, image_size, image_width] = config.pretrained_cfg.input_size;
-    if image_size != image_width {
-        return Err(format!(
-            "input size {image_size} x {image_width}, expected a square"
-        ));
-    }
-    let pretrained = config.pretrained_cfg;
-    let name = match pretrained.tag {
-        Some(tag) => format!("{}.{tag}", config.architecture),
-        None => config.architecture,
-    };
-    Ok(BackboneSpec {
-        name,
-        architecture: Architecture {
-            image_size,
-            patch_size,
-            width,
-            depth,
-            // Every plain ViT of timm has heads of 64 channels.
-            heads: (width / 64).max(1),
-            mlp_width,
-            layer_norm_eps: 1e-6,
-            classes: config.num_classes,
-        },
-        normalization: Normalization {
-            mean: pretrained.mean,
-            std: pretrained.std,
-        },
-        interpolation: pretrained.interpolation.unwrap_or(Interpolation::Bicubic),
-        crop_pct: pretrained.crop_pct.unwrap_or(0.9),
-    })
 }
 
 impl Vit {
@@ -248,7 +221,7 @@ impl Vit {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Backbone;
+    use crate::{Architecture, Backbone, Interpolation};
     use candle_core::{DType, Tensor};
     use defend_nn::Rng;
 

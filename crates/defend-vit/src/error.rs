@@ -15,8 +15,8 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
-    /// A weight file is not a whole safetensors file.
-    #[error("{origin} is not a complete safetensors file: {reason}")]
+    /// A weight file is damaged, or not of the kind that its name says.
+    #[error("{origin} is not a complete weight file: {reason}")]
     Damaged {
         /// File or name of the weights.
         origin: String,
@@ -59,6 +59,17 @@ pub enum Error {
         /// File or name of the weights.
         origin: String,
         /// Their names.
+        names: Vec<String>,
+    },
+    /// The names of the tensors are of no known Vision Transformer.
+    #[error(
+        "{origin} is no Vision Transformer of timm, Hugging Face, DINO or DINOv2: no tensor is called cls_token; it holds {}",
+        names.join(", ")
+    )]
+    UnknownLayout {
+        /// File or name of the weights.
+        origin: String,
+        /// The names in the file.
         names: Vec<String>,
     },
     /// A tensor holds NaN or infinity.

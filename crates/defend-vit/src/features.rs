@@ -24,7 +24,16 @@ impl Grid {
     }
 }
 
-/// The last layer of a backbone for a batch of images.
+/// Tokens of one block after the final norm.
+#[derive(Debug, Clone)]
+pub struct Layer {
+    /// CLS token, `[B, D]`.
+    pub cls: Tensor,
+    /// Patch tokens, `[B, N, D]`, in the order of [`Features::patches`].
+    pub patches: Tensor,
+}
+
+/// The last layer of a backbone for a batch of images, and earlier ones on request.
 #[derive(Debug, Clone)]
 pub struct Features {
     /// CLS token after the final norm, `[B, D]`.
@@ -37,6 +46,8 @@ pub struct Features {
     pub cls_attention: Tensor,
     /// Patches of the whole view.
     pub grid: Grid,
+    /// The blocks before the last, nearest first; [`BackboneSpec::layers`]` - 1` of them.
+    pub earlier: Vec<Layer>,
 }
 
 impl Features {
@@ -170,7 +181,7 @@ pub trait Backbone: Send + Sync {
 /// They carry no gradient and do not change while that part is trained, so they may be cached.
 #[derive(Debug, Clone)]
 pub struct Prefix {
-    /// CLS token and patches, `[B, 1 + N, D]`.
+    /// CLS token, extra tokens where there are any, and patches: `[B, 1 + E + N, D]`.
     pub tokens: Tensor,
     /// Patches of the view.
     pub grid: Grid,

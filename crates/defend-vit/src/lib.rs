@@ -27,15 +27,17 @@ mod error;
 mod features;
 #[cfg(feature = "hub")]
 mod hub;
+mod layout;
+mod model_config;
 mod patch_embed;
 pub mod pos_embed;
 mod spec;
 mod vit;
 mod weights;
 
-pub use checkpoint::Pretrained;
+pub use checkpoint::{Family, Pretrained};
 pub use error::Error;
-pub use features::{Backbone, Features, Grid, ImageSource, Prefix, TokenSet, Trainable};
+pub use features::{Backbone, Features, Grid, ImageSource, Layer, Prefix, TokenSet, Trainable};
 pub use spec::{Architecture, BackboneSpec, Interpolation, Normalization};
 pub use vit::{TrainScope, Vit};
 pub use weights::Weights;

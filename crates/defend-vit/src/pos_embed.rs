@@ -4,25 +4,50 @@ use candle_core::{Device, Tensor};
 
 use crate::{Error, Grid};
 
-/// PyTorch's cubic convolution coefficient.
-const A: f64 = -0.75;
+/// The two bicubic filters of PyTorch's `interpolate(mode = "bicubic", align_corners = False)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bicubic {
+    /// As it is by default: coefficient -0.75, borders repeated (DINO, DINOv2).
+    Plain,
+    /// With `antialias = True`: coefficient -0.5, stretched when shrinking (DINOv2 with registers).
+    Antialiased,
+}
 
-/// Keys' cubic kernel at distance `t >= 0`.
-fn cubic(t: f64) -> f64 {
+impl Bicubic {
+    /// One axis as a matrix `[target, source]`.
+    fn matrix(self, source: usize, target: usize) -> Vec<f32> {
+        match self {
+            Self::Plain => plain_matrix(source, target),
+            Self::Antialiased => antialiased_matrix(source, target),
+        }
+    }
+}
+
+/// Keys' cubic kernel with coefficient `a` at distance `t >= 0`.
+fn cubic(a: f64, t: f64) -> f64 {
     if t <= 1.0 {
-        ((A + 2.0) * t - (A + 3.0)) * t * t + 1.0
+        ((a + 2.0) * t - (a + 3.0)) * t * t + 1.0
     } else if t < 2.0 {
-        ((A * t - 5.0 * A) * t + 8.0 * A) * t - 4.0 * A
+        ((a * t - 5.0 * a) * t + 8.0 * a) * t - 4.0 * a
     } else {
         0.0
     }
 }
 
-/// One axis of bicubic interpolation as a matrix `[target, source]`.
-///
-/// Half-pixel centres, no antialiasing, borders repeated: `torch.nn.functional.interpolate(mode =
-/// "bicubic", align_corners = False)`.
-fn bicubic_matrix(source: usize, target: usize) -> Vec<f32> {
+fn antialiased_matrix(source: usize, target: usize) -> Vec<f32> {
+    let scale = source as f64 / target as f64;
+    let stretch = scale.max(1.0);
+    let mut matrix = Vec::with_capacity(target * source);
+    for i in 0..target {
+        let centre = (i as f64 + 0.5) * scale;
+        let weight = |j: usize| cubic(-0.5, (j as f64 + 0.5 - centre).abs() / stretch);
+        let total: f64 = (0..source).map(weight).sum();
+        matrix.extend((0..source).map(|j| (weight(j) / total) as f32));
+    }
+    matrix
+}
+
+fn plain_matrix(source: usize, target: usize) -> Vec<f32> {
     let mut matrix = vec![0f64; target * source];
     let scale = source as f64 / target as f64;
     for (i, row) in matrix.chunks_exact_mut(source).enumerate() {
@@ -30,7 +55,7 @@ fn bicubic_matrix(source: usize, target: usize) -> Vec<f32> {
         let first = centre.floor() as i64 - 1;
         for tap in first..first + 4 {
             let clamped = tap.clamp(0, source as i64 - 1) as usize;
-            row[clamped] += cubic((centre - tap as f64).abs());
+            row[clamped] += cubic(-0.75, (centre - tap as f64).abs());
         }
     }
     matrix.into_iter().map(|v| v as f32).collect()
@@ -38,18 +63,18 @@ fn bicubic_matrix(source: usize, target: usize) -> Vec<f32> {
 
 /// Resizes a grid of embeddings `[rows * columns, D]` bicubically to another grid, differentiably.
 ///
-/// Matches PyTorch's `interpolate(mode = "bicubic", align_corners = False)` (DINO's scheme) to 1e-5.
+/// Matches PyTorch's `interpolate` to 1e-5.
 ///
 /// # Errors
 /// [`Error::Candle`] when the tensor does not have `from.patches()` rows.
-pub fn resize(embedding: &Tensor, from: Grid, to: Grid) -> Result<Tensor, Error> {
+pub fn resize(embedding: &Tensor, from: Grid, to: Grid, filter: Bicubic) -> Result<Tensor, Error> {
     if from == to {
         return Ok(embedding.clone());
     }
     let device = embedding.device();
     let d = embedding.dim(1)?;
     let axis = |source, target| -> Result<Tensor, Error> {
-        let matrix = Tensor::from_vec(bicubic_matrix(source, target), (target, source), device)?;
+        let matrix = Tensor::from_vec(filter.matrix(source, target), (target, source), device)?;
         Ok(matrix.to_dtype(embedding.dtype())?)
     };
     let rows = axis(from.rows, to.rows)?
@@ -101,21 +126,24 @@ mod tests {
             columns: side,
         };
         let ones = Tensor::ones((196, 3), candle_core::DType::F32, &Device::Cpu)?;
-        let resized = resize(
-            &ones,
-            square(14),
-            Grid {
-                rows: 6,
-                columns: 9,
-            },
-        )?;
-        assert_eq!(resized.dims(), [54, 3]);
-        let off = (resized - 1.0)?
-            .abs()?
-            .flatten_all()?
-            .max(0)?
-            .to_scalar::<f32>()?;
-        assert!(off < 1e-6);
+        for filter in [Bicubic::Plain, Bicubic::Antialiased] {
+            let resized = resize(
+                &ones,
+                square(14),
+                Grid {
+                    rows: 6,
+                    columns: 9,
+                },
+                filter,
+            )?;
+            assert_eq!(resized.dims(), [54, 3]);
+            let off = (resized - 1.0)?
+                .abs()?
+                .flatten_all()?
+                .max(0)?
+                .to_scalar::<f32>()?;
+            assert!(off < 1e-6);
+        }
         Ok(())
     }
 

@@ -24,6 +24,15 @@ pub struct Architecture {
     pub layer_norm_eps: f64,
     /// Classes of the classification head, 0 without one.
     pub classes: usize,
+    /// Whether a distillation token with a position and a head of its own follows the CLS token (DeiT).
+    #[serde(default)]
+    pub distilled: bool,
+    /// Register tokens between CLS token and patches, which have no position (DINOv2).
+    #[serde(default)]
+    pub registers: usize,
+    /// Whether every residual branch is scaled by channel (LayerScale: DINOv2).
+    #[serde(default)]
+    pub layer_scale: bool,
 }
 
 impl Architecture {
@@ -57,7 +66,15 @@ impl Architecture {
             mlp_width: 4 * width,
             layer_norm_eps: 1e-6,
             classes: 0,
+            distilled: false,
+            registers: 0,
+            layer_scale: false,
         }
+    }
+
+    /// Tokens between the CLS token and the patches.
+    pub fn extra_tokens(&self) -> usize {
+        usize::from(self.distilled) + self.registers
     }
 
     /// Patches of a full view.
@@ -165,6 +182,13 @@ pub struct BackboneSpec {
     pub interpolation: Interpolation,
     /// Share of the shorter side that the checkpoint's centre crop keeps, `0..=1`.
     pub crop_pct: f32,
+    /// Layers that [`crate::Features`] hold, counted from the last; `1..=depth` (paper, Table 1a: 1, 3, 5).
+    #[serde(default = "last_layer_only")]
+    pub layers: usize,
+}
+
+fn last_layer_only() -> usize {
+    1
 }
 
 impl BackboneSpec {
@@ -183,6 +207,7 @@ impl BackboneSpec {
             normalization: Normalization::HALF,
             interpolation: Interpolation::Bicubic,
             crop_pct: 0.9,
+            layers: 1,
         }
     }
 }

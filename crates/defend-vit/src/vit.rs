@@ -6,8 +6,9 @@ use candle_core::{Device, Tensor, Var};
 use defend_nn::{Rng, normal, ops, xavier_uniform};
 
 use crate::block::{Block, Linear, Norm};
-use crate::features::{Backbone, Features, Grid, Prefix, TokenSet, Trainable};
+use crate::features::{Backbone, Features, Grid, Layer, Prefix, TokenSet, Trainable};
 use crate::patch_embed::patchify;
+use crate::pos_embed::Bicubic;
 use crate::{BackboneSpec, Error, Weights, pos_embed};
 
 /// Which parameters of a loaded backbone train.
@@ -22,7 +23,8 @@ pub enum TrainScope {
 }
 
 /// A plain Vision Transformer with a CLS token, a learned or fixed positional embedding, and pre-norm
-/// blocks (METHOD.md, section 0).
+/// blocks (METHOD.md, section 0); DeiT's distillation token, DINOv2's registers and LayerScale where the
+/// checkpoint has them.
 #[derive(Debug)]
 pub struct Vit {
     spec: BackboneSpec,
@@ -30,11 +32,17 @@ pub struct Vit {
     patch_embed: Linear,
     /// `[1, 1, D]`.
     cls_token: Tensor,
-    /// Of the CLS token and the full view's patches, `[1, 1 + N, D]`.
+    /// DeiT's distillation token, `[1, 1, D]`.
+    dist_token: Option<Tensor>,
+    /// DINOv2's registers, `[1, R, D]`.
+    reg_token: Option<Tensor>,
+    /// Of the CLS token, a distillation token, and the full view's patches, `[1, 1 + N, D]` or `[1, 2 + N, D]`.
     pos_embed: Tensor,
     blocks: Vec<Block>,
     norm: Norm,
     head: Option<Linear>,
+    /// Of the distillation token.
+    head_dist: Option<Linear>,
     variables: Vec<(String, Var)>,
     /// Index of the first block that trains: everything below may be cached.
     first_trained: usize,
@@ -102,6 +110,7 @@ impl Vit {
         if spec.architecture.classes == 0 {
             // A backbone cut from a classifier: the head is known and not needed.
             let _ = weights.split_off("head.");
+            let _ = weights.split_off("head_dist.");
         }
         let vit = Self::build(spec, scope, 0.0, device, &mut |name, shape| {
             weights.take(name, shape)
@@ -124,6 +133,7 @@ impl Vit {
         device: &Device,
     ) -> Result<Self, Error> {
         let (grid, width) = (spec.architecture.grid(), spec.architecture.width);
+        let first = 1 + usize::from(spec.architecture.distilled);
         let cpu = Device::Cpu;
         Self::build(
             spec,
@@ -134,15 +144,18 @@ impl Vit {
                 let tensor = match shape {
                     _ if name == "pos_embed" => {
                         let fixed = pos_embed::sin_cos(grid, width, &cpu)?;
-                        let cls = Tensor::zeros((1, width), fixed.dtype(), &cpu)?;
+                        let cls = Tensor::zeros((first, width), fixed.dtype(), &cpu)?;
                         Tensor::cat(&[cls, fixed], 0)?.unsqueeze(0)?
                     }
-                    _ if name == "cls_token" => normal(shape, 0.02, rng, &cpu)?,
+                    _ if name.ends_with("_token") => normal(shape, 0.02, rng, &cpu)?,
                     [outputs, rest @ ..] if !rest.is_empty() => {
                         xavier_uniform(*outputs, rest.iter().product(), rng, &cpu)?
                             .reshape(shape)?
                     }
-                    _ if name.contains("norm") && name.ends_with("weight") => {
+                    // DINOv2's small first scale (1e-5) is for deep networks from scratch; a student starts at one.
+                    _ if name.ends_with("gamma")
+                        || name.contains("norm") && name.ends_with("weight") =>
+                    {
                         Tensor::ones(shape, candle_core::DType::F32, &cpu)?
                     }
                     _ => Tensor::zeros(shape, candle_core::DType::F32, &cpu)?,
@@ -186,6 +199,12 @@ impl Vit {
                 )));
             }
         };
+        if !(1..=arch.depth).contains(&spec.layers) {
+            return Err(config(format!(
+                "cannot return {} layers of {} blocks, expected at least 1 and no more than there are",
+                spec.layers, arch.depth
+            )));
+        }
         let all = scope == TrainScope::All;
         let (d, p, n) = (arch.width, arch.patch_size, arch.grid().patches());
         let mut build = Assembly {
@@ -195,7 +214,14 @@ impl Vit {
             variables: Vec::new(),
         };
         let cls_token = build.parameter("cls_token", &[1, 1, d], all)?;
-        let pos_embed = build.parameter("pos_embed", &[1, 1 + n, d], all)?;
+        let optional = |build: &mut Assembly<'_, '_>, name, tokens| match tokens {
+            0 => Ok(None),
+            tokens => build.parameter(name, &[1, tokens, d], all).map(Some),
+        };
+        let dist_token = optional(&mut build, "dist_token", usize::from(arch.distilled))?;
+        let reg_token = optional(&mut build, "reg_token", arch.registers)?;
+        let positions = 1 + usize::from(arch.distilled) + n;
+        let pos_embed = build.parameter("pos_embed", &[1, positions, d], all)?;
         let patch_embed = Linear {
             weight: build.parameter("patch_embed.proj.weight", &[d, 3, p, p], all)?,
             bias: build.parameter("patch_embed.proj.bias", &[d], all)?,
@@ -211,6 +237,13 @@ impl Vit {
                     fc1: build.linear(&format!("{at}.mlp.fc1"), arch.mlp_width, d, trains)?,
                     fc2: build.linear(&format!("{at}.mlp.fc2"), d, arch.mlp_width, trains)?,
                     heads: arch.heads,
+                    scales: match arch.layer_scale {
+                        false => None,
+                        true => Some([
+                            build.parameter(&format!("{at}.ls1.gamma"), &[d], trains)?,
+                            build.parameter(&format!("{at}.ls2.gamma"), &[d], trains)?,
+                        ]),
+                    },
                     drop_path: drop_path * i as f64 / (arch.depth.max(2) - 1) as f64,
                 })
             })
@@ -220,29 +253,74 @@ impl Vit {
             0 => None,
             classes => Some(build.linear("head", classes, d, false)?),
         };
+        let head_dist = match arch.classes {
+            classes if classes > 0 && arch.distilled => {
+                Some(build.linear("head_dist", classes, d, false)?)
+            }
+            _ => None,
+        };
         Ok(Self {
             variables: build.variables,
             spec,
             patch_embed,
             cls_token,
+            dist_token,
+            reg_token,
             pos_embed,
             blocks,
             norm,
             head,
+            head_dist,
             first_trained,
         })
     }
 
-    /// Class logits of features, `[B, classes]`, for a checkpoint with a head.
+    /// The same backbone with the last `layers` layers in its features.
     ///
     /// # Errors
-    /// [`Error::Config`] without a head.
-    pub fn logits(&self, features: &Features) -> Result<Tensor, Error> {
+    /// [`Error::Config`] for none or more than there are blocks.
+    pub fn with_layers(mut self, layers: usize) -> Result<Self, Error> {
+        let depth = self.blocks.len();
+        if !(1..=depth).contains(&layers) {
+            return Err(Error::Config {
+                origin: self.spec.name,
+                reason: format!("cannot return {layers} layers, it has {depth} blocks"),
+            });
+        }
+        self.spec.layers = layers;
+        Ok(self)
+    }
+
+    /// Blocks that may run once and be cached: neither trained nor a layer of the features.
+    fn frozen_blocks(&self) -> usize {
+        self.first_trained.min(self.blocks.len() - self.spec.layers)
+    }
+
+    /// Class logits of images, `[B, classes]`, for a checkpoint with a head; with a distillation token the
+    /// mean of both heads, as DeiT does.
+    ///
+    /// # Errors
+    /// [`Error::Config`] without a head, [`Error::Input`] for images that do not fit.
+    pub fn logits(&self, images: &Tensor) -> Result<Tensor, Error> {
         let head = self.head.as_ref().ok_or_else(|| Error::Config {
             origin: self.spec.name.clone(),
             reason: "the backbone was loaded without its classification head".into(),
         })?;
-        Ok(head.forward(&features.cls)?)
+        let (mut tokens, _) = self.embed(images, None)?;
+        for block in &self.blocks {
+            tokens = block.forward(&tokens, None)?;
+        }
+        let tokens = self.norm.forward(
+            &tokens
+                .narrow(1, 0, 1 + self.spec.architecture.extra_tokens())?
+                .contiguous()?,
+        )?;
+        let token = |i| tokens.narrow(1, i, 1)?.squeeze(1)?.contiguous();
+        let logits = head.forward(&token(0)?)?;
+        match &self.head_dist {
+            Some(head_dist) => Ok(((logits + head_dist.forward(&token(1)?)?)? / 2.0)?),
+            None => Ok(logits),
+        }
     }
 
     /// All parameters by timm's names, in timm's shapes, for saving.
@@ -256,6 +334,15 @@ impl Vit {
         };
         add("cls_token".into(), &self.cls_token);
         add("pos_embed".into(), &self.pos_embed);
+        let extra = [
+            ("dist_token", &self.dist_token),
+            ("reg_token", &self.reg_token),
+        ];
+        for (name, tokens) in extra {
+            if let Some(tokens) = tokens {
+                add(name.into(), tokens);
+            }
+        }
         add("patch_embed.proj.weight".into(), &self.patch_embed.weight);
         add("patch_embed.proj.bias".into(), &self.patch_embed.bias);
         for (i, block) in self.blocks.iter().enumerate() {
@@ -263,6 +350,9 @@ impl Vit {
             for (name, norm) in norms {
                 add(format!("blocks.{i}.{name}.weight"), &norm.weight);
                 add(format!("blocks.{i}.{name}.bias"), &norm.bias);
+            }
+            for (gamma, ls) in block.scales.iter().flatten().zip(["ls1", "ls2"]) {
+                add(format!("blocks.{i}.{ls}.gamma"), gamma);
             }
             let maps = [
                 ("attn.qkv", &block.qkv),
@@ -277,9 +367,11 @@ impl Vit {
         }
         add("norm.weight".into(), &self.norm.weight);
         add("norm.bias".into(), &self.norm.bias);
-        if let Some(head) = &self.head {
-            add("head.weight".into(), &head.weight);
-            add("head.bias".into(), &head.bias);
+        for (name, head) in [("head", &self.head), ("head_dist", &self.head_dist)] {
+            if let Some(head) = head {
+                add(format!("{name}.weight"), &head.weight);
+                add(format!("{name}.bias"), &head.bias);
+            }
         }
         Ok(tensors)
     }
@@ -334,15 +426,20 @@ impl Vit {
         )
     }
 
-    /// The tokens that enter the first block, `[B, 1 + N, D]` (or 1 + M for kept ones).
+    /// The tokens that enter the first block, `[B, 1 + E + N, D]` with E extra tokens (M for N when kept).
     fn embed(&self, images: &Tensor, keep: Option<&TokenSet>) -> Result<(Tensor, Grid), Error> {
         let arch = &self.spec.architecture;
         let (patches, grid) = patchify(images, arch.patch_size)?;
         let (b, d) = (patches.dim(0)?, arch.width);
         let pos_embed = self.pos_embed.squeeze(0)?;
         let cls_position = pos_embed.narrow(0, 0, 1)?;
-        let positions = pos_embed.narrow(0, 1, arch.grid().patches())?;
-        let positions = pos_embed::resize(&positions, arch.grid(), grid)?.unsqueeze(0)?;
+        let first_patch = 1 + usize::from(arch.distilled);
+        let positions = pos_embed.narrow(0, first_patch, arch.grid().patches())?;
+        let filter = match arch.registers {
+            0 => Bicubic::Plain,
+            _ => Bicubic::Antialiased,
+        };
+        let positions = pos_embed::resize(&positions, arch.grid(), grid, filter)?.unsqueeze(0)?;
         let (patches, positions) = match keep {
             None => (patches, positions),
             Some(keep) if keep.grid() != grid => {
@@ -368,7 +465,16 @@ impl Vit {
             .cls_token
             .broadcast_add(&cls_position)?
             .broadcast_as((b, 1, d))?;
-        Ok((Tensor::cat(&[&cls, &patches], 1)?, grid))
+        let mut tokens = vec![cls];
+        if let Some(dist) = &self.dist_token {
+            let dist = dist.broadcast_add(&pos_embed.narrow(0, 1, 1)?)?;
+            tokens.push(dist.broadcast_as((b, 1, d))?);
+        }
+        if let Some(registers) = &self.reg_token {
+            tokens.push(registers.broadcast_as((b, arch.registers, d))?);
+        }
+        tokens.push(patches);
+        Ok((Tensor::cat(&tokens, 1)?, grid))
     }
 
     /// Runs blocks `from..` and the final norm.
@@ -381,26 +487,45 @@ impl Vit {
     ) -> Result<Features, Error> {
         let mut tokens = tokens.clone();
         let mut attention = None;
+        let mut earlier = Vec::new();
         for (i, block) in self.blocks.iter().enumerate().skip(from) {
             if i + 1 == self.blocks.len() {
                 let (out, cls_attention) =
                     block.forward_with_cls_attention(&tokens, rng.as_deref_mut())?;
+                let extra = self.spec.architecture.extra_tokens();
+                let patches = cls_attention.dim(2)? - extra;
+                let cls_attention = cls_attention.narrow(2, extra, patches)?.contiguous()?;
                 (tokens, attention) = (out, Some(cls_attention));
             } else {
                 tokens = block.forward(&tokens, rng.as_deref_mut())?;
+                if i + self.spec.layers >= self.blocks.len() {
+                    earlier.push(self.layer(&tokens)?);
+                }
             }
         }
+        earlier.reverse();
         let cls_attention = attention.ok_or_else(|| Error::Config {
             origin: self.spec.name.clone(),
             reason: "features need at least one block after the frozen prefix".into(),
         })?;
-        let tokens = self.norm.forward(&tokens)?;
-        let patches = tokens.dim(1)? - 1;
+        let Layer { cls, patches } = self.layer(&tokens)?;
         Ok(Features {
-            cls: tokens.narrow(1, 0, 1)?.squeeze(1)?,
-            patches: tokens.narrow(1, 1, patches)?.contiguous()?,
+            cls,
+            patches,
             cls_attention,
             grid,
+            earlier,
+        })
+    }
+
+    /// A block's output `[B, 1 + E + N, D]` through the final norm.
+    fn layer(&self, tokens: &Tensor) -> Result<Layer, Error> {
+        let tokens = self.norm.forward(tokens)?;
+        let first_patch = 1 + self.spec.architecture.extra_tokens();
+        let patches = tokens.dim(1)? - first_patch;
+        Ok(Layer {
+            cls: tokens.narrow(1, 0, 1)?.squeeze(1)?,
+            patches: tokens.narrow(1, first_patch, patches)?.contiguous()?,
         })
     }
 }
@@ -428,17 +553,14 @@ impl Backbone for Vit {
 impl Trainable for Vit {
     fn frozen_prefix(&self, images: &Tensor) -> Result<Prefix, Error> {
         let (mut tokens, grid) = self.embed(images, None)?;
-        // The last block always belongs to the second part: it makes the CLS attention.
-        let frozen = self.first_trained.min(self.blocks.len() - 1);
-        for block in &self.blocks[..frozen] {
+        for block in &self.blocks[..self.frozen_blocks()] {
             tokens = block.forward(&tokens, None)?;
         }
         Ok(Prefix { tokens, grid })
     }
 
     fn features_from(&self, prefix: &Prefix) -> Result<Features, Error> {
-        let from = self.first_trained.min(self.blocks.len() - 1);
-        self.finish(&prefix.tokens, from, prefix.grid, None)
+        self.finish(&prefix.tokens, self.frozen_blocks(), prefix.grid, None)
     }
 
     fn training_features(

@@ -17,11 +17,15 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Reads a safetensors file.
+    /// Reads a safetensors file, or a PyTorch file when its name ends in `.pth`, `.pt` or `.bin`.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Damaged`].
     pub fn read(path: &Path) -> Result<Self, Error> {
+        let pytorch = ["pth", "pt", "bin"].map(std::ffi::OsStr::new);
+        if path.extension().is_some_and(|e| pytorch.contains(&e)) {
+            return Self::read_pytorch(path);
+        }
         let bytes = std::fs::read(path).map_err(|source| Error::Io {
             path: path.to_owned(),
             source,
@@ -52,6 +56,37 @@ impl Weights {
         })
     }
 
+    /// Reads a file of `torch.save`: a state dict, or a training checkpoint that holds one under a usual key.
+    fn read_pytorch(path: &Path) -> Result<Self, Error> {
+        // Opened here so that a file that is not there is told from a damaged one.
+        std::fs::File::open(path).map_err(|source| Error::Io {
+            path: path.to_owned(),
+            source,
+        })?;
+        let origin = path.display().to_string();
+        let damaged = |reason: String| Error::Damaged {
+            origin: origin.clone(),
+            reason,
+        };
+        for key in [None, Some("model"), Some("teacher"), Some("state_dict")] {
+            let tensors = match candle_core::pickle::read_all_with_key(path, key) {
+                Ok(tensors) => tensors,
+                Err(error) if key.is_none() => return Err(damaged(error.to_string())),
+                Err(_) => continue,
+            };
+            if !tensors.is_empty() {
+                let tensors = tensors
+                    .into_iter()
+                    .map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?)))
+                    .collect::<Result<_, Error>>()?;
+                return Ok(Self::from_tensors(tensors, &origin));
+            }
+        }
+        Err(damaged(
+            "no tensors at the top or under \"model\", \"teacher\" or \"state_dict\"".into(),
+        ))
+    }
+
     /// Weights from tensors in memory; `origin` names them in errors.
     pub fn from_tensors(tensors: HashMap<String, Tensor>, origin: &str) -> Self {
         Self {
@@ -79,6 +114,34 @@ impl Weights {
     /// Shape of a tensor that is (still) there.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.tensors.get(name).map(Tensor::dims)
+    }
+
+    /// Names of the tensors that are (still) there, in no order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// The names in order, for errors.
+    pub(crate) fn sorted_names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.tensors.keys().cloned().collect();
+        names.sort();
+        names
+    }
+
+    /// Renames every tensor.
+    pub(crate) fn rename(&mut self, new_name: impl Fn(&str) -> String) {
+        let tensors = std::mem::take(&mut self.tensors).into_iter();
+        self.tensors = tensors.map(|(name, t)| (new_name(&name), t)).collect();
+    }
+
+    /// Drops the tensors that are not wanted.
+    pub(crate) fn retain(&mut self, wanted: impl Fn(&str) -> bool) {
+        self.tensors.retain(|name, _| wanted(name));
+    }
+
+    /// Adds a tensor.
+    pub(crate) fn insert(&mut self, name: &str, tensor: Tensor) {
+        self.tensors.insert(name.to_owned(), tensor);
     }
 
     /// Splits off the tensors whose names start with `prefix`, which is removed from the names.
@@ -145,11 +208,9 @@ impl Weights {
         if self.tensors.is_empty() {
             return Ok(());
         }
-        let mut names: Vec<String> = self.tensors.into_keys().collect();
-        names.sort();
         Err(Error::UnknownTensors {
+            names: self.sorted_names(),
             origin: self.origin,
-            names,
         })
     }
 }

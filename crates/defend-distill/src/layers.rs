@@ -1,0 +1,47 @@
+//! The layers of a backbone that teacher and student are compared at (Table 1a).
+
+use candle_core::Tensor;
+use defend_vit::{Features, TokenSet};
+
+use crate::Error;
+
+/// Tokens of the compared layers, the last layer first.
+pub(crate) struct Layers {
+    /// `[B, L, N, D]`.
+    pub(crate) patches: Tensor,
+    /// `[B, L, D]`.
+    pub(crate) cls: Tensor,
+}
+
+impl Layers {
+    /// The last `count` layers.
+    pub(crate) fn of(features: &Features, count: usize) -> Result<Self, Error> {
+        let earlier = features.earlier.iter();
+        let (mut patches, mut cls): (Vec<&Tensor>, Vec<&Tensor>) =
+            earlier.map(|layer| (&layer.patches, &layer.cls)).unzip();
+        patches.insert(0, &features.patches);
+        cls.insert(0, &features.cls);
+        if count == 0 || patches.len() < count {
+            return Err(Error::Config {
+                field: "layers",
+                value: count.to_string(),
+                expected: "at least 1, and no more than the layers in the features of teacher and student",
+            });
+        }
+        Ok(Self {
+            patches: Tensor::stack(&patches[..count], 1)?,
+            cls: Tensor::stack(&cls[..count], 1)?,
+        })
+    }
+
+    /// The kept patches of `[B, L, N, D]`: `[B, L, M, D]`.
+    pub(crate) fn keep(patches: &Tensor, keep: &TokenSet) -> Result<Tensor, Error> {
+        let layers = (0..patches.dim(1)?)
+            .map(|layer| {
+                let patches = patches.narrow(1, layer, 1)?.squeeze(1)?;
+                Ok(keep.gather(&patches.contiguous()?)?)
+            })
+            .collect::<Result<Vec<_>, Error>>()?;
+        Ok(Tensor::stack(&layers, 1)?)
+    }
+}
