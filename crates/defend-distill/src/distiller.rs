@@ -237,4 +237,50 @@ mod tests {
         assert!(novel > 1.3 * seen, "seen {seen}, novel {novel}");
         Ok(())
     }
+
+    #[test]
+    fn two_layers_train_and_more_than_there_are_are_refused() -> Result<(), Error> {
+        let run = |layers: usize| -> Result<_, Error> {
+            let config = DistillConfig {
+                epochs: 15,
+                batch: 5,
+                layers,
+                learning_rate: 3e-3,
+                ..DistillConfig::default()
+            };
+            let (teacher, student) = (vit(1).with_layers(2)?, vit(2).with_layers(2)?);
+            let (mask, distance) = (config.mask, config.distance);
+            let report = Distiller::new(config)?.distill(
+                &teacher,
+                &student,
+                &mask,
+                &distance,
+                &images(0.0),
+                &mut Rng::seed(3),
+                &mut |_| (),
+            )?;
+            Ok((
+                report,
+                discrepancy(&teacher, &student, &distance, layers, &images(0.0))?,
+            ))
+        };
+        let (report, found) = run(2)?;
+        assert!(
+            report.losses[14] < 0.8 * report.losses[0],
+            "{:?}",
+            report.losses
+        );
+        assert_eq!(
+            (found.patches.dims(), found.cls.dims()),
+            (&[12, 16][..], &[12][..])
+        );
+        assert!(matches!(
+            run(3),
+            Err(Error::Config {
+                field: "layers",
+                ..
+            })
+        ));
+        Ok(())
+    }
 }

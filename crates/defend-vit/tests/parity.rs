@@ -89,6 +89,31 @@ fn kept_tokens_match_timm() -> Result<(), Error> {
 }
 
 #[test]
+fn earlier_layers_are_the_blocks_outputs_after_the_final_norm() -> Result<(), Error> {
+    let golden = golden();
+    let vit = model(&golden, TrainScope::Frozen).with_layers(3)?;
+    let features = vit.features(&golden.get("images"))?;
+    let parameter = |name: &str| golden.get(&format!("weights.norm.{name}"));
+    assert_eq!(features.earlier.len(), 2);
+    for (layer, block) in features.earlier.iter().zip([1, 0]) {
+        let tokens = golden.get(&format!("tokens.{block}"));
+        let (weight, bias) = (parameter("weight"), parameter("bias"));
+        let expected = defend_nn::ops::layer_norm(&tokens, &weight, &bias, 1e-6)?;
+        let what = format!("block {block}");
+        assert_close(
+            &layer.cls,
+            &expected.narrow(1, 0, 1)?.squeeze(1)?,
+            1e-5,
+            &what,
+        );
+        assert_close(&layer.patches, &expected.narrow(1, 1, 16)?, 1e-5, &what);
+    }
+    let too_many = model(&golden, TrainScope::Frozen).with_layers(4);
+    assert!(matches!(too_many, Err(Error::Config { .. })));
+    Ok(())
+}
+
+#[test]
 fn other_input_sizes_match_timm() -> Result<(), Error> {
     let golden = golden();
     let features = model(&golden, TrainScope::Frozen).features(&golden.get("small_images"))?;
