@@ -152,12 +152,12 @@ fn experiments(arguments: &Arguments) -> Result<Vec<Experiment>> {
             let protocol = MultiObject {
                 normal: vec![class_id(&*train, name)?],
             };
-            let normal = spread(protocol.train(&*train), arguments.train);
+            let normal = spread(&protocol.train(&*train), arguments.train);
             let (novel, known): (Vec<usize>, Vec<usize>) =
                 (0..test.len()).partition(|&i| protocol.label(test.classes(i)) == Label::Abnormal);
             let (known, novel) = (
-                spread(known, arguments.test / 2),
-                spread(novel, arguments.test - arguments.test / 2),
+                spread(&known, arguments.test / 2),
+                spread(&novel, arguments.test - arguments.test / 2),
             );
             ensure!(
                 !known.is_empty() && !novel.is_empty(),

@@ -56,7 +56,7 @@ pub(crate) fn class_id(set: &dyn Dataset, name: &str) -> Result<ClassId> {
 }
 
 /// `count` of the indices at even distances.
-pub(crate) fn spread(indices: Vec<usize>, count: usize) -> Vec<usize> {
+pub(crate) fn spread(indices: &[usize], count: usize) -> Vec<usize> {
     let all = indices.len();
     let count = count.min(all);
     (0..count)

@@ -237,12 +237,13 @@ impl Vit {
                     fc1: build.linear(&format!("{at}.mlp.fc1"), arch.mlp_width, d, trains)?,
                     fc2: build.linear(&format!("{at}.mlp.fc2"), d, arch.mlp_width, trains)?,
                     heads: arch.heads,
-                    scales: match arch.layer_scale {
-                        false => None,
-                        true => Some([
+                    scales: if arch.layer_scale {
+                        Some([
                             build.parameter(&format!("{at}.ls1.gamma"), &[d], trains)?,
                             build.parameter(&format!("{at}.ls2.gamma"), &[d], trains)?,
-                        ]),
+                        ])
+                    } else {
+                        None
                     },
                     drop_path: drop_path * i as f64 / (arch.depth.max(2) - 1) as f64,
                 })
