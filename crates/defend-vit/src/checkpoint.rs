@@ -124,22 +124,13 @@ impl Pretrained {
             Self::Bytes { name, content } => own(Weights::from_bytes(content, name)?),
             #[cfg(feature = "hub")]
             Self::Hub { model, revision } => {
-                let [config] = crate::hub::fetch(model, revision, ["config.json"])?;
-                // Hugging Face's own models keep the normalisation in a second file; timm's have none.
-                let _ = crate::hub::fetch(model, revision, [model_config::PREPROCESSOR]);
-                let mut weights = Err(Error::Hub {
-                    model: model.clone(),
-                    file: WEIGHT_FILES.join(" or "),
-                    reason: "not asked for".into(),
-                });
-                for file in WEIGHT_FILES {
-                    weights = crate::hub::fetch(model, revision, [file]);
-                    if weights.is_ok() {
-                        break;
-                    }
+                let fetch = |files: &[&str]| crate::hub::fetch(model, revision, files);
+                let config = fetch(&["config.json"])?;
+                // timm's models have no such file: asking for it would need the network at every start.
+                if model_config::is_hugging_face(&read_text(&config)?) {
+                    fetch(&[model_config::PREPROCESSOR])?;
                 }
-                let [weights] = weights?;
-                with_config(&config, &weights)
+                with_config(&config, &fetch(&WEIGHT_FILES)?)
             }
         }
     }
@@ -177,11 +168,15 @@ fn own(weights: Weights) -> Result<(BackboneSpec, Weights), Error> {
     Ok((spec, weights))
 }
 
-fn with_config(config: &Path, weights: &Path) -> Result<(BackboneSpec, Weights), Error> {
-    let text = std::fs::read_to_string(config).map_err(|source| Error::Io {
-        path: config.to_owned(),
+fn read_text(path: &Path) -> Result<String, Error> {
+    std::fs::read_to_string(path).map_err(|source| Error::Io {
+        path: path.to_owned(),
         source,
-    })?;
+    })
+}
+
+fn with_config(config: &Path, weights: &Path) -> Result<(BackboneSpec, Weights), Error> {
+    let text = read_text(config)?;
     let mut weights = Weights::read(weights)?;
     layout::to_timm(&mut weights)?;
     let preprocessor = config.with_file_name(model_config::PREPROCESSOR);

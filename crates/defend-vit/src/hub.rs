@@ -7,39 +7,39 @@ use hf_hub::{Cache, Repo, RepoType};
 
 use crate::Error;
 
-/// Paths of the files in the hub's cache (`HF_HOME` or `~/.cache/huggingface`), downloaded with a
-/// progress bar when they are not there yet; a cached model needs no network.
-pub(crate) fn fetch<const N: usize>(
-    model: &str,
-    revision: &str,
-    files: [&str; N],
-) -> Result<[PathBuf; N], Error> {
+/// Path of the first of the files that is in the hub's cache (`HF_HOME` or `~/.cache/huggingface`), or else that
+/// the hub has, downloaded with a progress bar; a cached model needs no network.
+pub(crate) fn fetch(model: &str, revision: &str, files: &[&str]) -> Result<PathBuf, Error> {
     fetch_from(&Cache::from_env(), model, revision, files)
 }
 
-fn fetch_from<const N: usize>(
+fn fetch_from(
     cache: &Cache,
     model: &str,
     revision: &str,
-    files: [&str; N],
-) -> Result<[PathBuf; N], Error> {
+    files: &[&str],
+) -> Result<PathBuf, Error> {
     let repo = || Repo::with_revision(model.into(), RepoType::Model, revision.into());
-    let mut paths = files.map(|_| PathBuf::new());
-    for (path, file) in paths.iter_mut().zip(files) {
-        *path = match cache.repo(repo()).get(file) {
-            Some(cached) => cached,
-            None => ApiBuilder::from_cache(cache.clone())
-                .with_progress(true)
-                .build()
-                .and_then(|api| api.repo(repo()).get(file))
-                .map_err(|e| Error::Hub {
-                    model: model.into(),
-                    file: file.into(),
-                    reason: e.to_string(),
-                })?,
-        };
+    if let Some(cached) = files.iter().find_map(|file| cache.repo(repo()).get(file)) {
+        return Ok(cached);
     }
-    Ok(paths)
+    let failed = |reason: String| Error::Hub {
+        model: model.into(),
+        file: files.join(" or "),
+        reason,
+    };
+    let api = ApiBuilder::from_cache(cache.clone())
+        .with_progress(true)
+        .build()
+        .map_err(|e| failed(e.to_string()))?;
+    let mut reasons = Vec::new();
+    for file in files {
+        match api.repo(repo()).get(file) {
+            Ok(path) => return Ok(path),
+            Err(e) => reasons.push(e.to_string()),
+        }
+    }
+    Err(failed(reasons.join("; ")))
 }
 
 #[cfg(test)]
@@ -59,7 +59,7 @@ mod tests {
         let pointer = repo.pointer_path("abc");
         std::fs::create_dir_all(&pointer).unwrap();
         std::fs::write(pointer.join("config.json"), "{}").unwrap();
-        let [path] = fetch_from(&cache, "timm/tiny", "main", ["config.json"]).unwrap();
+        let path = fetch_from(&cache, "timm/tiny", "main", &["config.json"]).unwrap();
         assert_eq!(std::fs::read_to_string(path).unwrap(), "{}");
     }
 }

@@ -37,21 +37,16 @@ impl Family {
                 "\"pos_embed\" has {rows} rows, expected those of a square grid of patches"
             ));
         }
-        let classes = weights
-            .shape("head.weight")
-            .and_then(|s| s.first().copied())
-            .unwrap_or(0);
         let image_size = side * extents.patch_size;
+        let classes = head_classes(weights);
+        let architecture = extents.architecture(image_size, None, 1e-6, classes)?;
         Ok(BackboneSpec {
             name: name.to_owned(),
-            architecture: extents.architecture(image_size, None, 1e-6, classes)?,
             normalization: match self {
                 Self::Augreg => Normalization::HALF,
                 Self::Dino | Self::Deit | Self::DinoV2 => Normalization::IMAGENET,
             },
-            interpolation: Interpolation::Bicubic,
-            crop_pct: 0.9,
-            layers: 1,
+            ..BackboneSpec::new(architecture)
         })
     }
 }
@@ -64,7 +59,7 @@ pub(crate) fn spec(
 ) -> Result<BackboneSpec, String> {
     let value: serde_json::Value =
         serde_json::from_str(json).map_err(|e| format!("not JSON: {e}"))?;
-    if value.get("model_type").is_some() {
+    if names_model_type(&value) {
         let config: HuggingFaceConfig = serde_json::from_value(value)
             .map_err(|e| format!("not a Hugging Face model configuration: {e}"))?;
         config.spec(preprocessor, weights)
@@ -73,6 +68,22 @@ pub(crate) fn spec(
             .map_err(|e| format!("not a timm model configuration: {e}"))?;
         config.spec(weights)
     }
+}
+
+/// Whether a `config.json` is of Hugging Face's own models, which keep their normalisation in [`PREPROCESSOR`].
+#[cfg(feature = "hub")]
+pub(crate) fn is_hugging_face(json: &str) -> bool {
+    serde_json::from_str(json).is_ok_and(|value| names_model_type(&value))
+}
+
+fn names_model_type(config: &serde_json::Value) -> bool {
+    config.get("model_type").is_some()
+}
+
+/// Outputs of the classification head, 0 without one.
+fn head_classes(weights: &Weights) -> usize {
+    let shape = weights.shape("head.weight").unwrap_or_default();
+    shape.first().copied().unwrap_or(0)
 }
 
 fn shape<'a>(weights: &'a Weights, name: &str) -> Result<&'a [usize], String> {
@@ -193,8 +204,9 @@ impl TimmConfig {
         let image_size = self.model_args.img_size.unwrap_or(height);
         let heads = self.model_args.num_heads;
         let extents = Extents::of(weights)?;
+        let architecture = extents.architecture(image_size, heads, 1e-6, self.num_classes)?;
+        let usual = BackboneSpec::new(architecture);
         Ok(BackboneSpec {
-            architecture: extents.architecture(image_size, heads, 1e-6, self.num_classes)?,
             name: match pretrained.tag {
                 Some(tag) => format!("{}.{tag}", self.architecture),
                 None => self.architecture,
@@ -203,9 +215,9 @@ impl TimmConfig {
                 mean: pretrained.mean,
                 std: pretrained.std,
             },
-            interpolation: pretrained.interpolation.unwrap_or(Interpolation::Bicubic),
-            crop_pct: pretrained.crop_pct.unwrap_or(0.9),
-            layers: 1,
+            interpolation: pretrained.interpolation.unwrap_or(usual.interpolation),
+            crop_pct: pretrained.crop_pct.unwrap_or(usual.crop_pct),
+            ..usual
         })
     }
 }
@@ -259,15 +271,13 @@ impl HuggingFaceConfig {
                 ));
             }
         };
-        let head = weights.shape("head.weight").and_then(|s| s.first());
-        let extents = Extents::of(weights)?;
+        let architecture = Extents::of(weights)?.architecture(
+            self.image_size,
+            Some(self.num_attention_heads),
+            self.layer_norm_eps,
+            head_classes(weights),
+        )?;
         Ok(BackboneSpec {
-            architecture: extents.architecture(
-                self.image_size,
-                Some(self.num_attention_heads),
-                self.layer_norm_eps,
-                head.copied().unwrap_or(0),
-            )?,
             name: self
                 .name
                 .filter(|name| !name.is_empty())
@@ -277,8 +287,7 @@ impl HuggingFaceConfig {
                 std: preprocessor.image_std,
             },
             interpolation,
-            crop_pct: 0.9,
-            layers: 1,
+            ..BackboneSpec::new(architecture)
         })
     }
 }
