@@ -176,6 +176,21 @@ mod tests {
         Tensor::from_vec(values, (12, 3, 32, 32), &Device::Cpu).unwrap()
     }
 
+    fn distil(config: DistillConfig, teacher: &Vit, student: &Vit) -> Result<DistillReport, Error> {
+        let (mask, distance) = (config.mask, config.distance);
+        let (images, rng) = (images(0.0), &mut Rng::seed(3));
+        let distiller = Distiller::new(config)?;
+        distiller.distill(
+            teacher,
+            student,
+            &mask,
+            &distance,
+            &images,
+            rng,
+            &mut |_| (),
+        )
+    }
+
     fn train(mask: Mask) -> Result<(DistillReport, Vit), Error> {
         let config = DistillConfig {
             epochs: 10,
@@ -183,20 +198,11 @@ mod tests {
             batch: 5,
             cls_weight: 1.0,
             learning_rate: 3e-3,
+            mask,
             ..DistillConfig::default()
         };
         let student = vit(2);
-        let distance = FeatureDistance::default();
-        let report = Distiller::new(config)?.distill(
-            &vit(1),
-            &student,
-            &mask,
-            &distance,
-            &images(0.0),
-            &mut Rng::seed(3),
-            &mut |_| (),
-        )?;
-        Ok((report, student))
+        Ok((distil(config, &vit(1), &student)?, student))
     }
 
     #[test]
@@ -249,18 +255,9 @@ mod tests {
                 ..DistillConfig::default()
             };
             let (teacher, student) = (vit(1).with_layers(2)?, vit(2).with_layers(2)?);
-            let (mask, distance) = (config.mask, config.distance);
-            let report = Distiller::new(config)?.distill(
-                &teacher,
-                &student,
-                &mask,
-                &distance,
-                &images(0.0),
-                &mut Rng::seed(3),
-                &mut |_| (),
-            )?;
+            let distance = config.distance;
             Ok((
-                report,
+                distil(config, &teacher, &student)?,
                 discrepancy(&teacher, &student, &distance, layers, &images(0.0))?,
             ))
         };

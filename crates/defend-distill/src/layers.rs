@@ -16,11 +16,12 @@ pub(crate) struct Layers {
 impl Layers {
     /// The last `count` layers.
     pub(crate) fn of(features: &Features, count: usize) -> Result<Self, Error> {
+        let last = std::iter::once((&features.patches, &features.cls));
         let earlier = features.earlier.iter();
-        let (mut patches, mut cls): (Vec<&Tensor>, Vec<&Tensor>) =
-            earlier.map(|layer| (&layer.patches, &layer.cls)).unzip();
-        patches.insert(0, &features.patches);
-        cls.insert(0, &features.cls);
+        let (patches, cls): (Vec<&Tensor>, Vec<&Tensor>) = last
+            .chain(earlier.map(|layer| (&layer.patches, &layer.cls)))
+            .take(count)
+            .unzip();
         if count == 0 || patches.len() < count {
             return Err(Error::Config {
                 field: "layers",
@@ -29,8 +30,8 @@ impl Layers {
             });
         }
         Ok(Self {
-            patches: Tensor::stack(&patches[..count], 1)?,
-            cls: Tensor::stack(&cls[..count], 1)?,
+            patches: Tensor::stack(&patches, 1)?,
+            cls: Tensor::stack(&cls, 1)?,
         })
     }
 

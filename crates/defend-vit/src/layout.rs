@@ -7,9 +7,6 @@ use candle_core::Tensor;
 
 use crate::{Error, Weights};
 
-/// Parts of training checkpoints around the backbone, outermost first.
-const WRAPPERS: [&str; 2] = ["teacher.", "student."];
-
 /// What training needs and features do not: masked tokens, DINO's projection, Hugging Face's pooler.
 const NOT_NEEDED: [&str; 4] = ["mask_token", "head.mlp.", "head.last_layer.", "pooler."];
 
@@ -19,7 +16,7 @@ const NOT_NEEDED: [&str; 4] = ["mask_token", "head.mlp.", "head.last_layer.", "p
 /// [`Error::UnknownLayout`] with the names when there is no CLS token to recognise a layout by;
 /// [`Error::MissingTensor`] when one of queries, keys and values is not there.
 pub(crate) fn to_timm(weights: &mut Weights) -> Result<(), Error> {
-    unwrap(weights)?;
+    strip_wrapper(weights)?;
     if weights.contains("embeddings.cls_token") {
         from_hugging_face(weights)?;
     }
@@ -38,17 +35,14 @@ pub(crate) fn to_timm(weights: &mut Weights) -> Result<(), Error> {
 
 /// Removes what stands before `cls_token` in the names, such as `module.backbone.` or `vit.`; of several
 /// networks in a file, the teacher's stays.
-fn unwrap(weights: &mut Weights) -> Result<(), Error> {
+fn strip_wrapper(weights: &mut Weights) -> Result<(), Error> {
     let mut prefixes: Vec<String> = weights
         .names()
         .filter_map(|name| name.strip_suffix("cls_token"))
         .map(|prefix| prefix.strip_suffix("embeddings.").unwrap_or(prefix))
         .map(str::to_owned)
         .collect();
-    prefixes.sort_by_key(|prefix| {
-        let rank = WRAPPERS.iter().position(|w| prefix.contains(w));
-        (rank.unwrap_or(0), prefix.clone())
-    });
+    prefixes.sort_by_key(|prefix| (prefix.contains("student."), prefix.clone()));
     let Some(prefix) = prefixes.first() else {
         return Err(Error::UnknownLayout {
             origin: weights.origin().to_owned(),
@@ -75,7 +69,6 @@ fn from_hugging_face(weights: &mut Weights) -> Result<(), Error> {
             ("embeddings.cls_token", "cls_token"),
             ("embeddings.distillation_token", "dist_token"),
             ("embeddings.register_tokens", "reg_token"),
-            ("embeddings.mask_token", "mask_token"),
             ("embeddings.position_embeddings", "pos_embed"),
             (
                 "embeddings.patch_embeddings.projection.",

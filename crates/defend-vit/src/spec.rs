@@ -72,6 +72,11 @@ impl Architecture {
         }
     }
 
+    /// Rows of the positional embedding before the patches': the CLS token's, and a distillation token's.
+    pub(crate) fn first_patch_position(&self) -> usize {
+        1 + usize::from(self.distilled)
+    }
+
     /// Tokens between the CLS token and the patches.
     pub fn extra_tokens(&self) -> usize {
         usize::from(self.distilled) + self.registers
@@ -209,5 +214,24 @@ impl BackboneSpec {
             crop_pct: 0.9,
             layers: 1,
         }
+    }
+
+    /// Checks that the extents make a transformer and that it has the layers asked for.
+    ///
+    /// # Errors
+    /// [`Error::Config`] that names the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        self.architecture.validate()?;
+        let depth = self.architecture.depth;
+        if (1..=depth).contains(&self.layers) {
+            return Ok(());
+        }
+        Err(Error::Config {
+            origin: self.name.clone(),
+            reason: format!(
+                "cannot return {} layers of {depth} blocks, expected at least 1 and no more than there are",
+                self.layers
+            ),
+        })
     }
 }

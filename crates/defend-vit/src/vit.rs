@@ -133,7 +133,7 @@ impl Vit {
         device: &Device,
     ) -> Result<Self, Error> {
         let (grid, width) = (spec.architecture.grid(), spec.architecture.width);
-        let first = 1 + usize::from(spec.architecture.distilled);
+        let first = spec.architecture.first_patch_position();
         let cpu = Device::Cpu;
         Self::build(
             spec,
@@ -178,7 +178,7 @@ impl Vit {
         source: &mut Source<'_>,
     ) -> Result<Self, Error> {
         let arch = spec.architecture.clone();
-        arch.validate()?;
+        spec.validate()?;
         let config = |reason| Error::Config {
             origin: spec.name.clone(),
             reason,
@@ -199,12 +199,6 @@ impl Vit {
                 )));
             }
         };
-        if !(1..=arch.depth).contains(&spec.layers) {
-            return Err(config(format!(
-                "cannot return {} layers of {} blocks, expected at least 1 and no more than there are",
-                spec.layers, arch.depth
-            )));
-        }
         let all = scope == TrainScope::All;
         let (d, p, n) = (arch.width, arch.patch_size, arch.grid().patches());
         let mut build = Assembly {
@@ -220,7 +214,7 @@ impl Vit {
         };
         let dist_token = optional(&mut build, "dist_token", usize::from(arch.distilled))?;
         let reg_token = optional(&mut build, "reg_token", arch.registers)?;
-        let positions = 1 + usize::from(arch.distilled) + n;
+        let positions = arch.first_patch_position() + n;
         let pos_embed = build.parameter("pos_embed", &[1, positions, d], all)?;
         let patch_embed = Linear {
             weight: build.parameter("patch_embed.proj.weight", &[d, 3, p, p], all)?,
@@ -281,14 +275,8 @@ impl Vit {
     /// # Errors
     /// [`Error::Config`] for none or more than there are blocks.
     pub fn with_layers(mut self, layers: usize) -> Result<Self, Error> {
-        let depth = self.blocks.len();
-        if !(1..=depth).contains(&layers) {
-            return Err(Error::Config {
-                origin: self.spec.name,
-                reason: format!("cannot return {layers} layers, it has {depth} blocks"),
-            });
-        }
         self.spec.layers = layers;
+        self.spec.validate()?;
         Ok(self)
     }
 
@@ -307,10 +295,8 @@ impl Vit {
             origin: self.spec.name.clone(),
             reason: "the backbone was loaded without its classification head".into(),
         })?;
-        let (mut tokens, _) = self.embed(images, None)?;
-        for block in &self.blocks {
-            tokens = block.forward(&tokens, None)?;
-        }
+        let (tokens, _) = self.embed(images, None)?;
+        let tokens = through(&self.blocks, tokens)?;
         let tokens = self.norm.forward(
             &tokens
                 .narrow(1, 0, 1 + self.spec.architecture.extra_tokens())?
@@ -434,8 +420,8 @@ impl Vit {
         let (b, d) = (patches.dim(0)?, arch.width);
         let pos_embed = self.pos_embed.squeeze(0)?;
         let cls_position = pos_embed.narrow(0, 0, 1)?;
-        let first_patch = 1 + usize::from(arch.distilled);
-        let positions = pos_embed.narrow(0, first_patch, arch.grid().patches())?;
+        let patches_from = arch.first_patch_position();
+        let positions = pos_embed.narrow(0, patches_from, arch.grid().patches())?;
         let filter = match arch.registers {
             0 => Bicubic::Plain,
             _ => Bicubic::Antialiased,
@@ -531,6 +517,12 @@ impl Vit {
     }
 }
 
+/// Runs blocks as they are at test time.
+fn through(blocks: &[Block], tokens: Tensor) -> Result<Tensor, Error> {
+    let run = |tokens: Tensor, block: &Block| block.forward(&tokens, None);
+    Ok(blocks.iter().try_fold(tokens, run)?)
+}
+
 impl Backbone for Vit {
     fn spec(&self) -> &BackboneSpec {
         &self.spec
@@ -553,10 +545,8 @@ impl Backbone for Vit {
 
 impl Trainable for Vit {
     fn frozen_prefix(&self, images: &Tensor) -> Result<Prefix, Error> {
-        let (mut tokens, grid) = self.embed(images, None)?;
-        for block in &self.blocks[..self.frozen_blocks()] {
-            tokens = block.forward(&tokens, None)?;
-        }
+        let (tokens, grid) = self.embed(images, None)?;
+        let tokens = through(&self.blocks[..self.frozen_blocks()], tokens)?;
         Ok(Prefix { tokens, grid })
     }
 

@@ -45,13 +45,10 @@ impl Weights {
         // Checks that the tensors cover the content exactly: a truncated file fails here.
         SafeTensors::deserialize(bytes).map_err(damaged)?;
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
-        let tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)?
-            .into_iter()
-            .map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?)))
-            .collect::<Result<_, Error>>()?;
+        let tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)?;
         Ok(Self {
             origin: origin.to_owned(),
-            tensors,
+            tensors: to_f32(tensors)?,
             metadata: header.metadata().clone().unwrap_or_default(),
         })
     }
@@ -75,11 +72,7 @@ impl Weights {
                 Err(_) => continue,
             };
             if !tensors.is_empty() {
-                let tensors = tensors
-                    .into_iter()
-                    .map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?)))
-                    .collect::<Result<_, Error>>()?;
-                return Ok(Self::from_tensors(tensors, &origin));
+                return Ok(Self::from_tensors(to_f32(tensors)?, &origin));
             }
         }
         Err(damaged(
@@ -213,4 +206,11 @@ impl Weights {
             origin: self.origin,
         })
     }
+}
+
+fn to_f32(
+    tensors: impl IntoIterator<Item = (String, Tensor)>,
+) -> Result<HashMap<String, Tensor>, Error> {
+    let wide = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(DType::F32)?));
+    tensors.into_iter().map(wide).collect()
 }
