@@ -2,6 +2,8 @@
 //!
 //! `cargo run --release --bin ablate -- --weights vit_tiny_patch16_224 --fashion-mnist DIR --seeds 0,1,2 T-shirt Bag`
 
+#[path = "../scoring.rs"]
+mod scoring;
 mod sets;
 
 use std::path::PathBuf;
@@ -11,12 +13,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use defend_core::data::{Fit, Label, MultiObject, Protocol, Subset};
-use defend_core::distill::{Aggregation, Score, discrepancy};
-use defend_core::metrics::auroc;
+use defend_core::distill::Aggregation;
 use defend_core::prelude::*;
-use defend_core::vit::{Backbone, ImageSource, TrainScope};
+use defend_core::vit::{Backbone, TrainScope};
 use defend_core::{Pictures, preprocess_of};
-use ndarray::ArrayView1;
 use serde::Deserialize;
 
 use sets::{Set, class_id, spread};
@@ -194,20 +194,10 @@ impl Experiment {
             .backbone(Pretrained::local(&arguments.weights))
             .config(config.clone())
             .fit(self.normal.clone(), &mut ProgressBar::hidden())?;
-        let mut scores = [const { Vec::new() }; SCORES.len()];
-        let all: Vec<usize> = (0..self.test.len()).collect();
-        for batch in all.chunks(config.batch) {
-            let (teacher, student) = (fitted.detector.teacher(), fitted.detector.student());
-            let distill = &config.distill;
-            let images = self.test.images(batch)?;
-            let found = discrepancy(teacher, student, &distill.distance, distill.layers, &images)?;
-            for (scores, (_, aggregation)) in scores.iter_mut().zip(SCORES) {
-                scores.extend(aggregation.score(&found)?.into_iter().map(f64::from));
-            }
-        }
+        let scores = scoring::scores(&fitted.detector, &self.test, &SCORES.map(|s| s.1))?;
         let mut values = [0.0; SCORES.len()];
         for (value, scores) in values.iter_mut().zip(&scores) {
-            *value = auroc(ArrayView1::from(scores), ArrayView1::from(&self.abnormal))?;
+            *value = scoring::area(scores, &self.abnormal)?;
         }
         Ok(values)
     }

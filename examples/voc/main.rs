@@ -3,6 +3,9 @@
 //!
 //! `cargo run --release --bin voc -- --voc VOCdevkit/VOC2012 --weights vit_tiny_patch16_224 dog cat`
 
+#[path = "../scoring.rs"]
+mod scoring;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,12 +14,10 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use defend_baselines::{Reference, References};
 use defend_core::data::{ClassId, Difficult, Fit, Label, MultiObject, Protocol, Subset, Voc};
-use defend_core::distill::{Aggregation, FeatureDistance, Score, discrepancy};
-use defend_core::metrics::auroc;
+use defend_core::distill::Aggregation;
 use defend_core::prelude::*;
 use defend_core::vit::{Backbone, ImageSource, TrainScope};
 use defend_core::{Pictures, preprocess_of};
-use ndarray::ArrayView1;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -147,8 +148,7 @@ fn main() -> Result<()> {
 impl Test<'_> {
     /// Adds the AUROC of scores to the row of this name.
     fn add(&self, rows: &mut Vec<Row>, name: String, scores: &[f32]) -> Result<()> {
-        let scores: Vec<f64> = scores.iter().map(|&s| f64::from(s)).collect();
-        let value = auroc(ArrayView1::from(&scores), ArrayView1::from(&self.abnormal))?;
+        let value = scoring::area(scores, &self.abnormal)?;
         eprintln!("  {name}: {value:.4}");
         match rows.iter_mut().find(|row| row.name == name) {
             Some(row) => row.values.push(value),
@@ -203,20 +203,9 @@ fn method_scores(
         losses.first().unwrap_or(&f64::NAN),
         losses.last().unwrap_or(&f64::NAN)
     );
-    let mut scores: Vec<(Aggregation, Vec<f32>)> = aggregations(config, arguments.all_scores)
-        .into_iter()
-        .map(|aggregation| (aggregation, Vec::new()))
-        .collect();
-    for batch in batches(test.pictures.len()) {
-        let images = test.pictures.images(&batch)?;
-        let (teacher, student) = (fitted.detector.teacher(), fitted.detector.student());
-        let distance: FeatureDistance = config.distill.distance;
-        let found = discrepancy(teacher, student, &distance, config.distill.layers, &images)?;
-        for (aggregation, scores) in &mut scores {
-            scores.extend(aggregation.score(&found)?);
-        }
-    }
-    Ok(scores)
+    let aggregations = aggregations(config, arguments.all_scores);
+    let scores = scoring::scores(&fitted.detector, test.pictures, &aggregations)?;
+    Ok(aggregations.into_iter().zip(scores).collect())
 }
 
 /// Names and settings of the rows.

@@ -1,0 +1,43 @@
+//! What the tables of `voc` and `ablate` measure: several scores of one fitted detector, and their AUROC.
+
+use anyhow::Result;
+use defend_core::distill::{Aggregation, Score, discrepancy};
+use defend_core::metrics::auroc;
+use defend_core::vit::ImageSource;
+use defend_core::{Detector, Pictures};
+use ndarray::ArrayView1;
+
+/// The scores of all pictures with each aggregation, from one pass of teacher and student.
+pub(crate) fn scores(
+    detector: &Detector,
+    pictures: &Pictures,
+    aggregations: &[Aggregation],
+) -> Result<Vec<Vec<f32>>> {
+    let (config, all) = (
+        detector.config(),
+        (0..pictures.len()).collect::<Vec<usize>>(),
+    );
+    let mut scores = vec![Vec::new(); aggregations.len()];
+    for batch in all.chunks(config.batch) {
+        let found = discrepancy(
+            detector.teacher(),
+            detector.student(),
+            &config.distill.distance,
+            config.distill.layers,
+            &pictures.images(batch)?,
+        )?;
+        for (scores, aggregation) in scores.iter_mut().zip(aggregations) {
+            scores.extend(aggregation.score(&found)?);
+        }
+    }
+    Ok(scores)
+}
+
+/// AUROC, abnormal is positive.
+pub(crate) fn area(scores: &[f32], abnormal: &[bool]) -> Result<f64> {
+    let scores: Vec<f64> = scores.iter().map(|&s| f64::from(s)).collect();
+    Ok(auroc(
+        ArrayView1::from(&scores),
+        ArrayView1::from(abnormal),
+    )?)
+}
