@@ -19,6 +19,7 @@ import shutil
 
 import torch
 from golden import ROOT, write
+from golden_vit import run
 from safetensors.torch import load_file, save_file
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -59,20 +60,13 @@ def hf_preprocessor(path):
     (path / "preprocessor_config.json").write_text(json.dumps(values) + "\n")
 
 
-def last_attention(block, tokens):
-    """CLS attention [B, h, T] of a timm block."""
-    a = block.attn
-    q, k, _ = a.qkv(block.norm1(tokens)).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return (q[:, :, :1] @ k.transpose(-2, -1) * a.scale).softmax(-1)[:, :, 0]
-
-
 def timm_outputs(model, images, extra):
     seen = {}
-    hook = model.blocks[-1].register_forward_pre_hook(lambda _, inputs: seen.update(tokens=inputs[0]))
+    hook = model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.update(tokens=inputs[0]))
     final = model.forward_features(images)
     hook.remove()
-    attention = last_attention(model.blocks[-1], seen["tokens"])
-    out = {"patches": final[:, 1 + extra :], "cls": final[:, 0], "cls_attention": attention[..., 1 + extra :]}
+    _, _, attention = run(model, seen["tokens"])
+    out = {"patches": final[:, 1 + extra :], "cls": final[:, 0], "cls_attention": attention[-1][..., extra:]}
     return out | ({"logits": model(images)} if model.num_classes else {})
 
 
@@ -95,43 +89,33 @@ def main():
     def add(name, outputs):
         out.update({f"{name}.{key}": value for key, value in outputs.items()})
 
-    deit = randomised(VisionTransformerDistilled(**TIMM, num_classes=CLASSES))
-    path = folder("timm_deit_distilled")
-    timm_config(path, "deit_test_distilled_patch4_16", CLASSES)
-    save_file(deit.state_dict(), path / "model.safetensors")
-    add("timm_deit_distilled", timm_outputs(deit, images, 1))
+    def add_timm(name, model, architecture, extra):
+        path = folder(name)
+        timm_config(path, architecture, model.num_classes)
+        save_file(randomised(model).state_dict(), path / "model.safetensors")
+        add(name, timm_outputs(model, images, extra))
 
-    dinov2 = randomised(
-        VisionTransformer(**TIMM, num_classes=0, reg_tokens=3, no_embed_class=True, init_values=1e-5)
-    )
-    path = folder("timm_dinov2_reg")
-    timm_config(path, "vit_test_patch4_reg3_dinov2", 0)
-    save_file(dinov2.state_dict(), path / "model.safetensors")
-    add("timm_dinov2_reg", timm_outputs(dinov2, images, 3))
+    def add_hf(name, model, extra):
+        path = folder(name)
+        randomised(model).save_pretrained(path)
+        hf_preprocessor(path)
+        add(name, hf_outputs(model, images, extra))
+        return path
 
-    config = ViTConfig(**HF, intermediate_size=48, num_labels=CLASSES, attn_implementation="eager")
-    vit = randomised(ViTForImageClassification(config))
-    path = folder("hf_vit")
-    vit.save_pretrained(path)
-    hf_preprocessor(path)
-    add("hf_vit", hf_outputs(vit, images, 0))
+    deit = VisionTransformerDistilled(**TIMM, num_classes=CLASSES)
+    add_timm("timm_deit_distilled", deit, "deit_test_distilled_patch4_16", 1)
+    dinov2 = VisionTransformer(**TIMM, num_classes=0, reg_tokens=3, no_embed_class=True, init_values=1e-5)
+    add_timm("timm_dinov2_reg", dinov2, "vit_test_patch4_reg3_dinov2", 3)
 
-    config = DeiTConfig(**HF, intermediate_size=48, num_labels=CLASSES, attn_implementation="eager")
-    deit = randomised(DeiTForImageClassificationWithTeacher(config))
-    path = folder("hf_deit")
-    deit.save_pretrained(path)
-    hf_preprocessor(path)
-    add("hf_deit", hf_outputs(deit, images, 1))
-
-    config = Dinov2WithRegistersConfig(**HF, mlp_ratio=2, num_register_tokens=3, attn_implementation="eager")
-    dinov2 = randomised(Dinov2WithRegistersModel(config))
-    path = folder("hf_dinov2")
-    dinov2.save_pretrained(path)
+    hf = HF | {"attn_implementation": "eager"}
+    classifier = hf | {"intermediate_size": 48, "num_labels": CLASSES}
+    add_hf("hf_vit", ViTForImageClassification(ViTConfig(**classifier)), 0)
+    add_hf("hf_deit", DeiTForImageClassificationWithTeacher(DeiTConfig(**classifier)), 1)
+    dinov2 = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**hf, mlp_ratio=2, num_register_tokens=3))
+    path = add_hf("hf_dinov2", dinov2, 3)
     # The names on disk are not those in memory.
     torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
-    hf_preprocessor(path)
-    add("hf_dinov2", hf_outputs(dinov2, images, 3))
     add("hf_dinov2", {"large_patches": dinov2(large).last_hidden_state[:, 4:]})
 
     # A training checkpoint of DINO: two networks behind DataParallel's names, each with its projection.

@@ -80,6 +80,17 @@ def embed(model, images, pos_embed):
     return torch.cat([cls, x], 1)
 
 
+def resized_positions(pos_embed, side, size):
+    """pos_embed [1,1+side^2,D] with its patch entries resized from side x side to `size`."""
+    patches = pos_embed[:, 1:].unflatten(1, (side, side))
+    return torch.cat([pos_embed[:, :1], resized(patches, size).flatten(1, 2)], 1)
+
+
+def kept_tokens(x, keep):
+    """CLS token and the patches `keep` [B,M] of x [B,1+N,D]."""
+    return torch.cat([x[:, :1], x[:, 1:].gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))], 1)
+
+
 def run(model, x):
     """Final tokens, each block's tokens and CLS attention."""
     tokens, attention = [], []
@@ -107,8 +118,7 @@ def main():
 
     keep = torch.stack([torch.randperm(16)[:6] for _ in range(2)])
     assert (keep.sort(1).values != keep).any(1).all()
-    kept = torch.cat([x[:, :1], x[:, 1:].gather(1, keep[..., None].expand(-1, -1, 32))], 1)
-    final_kept, _, attention_kept = run(model, kept)
+    final_kept, _, attention_kept = run(model, kept_tokens(x, keep))
     out |= {
         "keep": keep,
         "kept.patches": final_kept[:, 1:],
@@ -117,8 +127,7 @@ def main():
     }
 
     small = torch.randn(2, 3, 3 * PATCH, 2 * PATCH).double()
-    grid = resized(model.pos_embed[:, 1:].reshape(1, 4, 4, 32), (3, 2))
-    pos = torch.cat([model.pos_embed[:, :1], grid.reshape(1, 6, 32)], 1)
+    pos = resized_positions(model.pos_embed, 4, (3, 2))
     final_small, _, _ = run(model, embed(model, small, pos))
     out |= {
         "small_images": small,

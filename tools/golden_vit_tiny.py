@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from golden import write
+from golden_vit import embed, kept_tokens, resized_positions, run
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms.functional import center_crop, resize
@@ -34,28 +34,6 @@ WEIGHTS = ASSETS / "weights/vit_tiny_patch16_224"
 def waves(batch, side):
     b, c, y, x = torch.meshgrid(*(torch.arange(n).double() for n in (batch, 3, side, side)), indexing="ij")
     return (torch.sin(0.11 * y + 0.7 * c * b) * torch.cos(0.07 * x * (1 + b) - 0.5 * c) + 0.3 * torch.sin(0.9 * x)).float()
-
-
-def embed(model, images, keep=None):
-    patches = model.patch_embed.proj(images)
-    positions = model.pos_embed[:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
-    if positions.shape[2:] != patches.shape[2:]:
-        positions = F.interpolate(positions, size=patches.shape[2:], mode="bicubic", align_corners=False)
-    patches = (patches + positions).flatten(2).transpose(1, 2)
-    if keep is not None:
-        patches = patches.gather(1, keep[..., None].expand(-1, -1, 192))
-    cls = (model.cls_token + model.pos_embed[:, :1]).expand(len(patches), -1, -1)
-    return torch.cat([cls, patches], 1)
-
-
-def run(model, tokens):
-    attentions = []
-    for block in model.blocks:
-        a = block.attn
-        q, k, _ = a.qkv(block.norm1(tokens)).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attentions.append((q[:, :, :1] @ k.transpose(-2, -1) * a.scale).softmax(-1)[:, :, 0, 1:])
-        tokens = block(tokens)
-    return model.norm(tokens), attentions
 
 
 def photos(folder, transform):
@@ -84,15 +62,17 @@ def main():
 
     model = model.double()
     full = waves(2, 224).double()
-    tokens, attentions = run(model, embed(model, full))
+    entering = embed(model, full, model.pos_embed)
+    tokens, _, attentions = run(model, entering)
     torch.testing.assert_close(tokens, model.forward_features(full))
     out |= {"full.cls": tokens[:, 0], "full.patches": tokens[:, 1::7], "full.logits": model(full)}
     out |= {f"attention.{i}": a for i, a in enumerate(attentions)}
-    tokens, _ = run(model, embed(model, waves(2, 96).double()))
+    positions = resized_positions(model.pos_embed, 14, (6, 6))
+    tokens, _, _ = run(model, embed(model, waves(2, 96).double(), positions))
     out |= {"small.cls": tokens[:, 0], "small.patches": tokens[:, 1::7]}
     torch.manual_seed(0)
     keep = torch.stack([torch.randperm(196)[:98].sort().values for _ in range(2)])
-    tokens, _ = run(model, embed(model, full, keep))
+    tokens, _, _ = run(model, kept_tokens(entering, keep))
     out |= {"kept.indices": keep, "kept.cls": tokens[:, 0], "kept.patches": tokens[:, 1::7]}
     write("defend-core", "vit_tiny", out)
 
