@@ -1,6 +1,6 @@
 """Golden values of defend-dense: one step's loss and gradients of the dense fine-tuning stage.
 
-Usage: python tools/golden_dense.py   (needs torch, safetensors)
+Usage: python tools/golden_dense.py   (needs torch, torchvision, safetensors)
 Writes crates/defend-dense/tests/golden/dense.safetensors. Computed in float64 from f32-representable
 inputs, stored as f32 (boxes u32).
 
@@ -22,14 +22,22 @@ inputs, stored as f32 (boxes u32).
   <v>.loss []                  mean over crops and cells of -sum_k target_k log_softmax(crop_scores / 0.1)_k
   <v>.grads.head.<i>.{weight, bias}, <v>.grads.prototypes, <v>.grads.crop_tokens
                                gradients of that loss (only through the crops)
+  roi.target [4,9,5]           torchvision.ops.roi_align (aligned, adaptive sampling) of q under each box, 3x3 places
+  roi.loss, roi.grads.*        as above: the crop's scores go through roi_align to 3x3 too, over their whole grid
+  all.boxes [100,4] u32        every box of the view
+  all.area [100,4,5], all.roi [100,9,5]    q of image 0 under each: averaged to 2x2 after nearest upsampling by 12
+                               and cropping, as the authors do in pixels; and roi_align to 3x3
+  queue.view_tokens [2,16,12]  another batch, after view_tokens has been assigned
+  queue.q [32,5]               its assignment together with the first 20 rows of the earlier batch
 """
 
 import torch
+import torchvision
 from golden import sinkhorn, unit, write
 from torch import nn
 
 BOXES = [(0, 0, 2, 2), (1, 2, 3, 2), (2, 1, 2, 3), (0, 1, 3, 3)]
-VIEW, CROP, CROPS, TAU = 4, 2, 2, 0.1
+VIEW, CROP, CROPS, TAU, ROI = 4, 2, 2, 0.1, 3
 
 
 def overlaps(start, length):
@@ -55,6 +63,37 @@ def targets(q):
     out = torch.stack(out)
     torch.testing.assert_close(out.sum(-1), torch.ones_like(out[..., 0]))
     return out
+
+
+def roi_align(maps, boxes, side):
+    """maps [I,K,H,W], boxes (image, row, column, height, width) -> [boxes, side^2, K]"""
+    rois = torch.tensor([[i, c, r, c + w, r + h] for i, r, c, h, w in boxes], dtype=torch.float64)
+    found = torchvision.ops.roi_align(maps, rois, side, sampling_ratio=-1, aligned=True)
+    return found.flatten(2).transpose(1, 2)
+
+
+def maps(cells, side):
+    """[I, side^2, K] -> [I,K,side,side]"""
+    return cells.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+
+
+def every_box(q):
+    spans = [(a, b - a) for a in range(VIEW) for b in range(a + 1, VIEW + 1)]
+    boxes = [(r, c, h, w) for r, h in spans for c, w in spans]
+    pixels = maps(q.reshape(2, VIEW * VIEW, -1)[:1], VIEW)
+    large = nn.functional.interpolate(pixels, scale_factor=12, mode="nearest")
+    area = [
+        nn.functional.avg_pool2d(
+            large[:, :, 12 * r : 12 * (r + h), 12 * c : 12 * (c + w)], (12 * h // CROP, 12 * w // CROP)
+        )
+        for r, c, h, w in boxes
+    ]
+    area = torch.cat(area).flatten(2).transpose(1, 2)
+    return {
+        "all.boxes": torch.tensor(boxes),
+        "all.area": area,
+        "all.roi": roi_align(pixels, [(0, *b) for b in boxes], ROI),
+    }
 
 
 def main():
@@ -96,6 +135,17 @@ def main():
         out |= {f"{variant}.target": target, f"{variant}.loss": loss}
         out |= {f"{variant}.grads.{k}": g for k, g in zip(leaves, grads)}
         print(f"{variant} loss {loss.item():.4f}")
+    whole = [(i, 0, 0, CROP, CROP) for i in range(4)]
+    target = roi_align(maps(q.reshape(2, VIEW * VIEW, 5), VIEW), [(i // CROPS, *b) for i, b in enumerate(BOXES)], ROI)
+    met = roi_align(maps(crop_scores / TAU, CROP), whole, ROI)
+    loss = -(target * met.log_softmax(-1)).sum(-1).mean()
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    out |= {"roi.target": target, "roi.loss": loss} | {f"roi.grads.{k}": g for k, g in zip(leaves, grads)}
+    out |= every_box(q)
+    with torch.no_grad():
+        later = torch.randn(2, 16, 12).double()
+        rows = torch.cat([unit(head(later)).reshape(32, 8), z.reshape(32, 8)[:20]])
+        out |= {"queue.view_tokens": later, "queue.q": sinkhorn(rows @ prototypes.t())[:32]}
     print("hard labels per prototype", hard_q.sum(0).tolist())
     write("defend-dense", "dense", out)
 

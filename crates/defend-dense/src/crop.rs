@@ -5,7 +5,7 @@ use defend_nn::Rng;
 use defend_vit::Grid;
 use rand::RngExt;
 
-use crate::{DenseConfig, Error};
+use crate::Error;
 
 /// A rectangle of patches of the full view.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,12 +29,9 @@ pub struct CropSampler {
 }
 
 impl CropSampler {
-    /// Areas and aspects of a configuration.
-    pub fn new(config: &DenseConfig) -> Self {
-        Self {
-            area: config.crop_area,
-            aspect: config.crop_aspect,
-        }
+    /// Boxes of `area`, as shares of the view, and `aspect`, width over height: the smallest and the largest.
+    pub fn new(area: [f64; 2], aspect: [f64; 2]) -> Self {
+        Self { area, aspect }
     }
 
     /// One box inside `grid`.
@@ -52,6 +49,11 @@ impl CropSampler {
             height,
             width,
         }
+    }
+
+    /// `count` boxes inside `grid`.
+    pub fn boxes(&self, grid: Grid, count: usize, rng: &mut Rng) -> Vec<CropBox> {
+        (0..count).map(|_| self.sample(grid, rng)).collect()
     }
 }
 
@@ -128,7 +130,7 @@ mod tests {
 
     #[test]
     fn boxes_stay_inside_and_cover_the_asked_area() {
-        let sampler = CropSampler::new(&DenseConfig::default());
+        let sampler = CropSampler::new([0.1, 0.3], [3.0 / 4.0, 4.0 / 3.0]);
         let mut rng = Rng::seed(5);
         let boxes: Vec<CropBox> = (0..2000).map(|_| sampler.sample(GRID, &mut rng)).collect();
         for b in &boxes {

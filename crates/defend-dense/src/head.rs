@@ -59,7 +59,11 @@ impl ProjectionHead {
     }
 
     fn run(&self, patches: &Tensor, parameter: impl Fn(&Var) -> Tensor) -> Result<Tensor, Error> {
-        let mut x = patches.clone();
+        // Features of a half precision backbone meet a head in f32.
+        let mut x = match self.layers.first() {
+            Some((weight, _)) => patches.to_dtype(weight.dtype())?,
+            None => patches.clone(),
+        };
         for (i, (weight, bias)) in self.layers.iter().enumerate() {
             let (weight, bias) = (parameter(weight), parameter(bias));
             x = if i + 1 < self.layers.len() {

@@ -9,11 +9,12 @@ mod config;
 mod crop;
 mod error;
 mod head;
+mod moving_average;
 mod objective;
 mod target;
 mod tuner;
 
-pub use config::{Assignment, DenseConfig};
+pub use config::{Assignment, DenseConfig, Resampling, View};
 pub use crop::{CropBox, CropSampler, extract};
 pub use error::Error;
 pub use head::ProjectionHead;

@@ -1,25 +1,35 @@
 //! The dense loss (eq. 1).
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::{D, DType, Device, Tensor, Var};
 use defend_nn::{Rng, normal, ops};
 use defend_ot::Assigner;
 use defend_vit::Grid;
 
 use crate::target::crop_targets;
-use crate::{Assignment, CropBox, DenseConfig, Error, ProjectionHead};
+use crate::{Assignment, CropBox, DenseConfig, Error, ProjectionHead, Resampling};
 
-/// Role: a loss between the patches of a view and of its crops, with parameters of its own.
+/// Role: targets from views and a loss of their crops, with parameters of its own.
 pub trait DenseObjective {
+    /// What the crops of a batch should agree with, without a gradient: for the paper, the balanced assignment Q.
+    ///
+    /// `view`: patch tokens `[B, N, D_v]`; returns `[B, N, K]`.
+    ///
+    /// # Errors
+    /// When the width does not fit, or the features are not finite.
+    fn assign(&self, view: &Tensor) -> Result<Tensor, Error>;
+
     /// Scalar loss, differentiable with respect to `crops` and [`DenseObjective::parameters`].
     ///
-    /// `view`: patch tokens `[B, N, D_v]` on `view_grid`; `crops`: `[B * C, M, D_v]` on `crop_grid`, image
-    /// by image; `boxes`: where they lie, in cells of the view.
+    /// `assigned`: what [`DenseObjective::assign`] gave, `[B, N, K]` on `view_grid`; `crops`: patch tokens
+    /// `[B * C, M, D_v]` on `crop_grid`, image by image; `boxes`: where they lie, in cells of the view.
     ///
     /// # Errors
     /// When the shapes do not fit.
     fn loss(
         &self,
-        view: &Tensor,
+        assigned: &Tensor,
         view_grid: Grid,
         crops: &Tensor,
         crop_grid: Grid,
@@ -46,7 +56,11 @@ pub struct PrototypeObjective {
     prototypes: Var,
     assigner: Box<dyn Assigner>,
     assignment: Assignment,
+    resampling: Resampling,
     temperature: f64,
+    queue_limit: usize,
+    /// Projected patches of earlier batches, newest first, `[Q, D]`.
+    queue: Mutex<Option<Tensor>>,
 }
 
 impl PrototypeObjective {
@@ -64,13 +78,15 @@ impl PrototypeObjective {
         let widths = [&[width][..], &config.head_hidden, &[config.head_output]].concat();
         let head = ProjectionHead::random(&widths, rng, device)?;
         let prototypes = normal((config.prototypes, config.head_output), 1.0, rng, device)?;
-        Self::new(
+        Ok(Self::new(
             head,
             &prototypes,
             Box::new(config.sinkhorn),
             config.assignment,
             config.temperature,
-        )
+        )?
+        .with_resampling(config.resampling)
+        .with_queue(config.queue))
     }
 
     /// From a head, prototypes `[K, D]` and any [`Assigner`].
@@ -89,8 +105,26 @@ impl PrototypeObjective {
             prototypes: Var::from_tensor(&ops::l2_normalize(prototypes)?)?,
             assigner,
             assignment,
+            resampling: Resampling::Area,
             temperature,
+            queue_limit: 0,
+            queue: Mutex::new(None),
         })
+    }
+
+    /// Another way to bring targets and crops to one grid; by area without it.
+    #[must_use]
+    pub fn with_resampling(mut self, resampling: Resampling) -> Self {
+        self.resampling = resampling;
+        self
+    }
+
+    /// Lets up to `patches` patches of earlier batches take part in the assignment (SwAV, section 3.2: for
+    /// batches that are small against the number of prototypes).
+    #[must_use]
+    pub fn with_queue(mut self, patches: usize) -> Self {
+        self.queue_limit = patches;
+        self
     }
 
     /// Cosines of unit vectors `[.., D]` with the prototypes: `[rows, K]`.
@@ -99,34 +133,53 @@ impl PrototypeObjective {
         Ok(z.reshape(((), width))?.matmul(&prototypes.t()?)?)
     }
 
-    /// Balanced assignment Q of all patches of the batch, `[B, N, K]`, without a gradient.
-    ///
-    /// # Errors
-    /// When the width does not fit, or the features are not finite.
-    pub fn assign(&self, view: &Tensor) -> Result<Tensor, Error> {
-        let (b, n, _) = view.dims3()?;
-        let z = self.head.forward_detached(view)?;
-        let scores = Self::scores(&z, &self.prototypes.as_detached_tensor())?;
-        let q = self.assigner.assign(&scores)?;
-        Ok(q.reshape((b, n, ()))?)
+    /// Rows of `z` `[R, D]` followed by the queue, which then takes them in.
+    fn queued(&self, z: &Tensor) -> Result<Tensor, Error> {
+        if self.queue_limit == 0 {
+            return Ok(z.clone());
+        }
+        // A poisoned lock means that another thread panicked between two reads: the tensor is whole all the same.
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = match queue.take() {
+            Some(earlier) => Tensor::cat(&[z, &earlier], 0)?,
+            None => z.clone(),
+        };
+        *queue = Some(all.narrow(0, 0, all.dim(0)?.min(self.queue_limit))?);
+        Ok(all)
     }
 }
 
 impl DenseObjective for PrototypeObjective {
+    fn assign(&self, view: &Tensor) -> Result<Tensor, Error> {
+        let (b, n, _) = view.dims3()?;
+        let z = self.head.forward_detached(view)?.flatten_to(1)?;
+        let scores = Self::scores(&self.queued(&z)?, &self.prototypes.as_detached_tensor())?;
+        let q = self.assigner.assign(&scores)?;
+        Ok(q.narrow(0, 0, b * n)?.reshape((b, n, ()))?)
+    }
+
     fn loss(
         &self,
-        view: &Tensor,
+        assigned: &Tensor,
         view_grid: Grid,
         crops: &Tensor,
         crop_grid: Grid,
         boxes: &[CropBox],
     ) -> Result<Tensor, Error> {
-        let q = self.assign(view)?;
-        let targets = crop_targets(&q, boxes, view_grid, crop_grid, self.assignment)?;
+        let targets = crop_targets(
+            assigned,
+            boxes,
+            view_grid,
+            crop_grid,
+            self.assignment,
+            self.resampling,
+        )?;
         let z = self.head.forward(crops)?;
         let scores = (Self::scores(&z, self.prototypes.as_tensor())? / self.temperature)?;
+        let scores = scores.reshape((boxes.len(), crop_grid.patches(), ()))?;
+        let scores = self.resampling.scores(&scores, crop_grid)?;
         let log_p = candle_nn::ops::log_softmax(&scores.to_dtype(DType::F32)?, D::Minus1)?;
-        let targets = targets.reshape(log_p.dims())?.to_dtype(DType::F32)?;
+        let targets = targets.to_dtype(DType::F32)?;
         Ok((log_p * targets)?.sum(D::Minus1)?.mean_all()?.neg()?)
     }
 

@@ -3,7 +3,7 @@
 use candle_core::{D, Tensor};
 use defend_vit::Grid;
 
-use crate::{Assignment, CropBox, Error};
+use crate::{Assignment, CropBox, Error, Resampling};
 
 /// Share of each source cell in each of `parts` equal parts of `start..start + length`, `[parts, cells]`.
 fn overlap(start: usize, length: usize, cells: usize, parts: usize) -> Vec<f32> {
@@ -22,11 +22,83 @@ fn overlap(start: usize, length: usize, cells: usize, parts: usize) -> Vec<f32> 
     shares
 }
 
-/// alpha(Q) of eq. 1: the view's assignments under each crop, resampled to the crop's grid by area.
+/// RoIAlign along one axis: bilinear weights of the cells around the centre of each of `parts` parts of
+/// `start..start + length`, `[parts, cells]`. A part longer than a cell is the mean over as many samples as it
+/// covers cells, rounded up (torchvision's `roi_align` with `aligned` and an adaptive sampling ratio).
+fn bilinear(start: usize, length: usize, cells: usize, parts: usize) -> Vec<f32> {
+    let samples = length.div_ceil(parts);
+    let step = length as f64 / (parts * samples) as f64;
+    let last = cells.saturating_sub(1);
+    let mut weights = vec![0.0; parts * cells];
+    for (part, row) in weights.chunks_exact_mut(cells).enumerate() {
+        for sample in part * samples..(part + 1) * samples {
+            // Cell i has its centre at i + 1/2.
+            let at = start as f64 + (sample as f64 + 0.5) * step - 0.5;
+            let at = at.clamp(0.0, last as f64);
+            let low = at.floor() as usize;
+            let share = (at - low as f64) as f32 / samples as f32;
+            row[low] += 1.0 / samples as f32 - share;
+            row[(low + 1).min(last)] += share;
+        }
+    }
+    weights
+}
+
+impl Resampling {
+    /// Grid that targets of a crop of `crop` patches have.
+    pub(crate) fn grid(self, crop: Grid) -> Grid {
+        match self {
+            Self::Area => crop,
+            Self::RoiAlign { side } => Grid {
+                rows: side,
+                columns: side,
+            },
+        }
+    }
+
+    fn axis(self, start: usize, length: usize, cells: usize, parts: usize) -> Vec<f32> {
+        match self {
+            Self::Area => overlap(start, length, cells, parts),
+            Self::RoiAlign { .. } => bilinear(start, length, cells, parts),
+        }
+    }
+
+    /// Appends the weights `[M, N]` that bring values on `from` under a box to a grid of `to`.
+    fn weights(self, at: &CropBox, from: Grid, to: Grid, weights: &mut Vec<f32>) {
+        let rows = self.axis(at.row, at.height, from.rows, to.rows);
+        let columns = self.axis(at.column, at.width, from.columns, to.columns);
+        for row in rows.chunks_exact(from.rows) {
+            for column in columns.chunks_exact(from.columns) {
+                weights.extend(row.iter().flat_map(|r| column.iter().map(move |c| r * c)));
+            }
+        }
+    }
+
+    /// Scores of crops `[B * C, M, K]` on the grid of their targets, differentiable.
+    pub(crate) fn scores(self, scores: &Tensor, crop: Grid) -> Result<Tensor, Error> {
+        if self == Self::Area {
+            return Ok(scores.clone());
+        }
+        let whole = CropBox {
+            row: 0,
+            column: 0,
+            height: crop.rows,
+            width: crop.columns,
+        };
+        let (to, mut weights) = (self.grid(crop), Vec::new());
+        self.weights(&whole, crop, to, &mut weights);
+        let shape = (1, to.patches(), crop.patches());
+        let weights =
+            Tensor::from_vec(weights, shape, scores.device())?.to_dtype(scores.dtype())?;
+        Ok(weights.broadcast_matmul(scores)?)
+    }
+}
+
+/// alpha(Q) of eq. 1: the view's assignments under each crop, resampled to the grid where they meet the crop's scores.
 ///
 /// `q`: `[B, N, K]`, rows that sum to one; `boxes`: the same number C for every image, image by image;
-/// returns `[B * C, M, K]`, rows that sum to one. With [`Assignment::Hard`] the cells are made one-hot
-/// before they are resampled. Each image's boxes pick from its own Q.
+/// returns `[B * C, M, K]`, rows that sum to one, with M of the crop's grid, or RoIAlign's. With
+/// [`Assignment::Hard`] the cells are made one-hot before they are resampled. Each image's boxes pick from its own Q.
 ///
 /// # Errors
 /// [`Error::Candle`] when the shapes do not fit.
@@ -36,26 +108,22 @@ pub fn crop_targets(
     view: Grid,
     crop: Grid,
     assignment: Assignment,
+    resampling: Resampling,
 ) -> Result<Tensor, Error> {
     let (b, n, k) = q.dims3()?;
     let q = match assignment {
         Assignment::Soft => q.clone(),
         Assignment::Hard => one_hot(&q.argmax(D::Minus1)?, k)?.to_dtype(q.dtype())?,
     };
-    let mut weights = Vec::with_capacity(boxes.len() * crop.patches() * n);
+    let to = resampling.grid(crop);
+    let mut weights = Vec::with_capacity(boxes.len() * to.patches() * n);
     for at in boxes {
-        let rows = overlap(at.row, at.height, view.rows, crop.rows);
-        let columns = overlap(at.column, at.width, view.columns, crop.columns);
-        for row in rows.chunks_exact(view.rows) {
-            for column in columns.chunks_exact(view.columns) {
-                weights.extend(row.iter().flat_map(|r| column.iter().map(move |c| r * c)));
-            }
-        }
+        resampling.weights(at, view, to, &mut weights);
     }
-    let positions = boxes.len() / b.max(1) * crop.patches();
+    let positions = boxes.len() / b.max(1) * to.patches();
     let weights = Tensor::from_vec(weights, (b, positions, n), q.device())?.to_dtype(q.dtype())?;
     let targets = weights.matmul(&q.contiguous()?)?;
-    Ok(targets.reshape((boxes.len(), crop.patches(), k))?)
+    Ok(targets.reshape((boxes.len(), to.patches(), k))?)
 }
 
 /// `[..]` of class numbers to `[.., K]`.
@@ -92,7 +160,14 @@ mod tests {
                     height: 2,
                     width: 2,
                 };
-                let targets = crop_targets(&q, &[at, at], view, crop, Assignment::Soft)?;
+                let targets = crop_targets(
+                    &q,
+                    &[at, at],
+                    view,
+                    crop,
+                    Assignment::Soft,
+                    Resampling::Area,
+                )?;
                 for image in 0..2 {
                     let cells = [(0, 0), (0, 1), (1, 0), (1, 1)];
                     for (i, (y, x)) in cells.into_iter().enumerate() {

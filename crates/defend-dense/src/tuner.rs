@@ -1,12 +1,14 @@
 //! The training loop of the dense stage.
 
+use candle_core::Tensor;
 use defend_nn::{
     AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, shuffled_batches,
 };
 use defend_vit::{Grid, ImageSource, Prefix, Trainable};
 
 use crate::crop::{CropSampler, extract};
-use crate::{CropBox, DenseConfig, DenseObjective, Error};
+use crate::moving_average::MovingAverage;
+use crate::{DenseConfig, DenseObjective, Error, View};
 
 /// Fine-tunes the trainable blocks of a backbone on normal images (paper, section 3.1).
 #[derive(Debug, Clone)]
@@ -71,7 +73,14 @@ impl DenseTuner {
             group(objective.parameters(), config.head_learning_rate),
         ];
         let mut optimiser = AdamW::new(groups, AdamWConfig::default())?;
-        let sampler = CropSampler::new(config);
+        let mut average = config
+            .target_momentum
+            .map(|momentum| {
+                let trained = [backbone.parameters(), objective.parameters()].concat();
+                MovingAverage::new(momentum, trained)
+            })
+            .transpose()?;
+        let sampler = CropSampler::new(config.crop_area, config.crop_aspect);
         let mut views = TensorCache::<1>::new(images.len(), config.cache_bytes);
         let steps = config.epochs * images.len().div_ceil(config.batch);
         let mut losses = Vec::with_capacity(config.epochs);
@@ -79,27 +88,39 @@ impl DenseTuner {
             let mut total = 0.0;
             for indices in shuffled_batches(images.len(), config.batch, rng) {
                 let batch = images.images(&indices)?;
-                let (_, _, height, width) = batch.dims4()?;
-                let grid = Grid {
-                    rows: height / patch,
-                    columns: width / patch,
+                let (pixels, prefix) = match config.view {
+                    View::Whole => {
+                        let grid = grid_of(&batch, patch)?;
+                        let [tokens] = views.batch(&indices, |missing| {
+                            let batch = images.images(missing)?;
+                            Ok::<_, Error>([backbone.frozen_prefix(&batch)?.tokens.detach()])
+                        })?;
+                        (batch, Prefix { tokens, grid })
+                    }
+                    View::Random { count, area } => {
+                        let sampler = CropSampler::new(area, config.crop_aspect);
+                        let grid = grid_of(&batch, patch)?;
+                        let boxes = sampler.boxes(grid, indices.len() * count, rng);
+                        let views = extract(&batch, &boxes, patch, batch.dim(2)?)?;
+                        let prefix = backbone.frozen_prefix(&views)?;
+                        (views, prefix)
+                    }
                 };
-                let [tokens] = views.batch(&indices, |missing| {
-                    let batch = images.images(missing)?;
-                    Ok::<_, Error>([backbone.frozen_prefix(&batch)?.tokens.detach()])
-                })?;
-                let boxes: Vec<CropBox> = (0..indices.len() * config.crops)
-                    .map(|_| sampler.sample(grid, rng))
-                    .collect();
-                let crops = extract(&batch, &boxes, patch, config.crop_size)?;
+                let (grid, count) = (prefix.grid, pixels.dim(0)?);
+                let boxes = sampler.boxes(grid, count * config.crops, rng);
+                let crops = extract(&pixels, &boxes, patch, config.crop_size)?;
                 objective.constrain()?;
                 // No gradient flows through the view: Q is a constant target.
-                let view = backbone
-                    .features_from(&Prefix { tokens, grid })?
-                    .patches
-                    .detach();
+                let assign = || {
+                    objective.constrain()?;
+                    objective.assign(&backbone.features_from(&prefix)?.patches.detach())
+                };
+                let assigned = match &mut average {
+                    Some(average) => average.during(assign)?,
+                    None => assign()?,
+                };
                 let crops = backbone.features_from(&backbone.frozen_prefix(&crops)?)?;
-                let loss = objective.loss(&view, grid, &crops.patches, crops.grid, &boxes)?;
+                let loss = objective.loss(&assigned, grid, &crops.patches, crops.grid, &boxes)?;
                 let value = f64::from(loss.to_scalar::<f32>()?);
                 if !value.is_finite() {
                     return Err(Error::Diverged {
@@ -107,7 +128,14 @@ impl DenseTuner {
                         loss: value,
                     });
                 }
+                if let Some(last) = config.final_weight_decay {
+                    let first = config.weight_decay;
+                    optimiser.set_weight_decay(between(first, last, optimiser.steps(), steps))?;
+                }
                 optimiser.step(&loss.backward()?, 1.0)?;
+                if let Some(average) = &mut average {
+                    average.update()?;
+                }
                 total += value * indices.len() as f64;
                 on_step(TrainingStep {
                     epoch,
@@ -124,11 +152,25 @@ impl DenseTuner {
     }
 }
 
+fn grid_of(images: &Tensor, patch: usize) -> Result<Grid, Error> {
+    let (_, _, height, width) = images.dims4()?;
+    Ok(Grid {
+        rows: height / patch,
+        columns: width / patch,
+    })
+}
+
+/// From `first` at step 0 to `last` at the last of `steps`, along a half cosine.
+fn between(first: f64, last: f64, step: usize, steps: usize) -> f64 {
+    let progress = step as f64 / steps.saturating_sub(1).max(1) as f64;
+    last + 0.5 * (first - last) * (1.0 + (std::f64::consts::PI * progress).cos())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::PrototypeObjective;
-    use candle_core::{DType, Device, Tensor};
+    use candle_core::{DType, Device};
     use defend_vit::{Architecture, Backbone, BackboneSpec, TrainScope, Vit};
 
     fn backbone() -> Vit {
@@ -208,6 +250,52 @@ mod tests {
         }
         assert_eq!(report, run()?.0, "the same seed gives the same losses");
         Ok(())
+    }
+
+    #[test]
+    fn every_recipe_trains_and_repeats_bit_for_bit() -> Result<(), Error> {
+        let small = |recipe: DenseConfig| DenseConfig {
+            head_hidden: vec![32; recipe.head_hidden.len()],
+            prototypes: 5,
+            queue: recipe.queue.min(300),
+            // A faster average: 18 steps instead of thousands.
+            target_momentum: recipe.target_momentum.map(|_| 0.9),
+            view: recipe.view,
+            assignment: recipe.assignment,
+            resampling: recipe.resampling,
+            weight_decay: recipe.weight_decay,
+            final_weight_decay: recipe.final_weight_decay,
+            ..config()
+        };
+        for recipe in [
+            DenseConfig::paper(3),
+            DenseConfig::official_dense(),
+            DenseConfig::official_leopart(),
+        ] {
+            recipe.validate()?;
+            let run = || -> Result<_, Error> {
+                let (vit, config) = (backbone(), small(recipe.clone()));
+                let mut rng = Rng::seed(2);
+                let objective = PrototypeObjective::random(&config, 32, &mut rng, &Device::Cpu)?;
+                let tuner = DenseTuner::new(config)?;
+                tuner.tune(&vit, &objective, &images(), &mut rng, &mut |_| ())
+            };
+            let report = run()?;
+            assert!(
+                report.losses[5] < 0.9 * report.losses[0],
+                "{recipe:?}: {:?}",
+                report.losses
+            );
+            assert_eq!(report, run()?);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn decay_rises_along_a_half_cosine() {
+        let decays: Vec<f64> = (0..5).map(|step| between(0.04, 0.5, step, 5)).collect();
+        assert!((decays[0] - 0.04).abs() < 1e-12 && (decays[2] - 0.27).abs() < 1e-12);
+        assert!((decays[4] - 0.5).abs() < 1e-12);
     }
 
     #[test]

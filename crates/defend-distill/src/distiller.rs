@@ -115,12 +115,9 @@ impl Distiller {
 
 /// Weight matrices decay; biases, norms, tokens and positions do not.
 fn optimiser(student: &dyn Trainable, config: &DistillConfig) -> Result<AdamW, Error> {
-    let (matrices, vectors) = student
-        .parameters()
-        .into_iter()
-        .partition(|(name, var)| {
-            var.rank() > 1 && !name.ends_with("_token") && name != "pos_embed"
-        });
+    let (matrices, vectors) = student.parameters().into_iter().partition(|(name, var)| {
+        var.rank() > 1 && !name.ends_with("_token") && name != "pos_embed"
+    });
     let group = |parameters, weight_decay| ParameterGroup {
         parameters,
         learning_rate: config.learning_rate,

@@ -7,7 +7,7 @@
     reason = "helpers of tests may panic"
 )]
 
-use candle_core::Var;
+use candle_core::{DType, Var};
 use defend_distill::{DistillObjective, FeatureDistance, FeatureNorm, NormalizedSide, Penalty};
 use defend_testing::{Golden, assert_close};
 
@@ -48,5 +48,31 @@ fn every_variant_matches_pytorch() {
                 assert_close(grads.get(&student).unwrap(), &get("grad"), 1e-5, &name);
             }
         }
+    }
+}
+
+/// Half precision backbones: distances are computed in f32 and the gradient comes back in the features' type.
+#[test]
+fn half_precision_features_are_compared_in_f32() {
+    let golden = Golden::read(env!("CARGO_MANIFEST_DIR"), "distill");
+    for half in [DType::F16, DType::BF16] {
+        let run = |dtype: DType| {
+            let features = |name: &str| {
+                let rounded = golden.get(name).to_dtype(half).unwrap();
+                rounded.to_dtype(dtype).unwrap()
+            };
+            let student = Var::from_tensor(&features("student")).unwrap();
+            let distances = FeatureDistance::default()
+                .distances(&features("teacher"), &student)
+                .unwrap();
+            assert_eq!(distances.dtype(), DType::F32);
+            let grads = distances.mean_all().unwrap().backward().unwrap();
+            (distances, grads.get(&student).unwrap().clone())
+        };
+        let ((distances, grad), (reference, reference_grad)) = (run(half), run(DType::F32));
+        assert_close(&distances, &reference, 1e-6, "distances");
+        assert_eq!(grad.dtype(), half);
+        let rounding = if half == DType::F16 { 1e-3 } else { 8e-3 };
+        assert_close(&grad, &reference_grad, rounding, "gradient");
     }
 }

@@ -24,7 +24,13 @@ fn vit(golden: &Golden, weights: &str, scope: TrainScope) -> Vit {
         ..Architecture::vit_tiny()
     };
     let weights = Weights::from_tensors(golden.starting_with(weights), "golden");
-    Vit::load(BackboneSpec::new(architecture), weights, scope, &Device::Cpu).unwrap()
+    Vit::load(
+        BackboneSpec::new(architecture),
+        weights,
+        scope,
+        &Device::Cpu,
+    )
+    .unwrap()
 }
 
 #[test]

@@ -131,6 +131,26 @@ impl AdamW {
         self.steps
     }
 
+    /// Changes the weight decay of every group that has one.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a decay outside its range.
+    pub fn set_weight_decay(&mut self, decay: f64) -> Result<(), Error> {
+        if !(decay.is_finite() && decay >= 0.0) {
+            return Err(Error::Config {
+                field: "weight_decay",
+                value: decay,
+                expected: "zero or a positive number",
+            });
+        }
+        for group in &mut self.groups {
+            if group.weight_decay > 0.0 {
+                group.weight_decay = decay;
+            }
+        }
+        Ok(())
+    }
+
     /// Updates every variable that has a gradient; `multiplier` scales all learning rates
     /// ([`crate::Schedule::multiplier`]).
     ///

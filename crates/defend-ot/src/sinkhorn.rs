@@ -157,6 +157,23 @@ mod tests {
     }
 
     #[test]
+    fn half_precision_scores_are_assigned_in_f32() {
+        let scores: Vec<f32> = (0..64 * 5).map(|i| (i as f32 * 0.7).sin()).collect();
+        let scores = Tensor::from_vec(scores, (64, 5), &Device::Cpu).unwrap();
+        for half in [DType::F16, DType::BF16] {
+            let rounded = scores.to_dtype(half).unwrap();
+            let assign = |scores: &Tensor| SinkhornKnopp::default().assign(scores).unwrap();
+            let found = assign(&rounded);
+            assert_eq!(found.dtype(), DType::F32);
+            let expected = assign(&rounded.to_dtype(DType::F32).unwrap());
+            assert_eq!(
+                found.to_vec2::<f32>().unwrap(),
+                expected.to_vec2::<f32>().unwrap()
+            );
+        }
+    }
+
+    #[test]
     fn bad_scores_and_settings_are_refused() {
         let scores = Tensor::new(&[[f32::NAN, 0.0]], &Device::Cpu).unwrap();
         assert!(matches!(
