@@ -331,6 +331,13 @@ fn load_teacher(
                 expected: "null with a teacher of one's own, which cannot be fine-tuned".into(),
             });
         }
+        Some(Source::Own(_)) if config.image_size.is_some() => {
+            return Err(Error::Config {
+                field: "image_size",
+                value: "set".into(),
+                expected: "null with a teacher of one's own, whose spec says its size".into(),
+            });
+        }
         Some(Source::Own(own)) => return Ok(Teacher::Own(own)),
         Some(Source::Vit(vit)) => vit.copy(scope)?,
         Some(Source::Pretrained(source)) => source.load(scope, device)?,
@@ -344,6 +351,10 @@ fn load_teacher(
                 expected: "a pretrained backbone, or the feature \"embedded\"".into(),
             });
         }
+    };
+    let vit = match config.image_size {
+        Some(size) => vit.resized(size, scope)?,
+        None => vit,
     };
     Ok(Teacher::Vit(Box::new(vit)))
 }

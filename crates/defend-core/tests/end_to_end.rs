@@ -347,3 +347,96 @@ fn a_teacher_of_ones_own_cannot_be_tuned_but_used() -> Result<(), Error> {
     );
     Ok(())
 }
+
+#[test]
+fn another_picture_size_travels_with_the_model() -> Result<(), Error> {
+    let config = DefendConfig {
+        image_size: Some(48),
+        ..config()
+    };
+    let builder = Defend::builder().teacher(teacher()).config(config);
+    let detector = builder.fit(set(3, 9), &mut Silent)?.detector;
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("large.defend");
+    detector.save(&path)?;
+    let again = Detector::load(&path, &Device::Cpu)?;
+    for detector in [&detector, &again] {
+        let found = scan(detector, set(5, 1), &mut Silent)?;
+        let map = found.findings[0].novelty.map.as_ref().expect("a map");
+        assert_eq!((map.grid.rows, map.grid.columns), (6, 6));
+    }
+    assert_eq!(scores(&detector, set(5, 3)), scores(&again, set(5, 3)));
+    let wrong = DefendConfig {
+        image_size: Some(50),
+        ..detector.config().clone()
+    };
+    let builder = Defend::builder().teacher(teacher()).config(wrong);
+    assert!(builder.fit(set(3, 9), &mut Silent).is_err());
+    Ok(())
+}
+
+/// Every variant of Table 1 and METHOD.md is a value of the configuration.
+#[test]
+fn every_variant_fits_and_scores() {
+    let dense = |fields: &str| format!(r#"{{"dense": {{{fields}}}}}"#);
+    let distill = |fields: &str| format!(r#"{{"dense": null, "distill": {{{fields}}}}}"#);
+    let mut variants = vec![
+        dense(r#""assignment": "soft", "trained_blocks": 1, "head_hidden": []"#),
+        dense(r#""crops": 8, "prototypes": 7, "head_hidden": [8, 8, 8]"#),
+        dense(r#""view": {"random": {"count": 2, "area": [0.25, 1]}}, "queue": 40"#),
+        dense(r#""resampling": {"roi-align": {"side": 3}}, "target_momentum": 0.9"#),
+        dense(r#""weight_decay": 0.04, "final_weight_decay": 0.5, "trained_blocks": 3"#),
+        distill(r#""layers": 3"#),
+    ];
+    for mask in ["random", "keep-salient", "hide-salient"] {
+        for ratio in [0.0, 0.9] {
+            let kinds: &[&str] = match mask {
+                "random" => &[""],
+                _ => &[r#", "selection": "top-k""#, r#", "selection": "sampled""#],
+            };
+            for kind in kinds {
+                let mask = format!(r#""mask": {{"{mask}": {{"ratio": {ratio}{kind}}}}}"#);
+                variants.push(distill(&mask));
+            }
+        }
+    }
+    variants.push(distill(r#""mask": "none""#));
+    for norm in ["none", "layer", "l2"] {
+        for side in ["both", "teacher"] {
+            for penalty in ["squared", "smooth-l1"] {
+                variants.push(distill(&format!(
+                    r#""distance": {{"norm": "{norm}", "side": "{side}", "penalty": "{penalty}"}}"#
+                )));
+            }
+        }
+    }
+    let mut refused = Vec::new();
+    for variant in variants {
+        let mut value = serde_json::to_value(config()).expect("settings");
+        let change: serde_json::Value = serde_json::from_str(&variant).expect("a variant");
+        for (stage, fields) in change.as_object().expect("stages") {
+            match fields.as_object() {
+                None => value[stage] = fields.clone(),
+                Some(fields) => {
+                    for (field, setting) in fields {
+                        value[stage][field] = setting.clone();
+                    }
+                }
+            }
+        }
+        value["distill"]["epochs"] = 1.into();
+        let config: DefendConfig = serde_json::from_value(value).expect("settings");
+        if let Err(error) = config.validate() {
+            refused.push(error.to_string());
+            continue;
+        }
+        let builder = Defend::builder().teacher(teacher()).config(config);
+        let fitted = builder.fit(set(3, 9), &mut Silent);
+        let detector = fitted.unwrap_or_else(|e| panic!("{variant}: {e}")).detector;
+        let scores = scores(&detector, set(5, 2));
+        assert!(scores.iter().all(|s| s.is_finite()), "{variant}");
+    }
+    // Normalising one side alone says nothing without a normalisation.
+    assert_eq!(refused.len(), 2, "{refused:?}");
+    assert!(refused[0].contains("distance.side"), "{refused:?}");
+}

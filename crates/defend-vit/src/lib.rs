@@ -32,6 +32,7 @@ mod model_config;
 mod patch_embed;
 pub mod pos_embed;
 mod spec;
+mod variants;
 mod vit;
 mod weights;
 

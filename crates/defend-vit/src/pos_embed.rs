@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
-use crate::{Error, Grid};
+use crate::{Architecture, Error, Grid};
 
 /// The two bicubic filters of PyTorch's `interpolate(mode = "bicubic", align_corners = False)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +14,14 @@ pub enum Bicubic {
 }
 
 impl Bicubic {
+    /// The filter that a kind of checkpoint was published with.
+    pub(crate) fn of(architecture: &Architecture) -> Self {
+        match architecture.registers {
+            0 => Self::Plain,
+            _ => Self::Antialiased,
+        }
+    }
+
     /// One axis as a matrix `[target, source]`.
     fn matrix(self, source: usize, target: usize) -> Vec<f32> {
         match self {

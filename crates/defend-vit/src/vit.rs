@@ -27,7 +27,7 @@ pub enum TrainScope {
 /// checkpoint has them.
 #[derive(Debug)]
 pub struct Vit {
-    spec: BackboneSpec,
+    pub(crate) spec: BackboneSpec,
     /// Weight `[D, 3, P, P]`.
     patch_embed: Linear,
     /// `[1, 1, D]`.
@@ -37,7 +37,7 @@ pub struct Vit {
     /// DINOv2's registers, `[1, R, D]`.
     reg_token: Option<Tensor>,
     /// Of the CLS token, a distillation token, and the full view's patches, `[1, 1 + N, D]` or `[1, 2 + N, D]`.
-    pos_embed: Tensor,
+    pub(crate) pos_embed: Tensor,
     blocks: Vec<Block>,
     norm: Norm,
     head: Option<Linear>,
@@ -170,7 +170,7 @@ impl Vit {
         })
     }
 
-    fn build(
+    pub(crate) fn build(
         spec: BackboneSpec,
         scope: TrainScope,
         drop_path: f64,
@@ -270,16 +270,6 @@ impl Vit {
         })
     }
 
-    /// The same backbone with the last `layers` layers in its features.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for none or more than there are blocks.
-    pub fn with_layers(mut self, layers: usize) -> Result<Self, Error> {
-        self.spec.layers = layers;
-        self.spec.validate()?;
-        Ok(self)
-    }
-
     /// Blocks that may run once and be cached: neither trained nor a layer of the features.
     fn frozen_blocks(&self) -> usize {
         self.first_trained.min(self.blocks.len() - self.spec.layers)
@@ -363,69 +353,17 @@ impl Vit {
         Ok(tensors)
     }
 
-    /// The same architecture and values with another part trained; nothing is shared with `self`.
-    ///
-    /// # Errors
-    /// As [`Vit::load`].
-    pub fn copy(&self, scope: TrainScope) -> Result<Self, Error> {
-        let tensors = self
-            .state()?
-            .into_iter()
-            .map(|(name, tensor)| Ok((name, tensor.copy()?)))
-            .collect::<Result<_, Error>>()?;
-        let weights = Weights::from_tensors(tensors, &self.spec.name);
-        Self::load(self.spec.clone(), weights, scope, self.pos_embed.device())
-    }
-
-    /// A shallower backbone of some of this one's blocks, everything trainable: the start of a distillation
-    /// into fewer blocks. Nothing is shared with `self`.
-    ///
-    /// # Errors
-    /// [`Error::MissingTensor`] for a block that does not exist; [`Error::Config`] without any.
-    pub fn with_blocks(&self, blocks: &[usize], name: &str) -> Result<Self, Error> {
-        let state = self.state()?;
-        let mut spec = self.spec.clone();
-        name.clone_into(&mut spec.name);
-        spec.architecture.depth = blocks.len();
-        Self::build(
-            spec,
-            TrainScope::All,
-            0.0,
-            self.pos_embed.device(),
-            &mut |name, shape| {
-                let source = match name
-                    .strip_prefix("blocks.")
-                    .and_then(|rest| rest.split_once('.'))
-                {
-                    Some((index, rest)) => {
-                        let index = index.parse().ok().and_then(|i: usize| blocks.get(i));
-                        format!("blocks.{}.{rest}", index.copied().unwrap_or(usize::MAX))
-                    }
-                    None => name.to_owned(),
-                };
-                let tensor = state.get(&source).ok_or_else(|| Error::MissingTensor {
-                    origin: self.spec.name.clone(),
-                    name: source,
-                    expected: shape.to_vec(),
-                })?;
-                Ok(tensor.copy()?)
-            },
-        )
-    }
-
     /// The tokens that enter the first block, `[B, 1 + E + N, D]` with E extra tokens (M for N when kept).
     fn embed(&self, images: &Tensor, keep: Option<&TokenSet>) -> Result<(Tensor, Grid), Error> {
         let arch = &self.spec.architecture;
-        let (patches, grid) = patchify(images, arch.patch_size)?;
+        let images = images.to_dtype(self.cls_token.dtype())?;
+        let (patches, grid) = patchify(&images, arch.patch_size)?;
         let (b, d) = (patches.dim(0)?, arch.width);
         let pos_embed = self.pos_embed.squeeze(0)?;
         let cls_position = pos_embed.narrow(0, 0, 1)?;
         let patches_from = arch.first_patch_position();
         let positions = pos_embed.narrow(0, patches_from, arch.grid().patches())?;
-        let filter = match arch.registers {
-            0 => Bicubic::Plain,
-            _ => Bicubic::Antialiased,
-        };
+        let filter = Bicubic::of(arch);
         let positions = pos_embed::resize(&positions, arch.grid(), grid, filter)?.unsqueeze(0)?;
         let (patches, positions) = match keep {
             None => (patches, positions),

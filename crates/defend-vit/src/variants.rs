@@ -1,0 +1,177 @@
+//! The same backbone with something changed.
+
+use candle_core::{DType, Tensor};
+
+use crate::pos_embed::Bicubic;
+use crate::{BackboneSpec, Error, TrainScope, Vit, Weights, pos_embed};
+
+impl Vit {
+    /// The same backbone with the last `layers` layers in its features.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for none or more than there are blocks.
+    pub fn with_layers(mut self, layers: usize) -> Result<Self, Error> {
+        self.spec.layers = layers;
+        self.spec.validate()?;
+        Ok(self)
+    }
+
+    /// The same architecture and values with another part trained; nothing is shared with `self`.
+    ///
+    /// # Errors
+    /// As [`Vit::load`].
+    pub fn copy(&self, scope: TrainScope) -> Result<Self, Error> {
+        self.changed(self.spec.clone(), scope, |_, tensor| tensor.copy())
+    }
+
+    /// A shallower backbone of some of this one's blocks, everything trainable: the start of a distillation
+    /// into fewer blocks. Nothing is shared with `self`.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] for a block that does not exist; [`Error::Config`] without any.
+    pub fn with_blocks(&self, blocks: &[usize], name: &str) -> Result<Self, Error> {
+        let state = self.state()?;
+        let mut spec = self.spec.clone();
+        name.clone_into(&mut spec.name);
+        spec.architecture.depth = blocks.len();
+        Self::build(
+            spec,
+            TrainScope::All,
+            0.0,
+            self.pos_embed.device(),
+            &mut |name, shape| {
+                let source = match name
+                    .strip_prefix("blocks.")
+                    .and_then(|rest| rest.split_once('.'))
+                {
+                    Some((index, rest)) => {
+                        let index = index.parse().ok().and_then(|i: usize| blocks.get(i));
+                        format!("blocks.{}.{rest}", index.copied().unwrap_or(usize::MAX))
+                    }
+                    None => name.to_owned(),
+                };
+                let tensor = state.get(&source).ok_or_else(|| Error::MissingTensor {
+                    origin: self.spec.name.clone(),
+                    name: source,
+                    expected: shape.to_vec(),
+                })?;
+                Ok(tensor.copy()?)
+            },
+        )
+    }
+
+    /// A frozen copy for images of another size: the positional embedding is resized once, as every pass at that
+    /// size would do, and the spec says the new size. Nothing is shared with `self`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a size that is no multiple of the patch size.
+    pub fn resized(&self, image_size: usize, scope: TrainScope) -> Result<Self, Error> {
+        let mut spec = self.spec.clone();
+        spec.architecture.image_size = image_size;
+        spec.validate()?;
+        let (from, to) = (self.spec.architecture.grid(), spec.architecture.grid());
+        let first = self.spec.architecture.first_patch_position();
+        let all = self.pos_embed.detach().squeeze(0)?;
+        let patches = all.narrow(0, first, from.patches())?;
+        let patches = pos_embed::resize(&patches, from, to, Bicubic::of(&spec.architecture))?;
+        let positions = Tensor::cat(&[all.narrow(0, 0, first)?, patches], 0)?.unsqueeze(0)?;
+        self.changed(spec, scope, |name, tensor| match name {
+            "pos_embed" => Ok(positions.clone()),
+            _ => tensor.copy(),
+        })
+    }
+
+    /// A frozen copy in another floating-point type. The CPU computes in `f32`: there the weights are rounded to
+    /// `dtype` and computed with as `f32`, so that what the rounding does to the results can be seen.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] for a type that is not floating-point on this device.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self, Error> {
+        let on_cpu = self.pos_embed.device().is_cpu();
+        self.changed(self.spec.clone(), TrainScope::Frozen, |_, tensor| {
+            let rounded = tensor.to_dtype(dtype)?;
+            if on_cpu {
+                return rounded.to_dtype(DType::F32);
+            }
+            Ok(rounded)
+        })
+    }
+
+    /// A copy with another spec and changed parameters.
+    fn changed(
+        &self,
+        spec: BackboneSpec,
+        scope: TrainScope,
+        change: impl Fn(&str, Tensor) -> candle_core::Result<Tensor>,
+    ) -> Result<Self, Error> {
+        let tensors = self
+            .state()?
+            .into_iter()
+            .map(|(name, tensor)| {
+                let tensor = change(&name, tensor)?;
+                Ok((name, tensor))
+            })
+            .collect::<Result<_, Error>>()?;
+        let weights = Weights::from_tensors(tensors, &self.spec.name);
+        Self::load(spec, weights, scope, self.pos_embed.device())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Architecture, Backbone};
+    use candle_core::Device;
+    use defend_nn::Rng;
+    use defend_testing::{assert_close, largest};
+
+    fn vit() -> Vit {
+        let spec = BackboneSpec::new(Architecture {
+            image_size: 32,
+            patch_size: 8,
+            width: 16,
+            depth: 2,
+            heads: 2,
+            mlp_width: 32,
+            ..Architecture::vit_tiny()
+        });
+        Vit::random(spec, 0.0, &mut Rng::seed(1), &Device::Cpu).unwrap()
+    }
+
+    fn images(side: usize) -> Tensor {
+        let values: Vec<f32> = (0..3 * side * side)
+            .map(|i| (i as f32 * 0.1).sin())
+            .collect();
+        Tensor::from_vec(values, (1, 3, side, side), &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn a_resized_backbone_gives_what_resizing_in_each_pass_gives() {
+        let (vit, images) = (vit(), images(48));
+        let resized = vit.resized(48, TrainScope::Frozen).unwrap();
+        assert_eq!(resized.spec().architecture.grid().patches(), 36);
+        let (found, expected) = (
+            resized.features(&images).unwrap(),
+            vit.features(&images).unwrap(),
+        );
+        assert_close(&found.patches, &expected.patches, 1e-6, "patches");
+        assert!(vit.resized(44, TrainScope::Frozen).is_err());
+    }
+
+    #[test]
+    fn half_precision_weights_are_rounded_and_computed_in_f32() {
+        let (vit, images) = (vit(), images(32));
+        let expected = vit.features(&images).unwrap().patches;
+        for (half, allowed) in [(DType::F16, 2e-3), (DType::BF16, 2e-2)] {
+            let found = vit
+                .to_dtype(half)
+                .unwrap()
+                .features(&images)
+                .unwrap()
+                .patches;
+            assert_eq!(found.dtype(), DType::F32);
+            assert_close(&found, &expected, allowed, "patches");
+            assert!(largest(&(&found - &expected).unwrap()) > 0.0, "not rounded");
+        }
+    }
+}
