@@ -11,7 +11,11 @@ nothing of heads, which are of 64 channels in all of that family).
   <name>.patches [2,16,24], <name>.cls [2,24]     after the final norm
   <name>.cls_attention [2,h,16]    last block; CLS, distillation and register columns dropped
   <name>.logits [2,5]              where the model has heads for its CLS (and distillation) token
-  hf_dinov2.large_patches [1,36,24]    on large_images: bicubic positional embedding
+  hf_dinov2.large_patches, hf_dinov2_plain.large_patches [1,36,24]    on large_images: bicubic positional embedding,
+                                   antialiased with registers and plain without
+
+views/views.pth holds two views of one storage 0, 1, ..., 11: `rows` [2,3] from 4 on, `turned` [3,2], the transpose of
+[2,3] from 6 on.
 """
 
 import json
@@ -23,6 +27,7 @@ from golden_vit import run
 from safetensors.torch import load_file, save_file
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
+from transformers import Dinov2Config, Dinov2Model
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from transformers import ViTConfig, ViTForImageClassification
@@ -125,6 +130,14 @@ def main():
     student = {k: torch.zeros(1) for k in teacher}
     torch.save({"student": student, "teacher": teacher, "epoch": 3}, folder("dino") / "checkpoint.pth")
     add("dino", timm_outputs(dino, images, 0))
+
+    plain = Dinov2Model(Dinov2Config(**hf, mlp_ratio=2))
+    add_hf("hf_dinov2_plain", plain, 0)
+    add("hf_dinov2_plain", {"large_patches": plain(large).last_hidden_state[:, 1:]})
+
+    shared = torch.arange(12.0)
+    views = {"rows": shared[4:10].view(2, 3), "turned": shared[6:].view(2, 3).t()}
+    torch.save(views, folder("views") / "views.pth")
 
     for file in FOLDER.glob("*/*"):
         file.chmod(0o644)

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 use defend_testing::{Golden, assert_close};
 use defend_vit::{
-    Backbone, Error, Family, Interpolation, Normalization, Pretrained, TrainScope, Vit,
+    Backbone, Error, Family, Interpolation, Normalization, Pretrained, TrainScope, Vit, Weights,
 };
 
 fn folder(name: &str) -> PathBuf {
@@ -56,6 +56,7 @@ fn folders_of_timm_and_hugging_face() -> Result<(), Error> {
         ("hf_vit", 3, true),
         ("hf_deit", 3, true),
         ("hf_dinov2", 3, false),
+        ("hf_dinov2_plain", 3, false),
     ] {
         let source = Pretrained::local(folder(name));
         let vit = source.load(TrainScope::Frozen, &Device::Cpu)?;
@@ -68,7 +69,11 @@ fn folders_of_timm_and_hugging_face() -> Result<(), Error> {
                 mean: [0.5, 0.4, 0.3],
                 std: [0.2, 0.3, 0.4],
             };
-            let eps = if name == "hf_dinov2" { 1e-6 } else { 1e-12 };
+            let eps = if name.starts_with("hf_dinov2") {
+                1e-6
+            } else {
+                1e-12
+            };
             (eps, normalization, Interpolation::Bilinear)
         } else {
             (1e-6, Normalization::IMAGENET, Interpolation::Bicubic)
@@ -91,10 +96,12 @@ fn folders_of_timm_and_hugging_face() -> Result<(), Error> {
 #[test]
 fn other_grids_resize_dinov2s_positions() -> Result<(), Error> {
     let golden = golden();
-    let vit = Pretrained::local(folder("hf_dinov2")).load(TrainScope::Frozen, &Device::Cpu)?;
-    let features = vit.features(&golden.get("large_images"))?;
-    let expected = golden.get("hf_dinov2.large_patches");
-    assert_close(&features.patches, &expected, 2e-5, "large patches");
+    for name in ["hf_dinov2", "hf_dinov2_plain"] {
+        let vit = Pretrained::local(folder(name)).load(TrainScope::Frozen, &Device::Cpu)?;
+        let features = vit.features(&golden.get("large_images"))?;
+        let expected = golden.get(&format!("{name}.large_patches"));
+        assert_close(&features.patches, &expected, 2e-5, name);
+    }
     Ok(())
 }
 
@@ -109,6 +116,16 @@ fn a_training_checkpoint_of_dino_gives_its_teacher() -> Result<(), Error> {
     let without_family = Pretrained::local(&path).load(TrainScope::Frozen, &Device::Cpu);
     let message = without_family.unwrap_err().to_string();
     assert!(message.contains("state_dict"), "{message}");
+    Ok(())
+}
+
+#[test]
+fn views_of_one_storage_are_read_from_their_offsets() -> Result<(), Error> {
+    let mut weights = Weights::read(&folder("views").join("views.pth"))?;
+    let rows = weights.take("rows", &[2, 3])?.to_vec2::<f32>()?;
+    assert_eq!(rows, [[4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]);
+    let turned = weights.take("turned", &[3, 2])?.to_vec2::<f32>()?;
+    assert_eq!(turned, [[6.0, 9.0], [7.0, 10.0], [8.0, 11.0]]);
     Ok(())
 }
 
