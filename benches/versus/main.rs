@@ -1,0 +1,138 @@
+//! Side by side with PyTorch, onnxruntime, Pillow and torchvision, alternating in one run:
+//!
+//! `cargo bench -p defend-benches --bench versus -- --python venv/bin/python --photos JPEGImages [--rounds 5] [--only ROW]`
+//!
+//! `venv` holds `benches/versus/requirements.txt`. Every row does the same work with the same weights and inputs on both
+//! sides, checks that the results agree, and prints medians and the median of the paired ratios.
+#![allow(
+    missing_docs,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a benchmark, not an interface"
+)]
+
+mod rows;
+mod theirs;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Parser;
+
+use rows::Row;
+use theirs::Theirs;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Largest difference that a check allows, relative to the larger of the value and one.
+const TOLERANCE: f64 = 1e-3;
+
+/// Times this workspace and its references in turn.
+#[derive(Parser)]
+struct Arguments {
+    /// Python with the packages of requirements.txt.
+    #[arg(long)]
+    python: PathBuf,
+    /// Folder of JPEG photos for decoding and resizing; that row is left out without it.
+    #[arg(long)]
+    photos: Option<PathBuf>,
+    /// Rounds of A, B, A, B.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Threads of both sides.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Rows whose names contain this.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Given by cargo.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() {
+    let arguments = Arguments::parse();
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(arguments.threads)
+        .build_global()
+        .expect("a thread pool");
+    let folder = tempfile::tempdir().expect("a folder");
+    println!("| | ours | theirs | engine | theirs / ours |\n|---|---|---|---|---|");
+    for row in rows::all(folder.path(), arguments.photos.as_deref()) {
+        if row.name.contains(&arguments.only) {
+            compare(row, &arguments);
+        }
+    }
+}
+
+/// Median; `values` is not empty.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn compare(row: Row, arguments: &Arguments) {
+    let Row {
+        name,
+        request,
+        engines,
+        items,
+        prepare,
+    } = row;
+    let mut work = prepare();
+    let ours_check = (work.check)();
+    let mut theirs: Vec<Theirs> = engines
+        .iter()
+        .map(|engine| Theirs::start(&arguments.python, arguments.threads, &request, engine))
+        .collect();
+    for other in &theirs {
+        for (a, b) in ours_check.iter().zip(&other.check) {
+            let error = (a - b).abs() / b.abs().max(1.0);
+            assert!(
+                error < TOLERANCE,
+                "{name}: {a} here, {b} in {}",
+                other.engine
+            );
+        }
+    }
+    (work.run)();
+    let start = Instant::now();
+    (work.run)();
+    // A measurement lasts about half a second.
+    let times = (0.5 / start.elapsed().as_secs_f64())
+        .ceil()
+        .clamp(1.0, 1000.0) as usize;
+    for other in &mut theirs {
+        other.run(1);
+    }
+    let mut ours = Vec::new();
+    let mut others = vec![Vec::new(); theirs.len()];
+    for _ in 0..arguments.rounds {
+        let start = Instant::now();
+        for _ in 0..times {
+            (work.run)();
+        }
+        ours.push(start.elapsed().as_secs_f64() / times as f64);
+        for (other, seconds) in theirs.iter_mut().zip(&mut others) {
+            seconds.push(other.run(times) / times as f64);
+        }
+    }
+    for (other, seconds) in theirs.iter().zip(others) {
+        let ratios = seconds
+            .iter()
+            .zip(&ours)
+            .map(|(theirs, ours)| theirs / ours);
+        let ratio = median(ratios.collect());
+        let shown = |seconds: f64| match items {
+            0 => format!("{:.2} ms", seconds * 1e3),
+            items => format!("{:.1} img/s", items as f64 / seconds),
+        };
+        println!(
+            "| {name} | {} | {} | {} | {ratio:.2} |",
+            shown(median(ours.clone())),
+            shown(median(seconds)),
+            other.engine,
+        );
+    }
+}

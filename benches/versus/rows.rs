@@ -1,0 +1,289 @@
+//! The rows: the same work on both sides.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use defend_data::{Fit, Interpolation, Preprocess, decode_image};
+use defend_dense::{CropSampler, DenseConfig, DenseObjective, PrototypeObjective, extract};
+use defend_distill::{DistillObjective, FeatureDistance};
+use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng, normal};
+use defend_ot::{Assigner, SinkhornKnopp};
+use defend_vit::{
+    Architecture, Backbone, BackboneSpec, Grid, Prefix, TokenSet, TrainScope, Trainable, Vit,
+};
+use rayon::prelude::*;
+use serde_json::{Value, json};
+
+const GRID: Grid = Grid {
+    rows: 14,
+    columns: 14,
+};
+
+/// What is timed here, and numbers that the other side should find too.
+pub(crate) struct Work {
+    pub(crate) run: Box<dyn FnMut()>,
+    pub(crate) check: Box<dyn FnMut() -> Vec<f64>>,
+}
+
+pub(crate) struct Row {
+    pub(crate) name: String,
+    /// For `theirs.py`.
+    pub(crate) request: Value,
+    pub(crate) engines: Vec<&'static str>,
+    /// Images a repetition, 0 for rows in milliseconds.
+    pub(crate) items: usize,
+    pub(crate) prepare: Box<dyn FnOnce() -> Work>,
+}
+
+pub(crate) fn all(folder: &Path, photos: Option<&Path>) -> Vec<Row> {
+    let models = [
+        ("vit_tiny_patch16_224", "ViT-Ti", Architecture::vit_tiny()),
+        ("vit_small_patch16_224", "ViT-S", Architecture::vit_small()),
+        ("vit_base_patch16_224", "ViT-B", Architecture::vit_base()),
+    ];
+    let mut rows = Vec::new();
+    for (timm, name, architecture) in &models {
+        for batch in [1, 8, 32] {
+            rows.push(forward(folder, timm, name, architecture, batch));
+        }
+    }
+    for (timm, name, architecture) in &models[..2] {
+        rows.push(student_step(folder, timm, name, architecture));
+    }
+    rows.push(dense_step(folder));
+    rows.extend([20, 300].map(|prototypes| sinkhorn(folder, prototypes)));
+    rows.extend(photos.map(pictures));
+    rows
+}
+
+fn noise(shape: &[usize], seed: u64) -> Tensor {
+    normal(shape, 1.0, &mut Rng::seed(seed), &Device::Cpu).expect("a tensor")
+}
+
+fn random_vit(architecture: &Architecture) -> Vit {
+    let spec = BackboneSpec::new(architecture.clone());
+    Vit::random(spec, 0.0, &mut Rng::seed(0), &Device::Cpu).expect("a backbone")
+}
+
+/// Weights and inputs in files that `theirs.py` reads.
+fn request(
+    row: &str,
+    folder: &Path,
+    name: &str,
+    model: Option<(&str, &Vit)>,
+    tensors: HashMap<&str, Tensor>,
+) -> Value {
+    let inputs = folder.join(format!("{name}.safetensors"));
+    candle_core::safetensors::save(&tensors, &inputs).expect("a file of inputs");
+    let mut request = json!({ "prepare": row, "images": inputs });
+    if let Some((timm, vit)) = model {
+        let weights = folder.join(format!("{name}.weights.safetensors"));
+        let state = vit.state().expect("weights");
+        candle_core::safetensors::save(&state, &weights).expect("a file of weights");
+        request["model"] = timm.into();
+        request["weights"] = json!(weights);
+    }
+    request
+}
+
+fn first(t: &Tensor) -> Vec<f64> {
+    let values = t.flatten_all().and_then(|t| t.to_dtype(DType::F64));
+    let values: Vec<f64> = values.and_then(|t| t.to_vec1()).expect("values");
+    values.into_iter().take(8).collect()
+}
+
+fn forward(folder: &Path, timm: &str, name: &str, arch: &Architecture, batch: usize) -> Row {
+    let vit = random_vit(arch).copy(TrainScope::Frozen).expect("a copy");
+    let images = noise(&[batch, 3, 224, 224], 1);
+    let tensors = HashMap::from([("images", images.clone())]);
+    let file = format!("{name}-{batch}");
+    let request = request("forward", folder, &file, Some((timm, &vit)), tensors);
+    let prepare = move || {
+        let (again, same) = (
+            vit.copy(TrainScope::Frozen).expect("a copy"),
+            images.clone(),
+        );
+        Work {
+            run: Box::new(move || {
+                vit.features(&images).expect("features");
+            }),
+            check: Box::new(move || first(&again.features(&same).expect("features").cls)),
+        }
+    };
+    Row {
+        name: format!("forward, {name}, batch {batch}"),
+        request,
+        engines: vec!["torch", "onnxruntime"],
+        items: batch,
+        prepare: Box::new(prepare),
+    }
+}
+
+fn student_step(folder: &Path, timm: &str, name: &str, architecture: &Architecture) -> Row {
+    let batch = 32;
+    let vit = random_vit(architecture);
+    let images = noise(&[batch, 3, 224, 224], 1);
+    let target = noise(&[batch, 98, architecture.width], 2);
+    let kept: Vec<u32> = (0..98).map(|i| 2 * i).collect();
+    let keep = TokenSet::from_rows(&vec![kept; batch], GRID, &Device::Cpu).expect("tokens");
+    let tensors = HashMap::from([
+        ("images", images.clone()),
+        ("target", target.clone()),
+        ("keep", keep.indices().clone()),
+    ]);
+    let file = format!("step-{name}");
+    let request = request("student_step", folder, &file, Some((timm, &vit)), tensors);
+    let prepare = move || {
+        let parameters = ParameterGroup {
+            parameters: vit.parameters(),
+            learning_rate: 1e-6,
+            weight_decay: 0.05,
+        };
+        let config = AdamWConfig {
+            beta2: 0.95,
+            ..AdamWConfig::default()
+        };
+        let mut optimiser = AdamW::new(vec![parameters], config).expect("an optimiser");
+        let vit = std::rc::Rc::new(vit);
+        let same = std::rc::Rc::clone(&vit);
+        let loss = move |vit: &Vit| {
+            let features = vit
+                .training_features(&images, Some(&keep), &mut Rng::seed(0))
+                .expect("features");
+            FeatureDistance::default()
+                .distances(&target, &features.patches)
+                .and_then(|d| Ok(d.mean_all()?))
+                .expect("a loss")
+        };
+        let check = loss.clone();
+        Work {
+            run: Box::new(move || {
+                let grads = loss(&vit).backward().expect("gradients");
+                optimiser.step(&grads, 1.0).expect("a step");
+            }),
+            check: Box::new(move || first(&check(&same))),
+        }
+    };
+    Row {
+        name: format!("student step, {name}, 99 tokens, batch {batch}"),
+        request,
+        engines: vec!["torch"],
+        items: batch,
+        prepare: Box::new(prepare),
+    }
+}
+
+fn dense_step(folder: &Path) -> Row {
+    let batch = 32;
+    let vit = random_vit(&Architecture::vit_tiny());
+    let vit = vit.copy(TrainScope::LastBlocks(2)).expect("a copy");
+    let images = noise(&[batch, 3, 224, 224], 1);
+    let tensors = HashMap::from([("images", images.clone())]);
+    let model = Some(("vit_tiny_patch16_224", &vit));
+    let request = request("dense_step", folder, "dense", model, tensors);
+    let prepare = move || {
+        let (config, mut rng) = (DenseConfig::default(), Rng::seed(0));
+        let objective =
+            PrototypeObjective::random(&config, 192, &mut rng, &Device::Cpu).expect("an objective");
+        let group = ParameterGroup {
+            parameters: [vit.parameters(), objective.parameters()].concat(),
+            learning_rate: 1e-6,
+            weight_decay: 1e-2,
+        };
+        let mut optimiser = AdamW::new(vec![group], AdamWConfig::default()).expect("an optimiser");
+        let sampler = CropSampler::new(config.crop_area, config.crop_aspect);
+        let tokens = vit.frozen_prefix(&images).expect("tokens").tokens;
+        let view = Prefix { tokens, grid: GRID };
+        let run = move || -> Result<(), defend_dense::Error> {
+            let boxes = sampler.boxes(GRID, batch * config.crops, &mut rng);
+            let crops = extract(&images, &boxes, 16, config.crop_size)?;
+            objective.constrain()?;
+            let q = objective.assign(&vit.features_from(&view)?.patches.detach())?;
+            let crops = vit.features_from(&vit.frozen_prefix(&crops)?)?;
+            let loss = objective.loss(&q, GRID, &crops.patches, crops.grid, &boxes)?;
+            optimiser.step(&loss.backward()?, 1.0)?;
+            Ok(())
+        };
+        let mut run = run;
+        Work {
+            run: Box::new(move || run().expect("a step")),
+            check: Box::new(Vec::new),
+        }
+    };
+    Row {
+        name: format!("dense step, ViT-Ti, 4 crops, batch {batch}"),
+        request,
+        engines: vec!["torch"],
+        items: batch,
+        prepare: Box::new(prepare),
+    }
+}
+
+fn sinkhorn(folder: &Path, prototypes: usize) -> Row {
+    let scores = noise(&[6272, prototypes], 1).tanh().expect("scores");
+    let tensors = HashMap::from([("scores", scores.clone())]);
+    let file = format!("sinkhorn-{prototypes}");
+    let request = request("sinkhorn", folder, &file, None, tensors);
+    let prepare = move || {
+        let same = scores.clone();
+        let assign = |scores: &Tensor| SinkhornKnopp::default().assign(scores).expect("Q");
+        Work {
+            run: Box::new(move || {
+                assign(&scores);
+            }),
+            check: Box::new(move || first(&assign(&same))),
+        }
+    };
+    Row {
+        name: format!("Sinkhorn, 6272 x {prototypes}"),
+        request,
+        engines: vec!["torch"],
+        items: 0,
+        prepare: Box::new(prepare),
+    }
+}
+
+fn pictures(folder: &Path) -> Row {
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(folder)
+        .expect("a folder of photos")
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|e| e == "jpg" || e == "jpeg"))
+        .collect();
+    paths.sort();
+    paths.truncate(1000);
+    let request = json!({ "prepare": "pictures", "paths": paths });
+    let items = paths.len();
+    let prepare = move || {
+        let preprocess = Preprocess {
+            fit: Fit::Squash,
+            filter: Interpolation::Bicubic,
+            ..Preprocess::new(224, [0.5; 3], [0.5; 3])
+        };
+        let read = move |path: &PathBuf| {
+            let bytes = std::fs::read(path).expect("a file");
+            let picture = decode_image(&bytes, "versus").expect("a picture");
+            preprocess.resize(&picture).expect("a picture")
+        };
+        let (same, again) = (read.clone(), paths[..8].to_vec());
+        let mean = move |path: &PathBuf| {
+            let picture = same(path);
+            let total: f64 = picture.as_raw().iter().map(|&v| f64::from(v)).sum();
+            total / picture.as_raw().len() as f64 / 255.0
+        };
+        Work {
+            run: Box::new(move || {
+                let pictures: Vec<_> = paths.par_iter().map(&read).collect();
+                assert_eq!(pictures.len(), items);
+            }),
+            check: Box::new(move || again.iter().map(&mean).collect()),
+        }
+    };
+    Row {
+        name: format!("decode and resize {items} photos"),
+        request,
+        engines: vec!["pillow", "torchvision"],
+        items,
+        prepare: Box::new(prepare),
+    }
+}
