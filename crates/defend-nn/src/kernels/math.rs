@@ -61,12 +61,12 @@ pub(crate) fn gelu(x: f32) -> f32 {
     0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
 }
 
-/// Derivative of [`gelu`]: `Φ(x) + x φ(x)`.
+/// [`gelu`] and its derivative, `Φ(x) + x φ(x)`.
 #[inline(always)]
-pub(crate) fn gelu_derivative(x: f32) -> f32 {
+pub(crate) fn gelu_and_derivative(x: f32) -> (f32, f32) {
     const FRAC_1_SQRT_2PI: f32 = 0.398_942_3;
     let cdf = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
-    cdf + x * FRAC_1_SQRT_2PI * exp(-0.5 * x * x)
+    (x * cdf, cdf + x * FRAC_1_SQRT_2PI * exp(-0.5 * x * x))
 }
 
 /// Folds `term(index)` for `index` in `0..n` into [`LANES`] partial sums and adds those.

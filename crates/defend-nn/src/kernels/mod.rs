@@ -3,10 +3,36 @@
 //! The only module of the workspace that may use `unsafe`, and only to call the `gemm` crate, whose
 //! interface is raw pointers: [`product`] checks every extent before it hands them over.
 
+use math::vectorised;
+use rayon::prelude::*;
+
+pub(crate) mod block;
 pub(crate) mod math;
+pub(crate) mod norm;
 #[allow(unsafe_code)]
 pub(crate) mod product;
 
 /// Rows a parallel task handles in element-wise kernels: fixed, so that sums over rows are added in
 /// the same order whatever the number of threads.
 pub(crate) const ROWS_PER_TASK: usize = 128;
+
+/// Sums of the columns of a row-major matrix, in an order that does not depend on the threads.
+pub(crate) fn column_sums(values: &[f32], columns: usize) -> Vec<f32> {
+    let partial: Vec<Vec<f32>> = values
+        .par_chunks(ROWS_PER_TASK * columns)
+        .map(|rows| {
+            let mut sums = vec![0f32; columns];
+            vectorised(|| {
+                for row in rows.chunks_exact(columns) {
+                    sums.iter_mut().zip(row).for_each(|(s, v)| *s += v);
+                }
+            });
+            sums
+        })
+        .collect();
+    let mut total = vec![0f32; columns];
+    for sums in partial {
+        total.iter_mut().zip(sums).for_each(|(t, s)| *t += s);
+    }
+    total
+}

@@ -50,7 +50,7 @@ impl CustomOp1 for Gelu {
                 .for_each(|((dx, x), g)| {
                     vectorised(|| {
                         for ((d, &x), &g) in dx.iter_mut().zip(x).zip(g) {
-                            *d = g * math::gelu_derivative(x);
+                            *d = g * math::gelu_and_derivative(x).1;
                         }
                     });
                 });

@@ -4,8 +4,7 @@ use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
-use crate::kernels::ROWS_PER_TASK;
-use crate::kernels::math::{self, vectorised};
+use crate::kernels::{ROWS_PER_TASK, column_sums, norm};
 
 /// LayerNorm of the last dimension with a two-pass variance (stable for any mean).
 ///
@@ -43,15 +42,6 @@ struct LayerNorm {
     needs: [bool; 3],
 }
 
-/// Mean and reciprocal standard deviation of a row.
-#[inline(always)]
-fn moments(row: &[f32], eps: f32) -> (f32, f32) {
-    let n = row.len() as f32;
-    let mean = math::sum(row) / n;
-    let variance = math::squared_deviation(row, mean) / n;
-    (mean, 1.0 / (variance + eps).sqrt())
-}
-
 impl CustomOp3 for LayerNorm {
     fn name(&self) -> &'static str {
         "layer-norm"
@@ -84,14 +74,7 @@ impl CustomOp3 for LayerNorm {
         out.par_chunks_mut(task)
             .zip(xs.par_chunks(task))
             .for_each(|(out, xs)| {
-                vectorised(|| {
-                    for (out, x) in out.chunks_exact_mut(d).zip(xs.chunks_exact(d)) {
-                        let (mean, scale) = moments(x, self.eps);
-                        for (((o, &x), &w), &b) in out.iter_mut().zip(x).zip(ws).zip(bs) {
-                            *o = (x - mean) * scale * w + b;
-                        }
-                    }
-                });
+                norm::forward(out, xs, [ws, bs], self.eps);
             });
         Ok((CpuStorage::F32(out), lx.shape().clone()))
     }
@@ -108,44 +91,22 @@ impl CustomOp3 for LayerNorm {
         let task = ROWS_PER_TASK * d;
         with_slices("layer norm", [x, weight, grad], |[xs, ws, gs]| {
             let mut dx = vec![0f32; xs.len()];
-            // With n = (x - mean) / std and g' = g * w:  dx = (g' - mean(g') - n mean(g' n)) / std.
-            let partial: Vec<(Vec<f32>, Vec<f32>)> = dx
-                .par_chunks_mut(task)
+            let tasks = xs.len().div_ceil(task);
+            let mut sums = vec![0f32; tasks * 2 * d];
+            dx.par_chunks_mut(task)
+                .zip(sums.par_chunks_mut(2 * d))
                 .zip(xs.par_chunks(task))
                 .zip(gs.par_chunks(task))
-                .map(|((dx, xs), gs)| {
-                    let (mut dw, mut db) = (vec![0f32; d], vec![0f32; d]);
-                    let mut scaled = vec![0f32; d];
-                    vectorised(|| {
-                        for ((dx, x), g) in dx
-                            .chunks_exact_mut(d)
-                            .zip(xs.chunks_exact(d))
-                            .zip(gs.chunks_exact(d))
-                        {
-                            let (mean, scale) = moments(x, self.eps);
-                            for i in 0..d {
-                                let n = (x[i] - mean) * scale;
-                                dx[i] = n;
-                                dw[i] += g[i] * n;
-                                db[i] += g[i];
-                                scaled[i] = g[i] * ws[i];
-                            }
-                            let mean_g = math::sum(&scaled) / d as f32;
-                            let mean_gn = math::dot(&scaled, dx) / d as f32;
-                            for i in 0..d {
-                                dx[i] = (scaled[i] - mean_g - dx[i] * mean_gn) * scale;
-                            }
-                        }
-                    });
-                    (dw, db)
-                })
-                .collect();
-            let add = |mut total: Vec<f32>, part: &Vec<f32>| {
-                total.iter_mut().zip(part).for_each(|(t, p)| *t += p);
-                total
-            };
-            let dw = partial.iter().fold(vec![0f32; d], |t, (w, _)| add(t, w));
-            let db = partial.iter().fold(vec![0f32; d], |t, (_, b)| add(t, b));
+                .for_each_init(
+                    || vec![0f32; task],
+                    |out, (((dx, sums), xs), gs)| {
+                        let out = &mut out[..xs.len()];
+                        // The output is not needed, so any bias will do.
+                        norm::backward(dx, out, sums, xs, gs, [ws, ws], self.eps);
+                    },
+                );
+            let mut dw = column_sums(&sums, 2 * d);
+            let db = dw.split_off(d);
             let [needs_x, needs_w, needs_b] = self.needs;
             Ok((
                 needs_x.then(|| from_vec(dx, x.dims())).transpose()?,

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
-use crate::kernels::ROWS_PER_TASK;
+use crate::kernels::column_sums;
 use crate::kernels::math::{self, vectorised};
 use crate::kernels::product::{Into, MatRef, product};
 
@@ -194,27 +194,6 @@ impl CustomOp3 for Linear {
             Ok((dx.transpose()?, dw.transpose()?, db.transpose()?))
         })
     }
-}
-
-/// Sums of the columns of a row-major matrix, in an order that does not depend on the threads.
-pub(super) fn column_sums(values: &[f32], columns: usize) -> Vec<f32> {
-    let partial: Vec<Vec<f32>> = values
-        .par_chunks(ROWS_PER_TASK * columns)
-        .map(|rows| {
-            let mut sums = vec![0f32; columns];
-            vectorised(|| {
-                for row in rows.chunks_exact(columns) {
-                    sums.iter_mut().zip(row).for_each(|(s, v)| *s += v);
-                }
-            });
-            sums
-        })
-        .collect();
-    let mut total = vec![0f32; columns];
-    for sums in partial {
-        total.iter_mut().zip(sums).for_each(|(t, s)| *t += s);
-    }
-    total
 }
 
 #[cfg(test)]

@@ -6,12 +6,14 @@
 //! weights, plain inputs) cost nothing in the backward pass.
 
 mod attention;
+mod block;
 mod gelu;
 mod layer_norm;
 mod linear;
 mod normalize;
 
 pub use attention::{attention, cls_attention};
+pub use block::{BlockParameters, transformer_block};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::{linear, linear_gelu};

@@ -1,0 +1,453 @@
+//! A whole pre-norm transformer block on slices: forward, and the backward pass written by hand.
+//!
+//! Work is cut into pieces of one image's rows, so that everything between two products stays in the cache, and a row's
+//! result depends neither on the batch nor on the number of threads.
+
+use rayon::prelude::*;
+
+use super::math::{self, vectorised};
+use super::product::{Into, MatRef, product};
+use super::{column_sums, norm};
+
+/// Rows of an image that a task handles at most.
+const ROWS_PER_PIECE: usize = 128;
+
+/// Weights of a block: matrices `[O, I]` row-major, vectors `[O]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Weights<'a> {
+    pub(crate) norm1: [&'a [f32]; 2],
+    pub(crate) qkv: [&'a [f32]; 2],
+    pub(crate) projection: [&'a [f32]; 2],
+    pub(crate) norm2: [&'a [f32]; 2],
+    pub(crate) fc1: [&'a [f32]; 2],
+    pub(crate) fc2: [&'a [f32]; 2],
+}
+
+/// Extents of a block's input and what is constant in a call.
+#[derive(Clone, Copy)]
+pub(crate) struct Shape<'a> {
+    /// Images, B.
+    pub(crate) images: usize,
+    /// Tokens of an image, T.
+    pub(crate) tokens: usize,
+    /// Channels, D.
+    pub(crate) width: usize,
+    /// Hidden channels of the MLP.
+    pub(crate) hidden: usize,
+    pub(crate) heads: usize,
+    pub(crate) eps: f32,
+    /// Factors of both residual branches for each image; one without.
+    pub(crate) factors: Option<[&'a [f32]; 2]>,
+}
+
+/// Activations that the backward pass needs, `[B T, ...]`.
+pub(crate) struct Saved {
+    /// Queries, keys and values.
+    qkv: Vec<f32>,
+    /// Output of the attention before its projection.
+    attended: Vec<f32>,
+    /// Input of the MLP's branch.
+    middle: Vec<f32>,
+    /// The MLP's hidden values before GELU.
+    hidden: Vec<f32>,
+}
+
+/// Gradients of a block's parameters, in the order of [`Weights`]: matrix, then vector.
+pub(crate) type Gradients = [Vec<f32>; 12];
+
+impl Shape<'_> {
+    fn rows(&self) -> usize {
+        self.images * self.tokens
+    }
+
+    fn head_width(&self) -> usize {
+        self.width / self.heads
+    }
+
+    fn scale(&self) -> f32 {
+        (1.0 / (self.head_width() as f64).sqrt()) as f32
+    }
+
+    fn factor(&self, branch: usize, image: usize) -> f32 {
+        self.factors.map_or(1.0, |factors| factors[branch][image])
+    }
+
+    /// Rows of a piece: an image cut evenly.
+    fn piece(&self) -> usize {
+        self.tokens.div_ceil(self.tokens.div_ceil(ROWS_PER_PIECE))
+    }
+
+    /// Rows `[B T, columns]` cut into pieces, image by image.
+    fn pieces<'a>(&self, rows: &'a mut [f32], columns: usize) -> Vec<&'a mut [f32]> {
+        let piece = self.piece() * columns;
+        let images = rows.chunks_mut(self.tokens * columns);
+        images.flat_map(|image| image.chunks_mut(piece)).collect()
+    }
+
+    /// Image and first row of each piece.
+    fn origins(&self) -> Vec<(usize, usize)> {
+        let starts = (0..self.tokens).step_by(self.piece());
+        let starts: Vec<usize> = starts.collect();
+        (0..self.images)
+            .flat_map(|image| starts.iter().map(move |&start| (image, start)))
+            .collect()
+    }
+
+    /// Query (0), key (1) or value (2) of a head in packed rows.
+    fn part<'a>(&self, packed: &'a [f32], rows: usize, which: usize, head: usize) -> MatRef<'a> {
+        let start = which * self.width + head * self.head_width();
+        MatRef::strided(&packed[start..], rows, self.head_width(), 3 * self.width)
+    }
+
+    /// `softmax(Q K^T / sqrt(d))` of one head, `[queries, T]`.
+    fn probabilities(&self, out: &mut [f32], q: MatRef<'_>, k: MatRef<'_>) {
+        let (n, scale) = (self.tokens, self.scale());
+        product(out, n, Into::Overwrite, q, k.transposed(), 1.0, 1);
+        vectorised(|| {
+            out.chunks_exact_mut(n)
+                .for_each(|row| math::softmax_row(row, scale));
+        });
+    }
+}
+
+/// `out = x W^T + b` for the rows of `x`.
+fn affine(out: &mut [f32], x: &[f32], [weight, bias]: [&[f32]; 2]) {
+    let (outputs, inputs) = (bias.len(), weight.len() / bias.len());
+    for row in out.chunks_exact_mut(outputs) {
+        row.copy_from_slice(bias);
+    }
+    let x = MatRef::dense(x, x.len() / inputs, inputs);
+    let weight = MatRef::dense(weight, outputs, inputs).transposed();
+    product(out, outputs, Into::Accumulate, x, weight, 1.0, 1);
+}
+
+/// `out = x + factor (y W^T + b)`.
+fn residual(out: &mut [f32], x: &[f32], y: &[f32], [weight, bias]: [&[f32]; 2], factor: f32) {
+    let (outputs, inputs) = (bias.len(), weight.len() / bias.len());
+    if factor == 0.0 {
+        out.copy_from_slice(x);
+        return;
+    }
+    for (out, x) in out.chunks_exact_mut(outputs).zip(x.chunks_exact(outputs)) {
+        for ((o, &x), &b) in out.iter_mut().zip(x).zip(bias) {
+            *o = x + factor * b;
+        }
+    }
+    let y = MatRef::dense(y, y.len() / inputs, inputs);
+    let weight = MatRef::dense(weight, outputs, inputs).transposed();
+    product(out, outputs, Into::Accumulate, y, weight, factor, 1);
+}
+
+/// Runs the block on `x` `[B T, D]`; with `cls_attention` `[B, h, T - 1]`, the first token's attention to the others
+/// goes there; `save` keeps what [`backward`] needs.
+pub(crate) fn forward(
+    shape: Shape<'_>,
+    weights: Weights<'_>,
+    x: &[f32],
+    cls_attention: Option<&mut [f32]>,
+    save: bool,
+) -> (Vec<f32>, Option<Saved>) {
+    let (n, d, rows) = (shape.tokens, shape.width, shape.rows());
+    let piece = shape.piece();
+    let mut qkv = vec![0f32; rows * 3 * d];
+    (shape.pieces(&mut qkv, 3 * d), shape.origins())
+        .into_par_iter()
+        .for_each_init(
+            || vec![0f32; piece * d],
+            |z, (qkv, (image, first))| {
+                let rows = qkv.len() / (3 * d);
+                let z = &mut z[..rows * d];
+                let x = &x[(image * n + first) * d..][..rows * d];
+                norm::forward(z, x, weights.norm1, shape.eps);
+                affine(qkv, z, weights.qkv);
+            },
+        );
+
+    let mut out = vec![0f32; rows * d];
+    // Without a backward pass these live in each task's scratch memory.
+    let kept = |columns: usize| vec![0f32; if save { rows * columns } else { 0 }];
+    let (mut attended, mut middle, mut hidden) = (kept(d), kept(d), kept(shape.hidden));
+    let optional = |buffer, columns| -> Vec<Option<&mut [f32]>> {
+        if save {
+            shape
+                .pieces(buffer, columns)
+                .into_iter()
+                .map(Some)
+                .collect()
+        } else {
+            shape.origins().iter().map(|_| None).collect()
+        }
+    };
+    let origins = shape.origins();
+    let mut images = cls_attention.map(|a| a.chunks_mut(shape.heads * (n - 1).max(1)));
+    let cls_attention: Vec<Option<&mut [f32]>> = origins
+        .iter()
+        .map(|&(_, first)| {
+            if first == 0 {
+                images.as_mut()?.next()
+            } else {
+                None
+            }
+        })
+        .collect();
+    (
+        shape.pieces(&mut out, d),
+        origins,
+        optional(&mut attended, d),
+        optional(&mut middle, d),
+        optional(&mut hidden, shape.hidden),
+        cls_attention,
+    )
+        .into_par_iter()
+        .for_each_init(
+            || Scratch::new(&shape, save),
+            |scratch, (out, (image, first), attended, middle, hidden, mut cls)| {
+                let rows = out.len() / d;
+                let x = &x[(image * n + first) * d..][..rows * d];
+                let packed = &qkv[image * n * 3 * d..][..n * 3 * d];
+                let attended = attended.unwrap_or(&mut scratch.attended[..]);
+                let attended = &mut attended[..rows * d];
+                let p = &mut scratch.probabilities[..rows * n];
+                for head in 0..shape.heads {
+                    let q = shape.part(&packed[first * 3 * d..], rows, 0, head);
+                    shape.probabilities(p, q, shape.part(packed, n, 1, head));
+                    if let Some(cls) = &mut cls {
+                        cls[head * (n - 1)..][..n - 1].copy_from_slice(&p[1..n]);
+                    }
+                    let (p, v) = (MatRef::dense(p, rows, n), shape.part(packed, n, 2, head));
+                    let out = &mut attended[head * shape.head_width()..];
+                    product(out, d, Into::Overwrite, p, v, 1.0, 1);
+                }
+                let middle = middle.unwrap_or(&mut scratch.middle[..]);
+                let middle = &mut middle[..rows * d];
+                residual(
+                    middle,
+                    x,
+                    attended,
+                    weights.projection,
+                    shape.factor(0, image),
+                );
+                let z = &mut scratch.normed[..rows * d];
+                norm::forward(z, middle, weights.norm2, shape.eps);
+                let activated = &mut scratch.activated[..rows * shape.hidden];
+                if let Some(hidden) = hidden {
+                    affine(hidden, z, weights.fc1);
+                    vectorised(|| {
+                        let pairs = activated.iter_mut().zip(&*hidden);
+                        pairs.for_each(|(a, &h)| *a = math::gelu(h));
+                    });
+                } else {
+                    affine(activated, z, weights.fc1);
+                    vectorised(|| activated.iter_mut().for_each(|a| *a = math::gelu(*a)));
+                }
+                residual(out, middle, activated, weights.fc2, shape.factor(1, image));
+            },
+        );
+    let saved = save.then_some(Saved {
+        qkv,
+        attended,
+        middle,
+        hidden,
+    });
+    (out, saved)
+}
+
+/// A task's memory, used again for each of its pieces.
+struct Scratch {
+    probabilities: Vec<f32>,
+    normed: Vec<f32>,
+    activated: Vec<f32>,
+    attended: Vec<f32>,
+    middle: Vec<f32>,
+}
+
+impl Scratch {
+    fn new(shape: &Shape<'_>, save: bool) -> Self {
+        let rows = shape.piece();
+        let unsaved = if save { 0 } else { rows * shape.width };
+        Self {
+            probabilities: vec![0.0; rows * shape.tokens],
+            normed: vec![0.0; rows * shape.width],
+            activated: vec![0.0; rows * shape.hidden],
+            attended: vec![0.0; unsaved],
+            middle: vec![0.0; unsaved],
+        }
+    }
+}
+
+/// Gradients with respect to the block's input, and its parameters where `with_parameters`; `g`: `[B T, D]`.
+pub(crate) fn backward(
+    shape: Shape<'_>,
+    weights: Weights<'_>,
+    x: &[f32],
+    saved: &Saved,
+    g: &[f32],
+    with_parameters: bool,
+) -> (Vec<f32>, Option<Gradients>) {
+    let (n, d, h, rows) = (shape.tokens, shape.width, shape.hidden, shape.rows());
+    let mut dx = vec![0f32; rows * d];
+    let buffer = |columns: usize| vec![0f32; rows * columns];
+    // Inputs of the four products and gradients of their outputs, whole, for the weights' gradients.
+    let (mut z1, mut dqkv, mut g1) = (buffer(d), buffer(3 * d), buffer(d));
+    let (mut z2, mut dhidden, mut activated) = (buffer(d), buffer(h), buffer(h));
+    let mut g2 = if shape.factors.is_some() {
+        g.to_vec()
+    } else {
+        Vec::new()
+    };
+    if shape.factors.is_some() {
+        for (image, g2) in g2.chunks_mut(n * d).enumerate() {
+            let factor = shape.factor(1, image);
+            g2.iter_mut().for_each(|g| *g *= factor);
+        }
+    }
+    let g2: &[f32] = if shape.factors.is_some() { &g2 } else { g };
+    let mut norms = vec![0f32; shape.images * 4 * d];
+    (
+        dx.par_chunks_mut(n * d),
+        z1.par_chunks_mut(n * d),
+        dqkv.par_chunks_mut(n * 3 * d),
+        g1.par_chunks_mut(n * d),
+        z2.par_chunks_mut(n * d),
+        dhidden.par_chunks_mut(n * h),
+        activated.par_chunks_mut(n * h),
+        norms.par_chunks_mut(4 * d),
+    )
+        .into_par_iter()
+        .enumerate()
+        .for_each_init(
+            || [vec![0f32; n * n], vec![0f32; n * n], vec![0f32; n * d]],
+            |[p, dp, dz], (image, (dx, z1, dqkv, g1, z2, dhidden, activated, norms))| {
+                let of =
+                    |rows| -> std::ops::Range<usize> { image * n * rows..(image + 1) * n * rows };
+                let (norm1, norm2) = norms.split_at_mut(2 * d);
+                // MLP.
+                let g2 = MatRef::dense(&g2[of(d)], n, d);
+                let fc2 = MatRef::dense(weights.fc2[0], d, h);
+                product(dhidden, h, Into::Overwrite, g2, fc2, 1.0, 1);
+                vectorised(|| {
+                    let hidden = &saved.hidden[of(h)];
+                    for ((dh, a), &x) in dhidden.iter_mut().zip(activated).zip(hidden) {
+                        let (value, derivative) = math::gelu_and_derivative(x);
+                        *a = value;
+                        *dh *= derivative;
+                    }
+                });
+                let fc1 = MatRef::dense(weights.fc1[0], h, d);
+                let dhidden = MatRef::dense(dhidden, n, h);
+                product(dz, d, Into::Overwrite, dhidden, fc1, 1.0, 1);
+                dx.copy_from_slice(&g[of(d)]);
+                let middle = &saved.middle[of(d)];
+                norm::backward(dx, z2, norm2, middle, dz, weights.norm2, shape.eps);
+                // Attention; dx now holds the gradient of the MLP branch's input.
+                let factor = shape.factor(0, image);
+                g1.iter_mut()
+                    .zip(&*dx)
+                    .for_each(|(g, &dx)| *g = factor * dx);
+                let projection = MatRef::dense(weights.projection[0], d, d);
+                product(
+                    dz,
+                    d,
+                    Into::Overwrite,
+                    MatRef::dense(g1, n, d),
+                    projection,
+                    1.0,
+                    1,
+                );
+                attention_backward(&shape, dqkv, &saved.qkv[of(3 * d)], dz, p, dp);
+                let qkv = MatRef::dense(weights.qkv[0], 3 * d, d);
+                product(
+                    dz,
+                    d,
+                    Into::Overwrite,
+                    MatRef::dense(dqkv, n, 3 * d),
+                    qkv,
+                    1.0,
+                    1,
+                );
+                norm::backward(dx, z1, norm1, &x[of(d)], dz, weights.norm1, shape.eps);
+            },
+        );
+    if !with_parameters {
+        return (dx, None);
+    }
+    let sums = column_sums(&norms, 4 * d);
+    let part = |i: usize| sums[i * d..(i + 1) * d].to_vec();
+    let maps: [(&[f32], usize, &[f32], usize); 4] = [
+        (&dqkv, 3 * d, &z1, d),
+        (&g1, d, &saved.attended, d),
+        (&dhidden, h, &z2, d),
+        (g2, d, &activated, h),
+    ];
+    let [qkv, projection, fc1, fc2] = weight_gradients(maps, rows);
+    let bias = |i: usize| column_sums(maps[i].0, maps[i].1);
+    let gradients = [
+        part(0),
+        part(1),
+        qkv,
+        bias(0),
+        projection,
+        bias(1),
+        part(2),
+        part(3),
+        fc1,
+        bias(2),
+        fc2,
+        bias(3),
+    ];
+    (dx, Some(gradients))
+}
+
+/// Gradient of an image's packed queries, keys and values from that of its attention's output `g` `[T, D]`; `p` and
+/// `dp` are scratch `[T, T]`.
+fn attention_backward(
+    shape: &Shape<'_>,
+    dqkv: &mut [f32],
+    packed: &[f32],
+    g: &[f32],
+    p: &mut [f32],
+    dp: &mut [f32],
+) {
+    let (n, d, stride) = (shape.tokens, shape.head_width(), 3 * shape.width);
+    for head in 0..shape.heads {
+        let [q, k, v] = [0, 1, 2].map(|which| shape.part(packed, n, which, head));
+        let g = MatRef::strided(&g[head * d..], n, d, shape.width);
+        shape.probabilities(p, q, k);
+        let mut into = |which: usize, left: MatRef<'_>, right: MatRef<'_>, factor: f32| {
+            let out = &mut dqkv[which * shape.width + head * d..];
+            product(out, stride, Into::Overwrite, left, right, factor, 1);
+        };
+        into(2, MatRef::dense(p, n, n).transposed(), g, 1.0);
+        product(dp, n, Into::Overwrite, g, v.transposed(), 1.0, 1);
+        // Softmax: dS = P * (dP - sum(P * dP)).
+        vectorised(|| {
+            for (p, dp) in p.chunks_exact(n).zip(dp.chunks_exact_mut(n)) {
+                let mean = math::dot(p, dp);
+                let pairs = dp.iter_mut().zip(p);
+                pairs.for_each(|(dp, p)| *dp = p * (*dp - mean));
+            }
+        });
+        let ds = MatRef::dense(dp, n, n);
+        into(0, ds, k, shape.scale());
+        into(1, ds.transposed(), q, shape.scale());
+    }
+}
+
+/// `G^T X` of each map, from G `[rows, outputs]` and X `[rows, inputs]`, cut into tasks of some rows of the result.
+fn weight_gradients(maps: [(&[f32], usize, &[f32], usize); 4], rows: usize) -> [Vec<f32>; 4] {
+    const ELEMENTS_PER_TASK: usize = 48 * 1024;
+    let mut gradients = maps.map(|(_, outputs, _, inputs)| vec![0f32; outputs * inputs]);
+    let mut tasks = Vec::new();
+    for (gradient, (g, outputs, x, inputs)) in gradients.iter_mut().zip(maps) {
+        let per_task = (ELEMENTS_PER_TASK / inputs).max(64);
+        for (i, part) in gradient.chunks_mut(per_task * inputs).enumerate() {
+            let columns = part.len() / inputs;
+            let g = MatRef::strided(&g[i * per_task..], rows, columns, outputs);
+            tasks.push((part, g, MatRef::dense(x, rows, inputs), inputs));
+        }
+    }
+    tasks.into_par_iter().for_each(|(part, g, x, inputs)| {
+        product(part, inputs, Into::Overwrite, g.transposed(), x, 1.0, 1);
+    });
+    gradients
+}

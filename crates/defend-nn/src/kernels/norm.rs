@@ -1,0 +1,67 @@
+//! LayerNorm of rows.
+
+use super::math::{self, vectorised};
+
+/// Mean and reciprocal standard deviation of a row, in two passes.
+#[inline(always)]
+fn moments(row: &[f32], eps: f32) -> (f32, f32) {
+    let n = row.len() as f32;
+    let mean = math::sum(row) / n;
+    let variance = math::squared_deviation(row, mean) / n;
+    (mean, 1.0 / (variance + eps).sqrt())
+}
+
+/// Normalises the rows of `x` into `out`.
+pub(crate) fn forward(out: &mut [f32], x: &[f32], [weight, bias]: [&[f32]; 2], eps: f32) {
+    let d = weight.len();
+    vectorised(|| {
+        for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+            let (mean, scale) = moments(x, eps);
+            for (((o, &x), &w), &b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+                *o = (x - mean) * scale * w + b;
+            }
+        }
+    });
+}
+
+/// Adds the gradient of the rows of `x` to `dx` and those of weight and bias to `sums` `[2 D]`, from the gradient `g` of
+/// the output; the output itself goes to `out`.
+///
+/// With n = (x - mean) / std and g' = g * w: dx = (g' - mean(g') - n mean(g' n)) / std.
+pub(crate) fn backward(
+    dx: &mut [f32],
+    out: &mut [f32],
+    sums: &mut [f32],
+    x: &[f32],
+    g: &[f32],
+    [weight, bias]: [&[f32]; 2],
+    eps: f32,
+) {
+    let d = weight.len();
+    let (dw, db) = sums.split_at_mut(d);
+    let (weight, bias, db) = (&weight[..d], &bias[..d], &mut db[..d]);
+    let mut scaled = vec![0f32; d];
+    vectorised(|| {
+        for (((dx, out), x), g) in dx
+            .chunks_exact_mut(d)
+            .zip(out.chunks_exact_mut(d))
+            .zip(x.chunks_exact(d))
+            .zip(g.chunks_exact(d))
+        {
+            let (mean, scale) = moments(x, eps);
+            for i in 0..d {
+                let n = (x[i] - mean) * scale;
+                out[i] = n;
+                dw[i] += g[i] * n;
+                db[i] += g[i];
+                scaled[i] = g[i] * weight[i];
+            }
+            let mean_g = math::sum(&scaled) / d as f32;
+            let mean_gn = math::dot(&scaled, out) / d as f32;
+            for i in 0..d {
+                dx[i] += (scaled[i] - mean_g - out[i] * mean_gn) * scale;
+                out[i] = out[i] * weight[i] + bias[i];
+            }
+        }
+    });
+}

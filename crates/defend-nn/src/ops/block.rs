@@ -1,0 +1,450 @@
+//! A whole pre-norm transformer block as one operation.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{
+    CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, bail,
+};
+
+use super::{attention, cls_attention, from_vec, is_fast, layer_norm, linear, linear_gelu, slice};
+use crate::kernels::block::{self as kernel, Saved};
+
+/// Parameters of a pre-norm transformer block; matrices are `[O, I]`, vectors `[O]`.
+#[derive(Debug, Clone)]
+pub struct BlockParameters {
+    /// Scale and shift of the LayerNorm before the attention, `[D]`.
+    pub norm1: [Tensor; 2],
+    /// Packed queries, keys and values, `[3 D, D]` and `[3 D]`.
+    pub qkv: [Tensor; 2],
+    /// Projection of the attention's output, `[D, D]` and `[D]`.
+    pub projection: [Tensor; 2],
+    /// Scale and shift of the LayerNorm before the MLP, `[D]`.
+    pub norm2: [Tensor; 2],
+    /// Into the MLP's hidden channels, `[H, D]` and `[H]`.
+    pub fc1: [Tensor; 2],
+    /// Out of them, `[D, H]` and `[D]`.
+    pub fc2: [Tensor; 2],
+    /// LayerScale: factors `[D]` of the attention's and the MLP's branch.
+    pub scales: Option<[Tensor; 2]>,
+    /// Attention heads; divides D.
+    pub heads: usize,
+    /// Added to the variance in both LayerNorms.
+    pub eps: f64,
+}
+
+impl BlockParameters {
+    /// All but LayerScale's, in the kernel's order.
+    fn tensors(&self) -> [&Tensor; 12] {
+        let groups = [
+            &self.norm1,
+            &self.qkv,
+            &self.projection,
+            &self.norm2,
+            &self.fc1,
+            &self.fc2,
+        ];
+        let [a, b, c, d, e, f] = groups.map(|[weight, bias]| [weight, bias]);
+        [
+            a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1], e[0], e[1], f[0], f[1],
+        ]
+    }
+}
+
+/// Attention and MLP, each behind a LayerNorm and around a residual connection:
+/// `y = x + f1 attention(norm1(x))`, `y + f2 mlp(norm2(y))`.
+///
+/// `x`: `[B, T, D]`; `factors`: f1 and f2 of each image (stochastic depth), ones without; returns `[B, T, D]` and, with
+/// `with_cls_attention`, the attention of the first token to the others, `[B, h, T - 1]`, which carries no gradient.
+/// Differentiable with respect to `x` and every parameter. On `f32` CPU tensors one kernel runs the block piece by piece
+/// of each image, so that intermediate values stay in the cache; LayerScale and other devices compose the operations of
+/// this module.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn transformer_block(
+    x: &Tensor,
+    parameters: &BlockParameters,
+    factors: Option<&[Vec<f32>; 2]>,
+    with_cls_attention: bool,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let tensors = parameters.tensors();
+    if parameters.scales.is_some() || !is_fast(&tensors) || !is_fast(&[x]) {
+        return composed(x, parameters, factors, with_cls_attention);
+    }
+    check(x, parameters, factors)?;
+    let (b, t, _) = x.dims3()?;
+    let tracked = tensors.iter().any(|p| p.track_op());
+    let block = Arc::new(Call {
+        parameters: parameters.clone(),
+        factors: factors.cloned(),
+        tracked: [x.track_op(), tracked],
+        with_cls_attention,
+        saved: Mutex::new(None),
+        cls_attention: Mutex::new(Vec::new()),
+        gradients: Mutex::new(None),
+    });
+    let mut ticket = Tensor::zeros(1, DType::F32, x.device())?;
+    if tracked {
+        for pair in 0..6 {
+            let deliver = Deliver {
+                block: Arc::clone(&block),
+                pair,
+            };
+            ticket = ticket.apply_op3(tensors[2 * pair], tensors[2 * pair + 1], deliver)?;
+        }
+    }
+    let x = x.contiguous()?;
+    let out = x.apply_op2(&ticket, Block(Arc::clone(&block)))?;
+    if !with_cls_attention {
+        return Ok((out, None));
+    }
+    let attention = std::mem::take(&mut *lock(&block.cls_attention));
+    let attention = from_vec(attention, (b, parameters.heads, t - 1))?;
+    Ok((out, Some(attention)))
+}
+
+/// The same from the other operations.
+fn composed(
+    x: &Tensor,
+    parameters: &BlockParameters,
+    factors: Option<&[Vec<f32>; 2]>,
+    with_cls_attention: bool,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let norm = |x: &Tensor, [w, b]: &[Tensor; 2]| layer_norm(x, w, b, parameters.eps);
+    let map = |x: &Tensor, [w, b]: &[Tensor; 2]| linear(x, w, b);
+    let scaled = |branch: Tensor, which: usize| -> Result<Tensor> {
+        let branch = match &parameters.scales {
+            Some(scales) => branch.broadcast_mul(&scales[which])?,
+            None => branch,
+        };
+        let Some(factors) = factors else {
+            return Ok(branch);
+        };
+        let images = factors[which].len();
+        let factors = Tensor::from_slice(&factors[which], (images, 1, 1), branch.device())?;
+        branch.broadcast_mul(&factors.to_dtype(branch.dtype())?)
+    };
+    let qkv = map(&norm(x, &parameters.norm1)?, &parameters.qkv)?;
+    let cls = with_cls_attention
+        .then(|| cls_attention(&qkv.detach(), parameters.heads))
+        .transpose()?;
+    let branch = map(&attention(&qkv, parameters.heads)?, &parameters.projection)?;
+    let x = (x + scaled(branch, 0)?)?;
+    let [w, b] = &parameters.fc1;
+    let hidden = linear_gelu(&norm(&x, &parameters.norm2)?, w, b)?;
+    let branch = map(&hidden, &parameters.fc2)?;
+    Ok(((&x + scaled(branch, 1)?)?, cls))
+}
+
+/// Refuses what the kernel would read beyond its bounds.
+fn check(x: &Tensor, p: &BlockParameters, factors: Option<&[Vec<f32>; 2]>) -> Result<()> {
+    let (b, t, d) = x.dims3()?;
+    let hidden = p.fc1[1].elem_count();
+    let expected: [&[usize]; 12] = [
+        &[d],
+        &[d],
+        &[3 * d, d],
+        &[3 * d],
+        &[d, d],
+        &[d],
+        &[d],
+        &[d],
+        &[hidden, d],
+        &[hidden],
+        &[d, hidden],
+        &[d],
+    ];
+    for (found, expected) in p.tensors().iter().zip(expected) {
+        if found.dims() != expected {
+            bail!(
+                "transformer block: a parameter has shape {:?}, expected {expected:?}",
+                found.dims()
+            )
+        }
+    }
+    if b == 0 || t == 0 || hidden == 0 || p.heads == 0 || d % p.heads != 0 {
+        bail!(
+            "transformer block: input {:?} and {hidden} hidden channels do not fit {} heads",
+            x.dims(),
+            p.heads
+        )
+    }
+    if let Some([f1, f2]) = factors
+        && (f1.len() != b || f2.len() != b)
+    {
+        bail!(
+            "transformer block: {} and {} factors for {b} images",
+            f1.len(),
+            f2.len()
+        )
+    }
+    Ok(())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A poisoned lock means that a thread panicked elsewhere: what is stored is replaced as a whole, never half.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One call of the block: what its forward and its backward pass share.
+struct Call {
+    parameters: BlockParameters,
+    factors: Option<[Vec<f32>; 2]>,
+    /// Whether the input and any parameter need a gradient.
+    tracked: [bool; 2],
+    with_cls_attention: bool,
+    saved: Mutex<Option<Saved>>,
+    cls_attention: Mutex<Vec<f32>>,
+    gradients: Mutex<Option<Vec<Tensor>>>,
+}
+
+impl Call {
+    fn shape(&self, x: (usize, usize, usize)) -> kernel::Shape<'_> {
+        kernel::Shape {
+            images: x.0,
+            tokens: x.1,
+            width: x.2,
+            hidden: self.parameters.fc1[1].elem_count(),
+            heads: self.parameters.heads,
+            eps: self.parameters.eps as f32,
+            factors: self.factors.as_ref().map(|[f1, f2]| [&f1[..], &f2[..]]),
+        }
+    }
+
+    /// Calls `f` with the parameters' values.
+    fn with_weights<R>(&self, f: impl FnOnce(kernel::Weights<'_>) -> R) -> Result<R> {
+        let contiguous = self.parameters.tensors().map(Tensor::contiguous);
+        let contiguous = contiguous.into_iter().collect::<Result<Vec<_>>>()?;
+        let guards: Vec<_> = contiguous.iter().map(Tensor::storage_and_layout).collect();
+        let mut slices = [&[] as &[f32]; 12];
+        for (target, (storage, layout)) in slices.iter_mut().zip(&guards) {
+            let Storage::Cpu(storage) = &**storage else {
+                bail!("transformer block: a parameter is on another device")
+            };
+            *target = slice("transformer block", storage, layout)?;
+        }
+        let [a, b, c, d, e, f1, g, h, i, j, k, l] = slices;
+        Ok(f(kernel::Weights {
+            norm1: [a, b],
+            qkv: [c, d],
+            projection: [e, f1],
+            norm2: [g, h],
+            fc1: [i, j],
+            fc2: [k, l],
+        }))
+    }
+}
+
+/// The block itself. An operation of candle has at most three operands, so the parameters are not among them: their
+/// gradients are left in the call, and [`Deliver`]s, which the backward pass reaches next, hand them over.
+struct Block(Arc<Call>);
+
+impl CustomOp2 for Block {
+    fn name(&self) -> &'static str {
+        "transformer-block"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let call = &*self.0;
+        let dims = lx.shape().dims3()?;
+        let xs = slice("transformer block", x, lx)?;
+        let attended = dims.0 * call.parameters.heads * (dims.1 - 1);
+        let mut attention = vec![0f32; if call.with_cls_attention { attended } else { 0 }];
+        let save = call.tracked.contains(&true);
+        let (out, saved) = call.with_weights(|weights| {
+            let attention = call.with_cls_attention.then_some(&mut attention[..]);
+            kernel::forward(call.shape(dims), weights, xs, attention, save)
+        })?;
+        *lock(&call.saved) = saved;
+        *lock(&call.cls_attention) = attention;
+        Ok((CpuStorage::F32(out), lx.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        ticket: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let call = &*self.0;
+        let [needs_x, needs_parameters] = call.tracked;
+        let saved = lock(&call.saved);
+        let Some(saved) = &*saved else {
+            bail!("transformer block: backward pass without a forward pass")
+        };
+        let (dx, gradients) = super::with_slices("transformer block", [x, grad], |[xs, gs]| {
+            let shape = call.shape(x.dims3()?);
+            call.with_weights(|w| kernel::backward(shape, w, xs, saved, gs, needs_parameters))
+        })?;
+        if let Some(gradients) = gradients {
+            let pairs = gradients.into_iter().zip(call.parameters.tensors());
+            let gradients = pairs.map(|(values, like)| from_vec(values, like.dims()));
+            *lock(&call.gradients) = Some(gradients.collect::<Result<_>>()?);
+        }
+        let dx = needs_x.then(|| from_vec(dx, x.dims())).transpose()?;
+        let ticket = needs_parameters.then(|| ticket.zeros_like()).transpose()?;
+        Ok((dx, ticket))
+    }
+}
+
+/// Hands the gradients of two parameters to candle's backward pass.
+struct Deliver {
+    block: Arc<Call>,
+    /// Index of the pair in [`BlockParameters::tensors`].
+    pair: usize,
+}
+
+impl CustomOp3 for Deliver {
+    fn name(&self) -> &'static str {
+        "transformer-block-gradients"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        layout: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        ticket: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let gradients = lock(&self.block.gradients);
+        let Some(gradients) = &*gradients else {
+            bail!("transformer block: its gradients were asked for before its backward pass")
+        };
+        let of = |t: &Tensor, i: usize| t.track_op().then(|| gradients[2 * self.pair + i].clone());
+        let ticket = ticket.track_op().then(|| ticket.zeros_like()).transpose()?;
+        Ok((ticket, of(weight, 0), of(bias, 1)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{check_gradients, distance, noise};
+    use super::*;
+
+    /// Input and the twelve parameters for width 12, hidden 20.
+    fn inputs(images: usize, tokens: usize) -> Vec<Tensor> {
+        let shapes: [&[usize]; 13] = [
+            &[images, tokens, 12],
+            &[12],
+            &[12],
+            &[36, 12],
+            &[36],
+            &[12, 12],
+            &[12],
+            &[12],
+            &[12],
+            &[20, 12],
+            &[20],
+            &[12, 20],
+            &[12],
+        ];
+        let tensors = shapes.iter().zip(0..);
+        tensors.map(|(shape, seed)| noise(shape, seed)).collect()
+    }
+
+    fn parameters(t: &[Tensor]) -> BlockParameters {
+        let pair = |i: usize| [t[i].clone(), t[i + 1].clone()];
+        BlockParameters {
+            norm1: pair(1),
+            qkv: pair(3),
+            projection: pair(5),
+            norm2: pair(7),
+            fc1: pair(9),
+            fc2: pair(11),
+            scales: None,
+            heads: 3,
+            eps: 1e-6,
+        }
+    }
+
+    fn run(t: &[Tensor], factors: Option<&[Vec<f32>; 2]>) -> Result<Tensor> {
+        Ok(transformer_block(&t[0], &parameters(t), factors, false)?.0)
+    }
+
+    #[test]
+    fn gradients_match_finite_differences() {
+        check_gradients(&inputs(2, 5), |t| run(t, None));
+        let factors = [vec![1.25, 0.0, 0.5], vec![0.0, 2.0, 1.0]];
+        check_gradients(&inputs(3, 4), |t| run(t, Some(&factors)));
+    }
+
+    #[test]
+    fn the_kernel_equals_the_composition() -> Result<()> {
+        // More tokens than a piece holds.
+        let t = inputs(2, 150);
+        let factors = [vec![1.0, 0.0], vec![0.5, 1.5]];
+        for factors in [None, Some(&factors)] {
+            let (out, attention) = transformer_block(&t[0], &parameters(&t), factors, true)?;
+            let (expected, expected_attention) = composed(&t[0], &parameters(&t), factors, true)?;
+            assert!(distance(&out, &expected) < 1e-5);
+            let (found, expected) = (attention.unwrap(), expected_attention.unwrap());
+            assert!(distance(&found, &expected) < 1e-6);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_image_does_not_depend_on_its_batch() -> Result<()> {
+        let mut t = inputs(5, 150);
+        let whole = run(&t, None)?;
+        t[0] = t[0].narrow(0, 3, 1)?;
+        assert_eq!(distance(&run(&t, None)?, &whole.narrow(0, 3, 1)?), 0.0);
+        Ok(())
+    }
+
+    #[test]
+    fn only_what_is_tracked_gets_a_gradient() -> Result<()> {
+        let t = inputs(2, 6);
+        let bias = candle_core::Var::from_tensor(&t[4])?;
+        let mut tracked = t.clone();
+        tracked[4] = bias.as_tensor().clone();
+        let grads = run(&tracked, None)?.sum_all()?.backward()?;
+        assert!(grads.get(&bias).is_some());
+        assert!(grads.get(&tracked[0]).is_none() && grads.get(&tracked[3]).is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn two_backward_passes_agree() -> Result<()> {
+        let t = inputs(2, 6);
+        let vars = t.iter().map(candle_core::Var::from_tensor);
+        let vars = vars.collect::<Result<Vec<_>>>()?;
+        let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+        let loss = run(&tensors, None)?.sqr()?.sum_all()?;
+        let (first, second) = (loss.backward()?, loss.backward()?);
+        for var in &vars {
+            let [a, b] = [&first, &second].map(|grads| grads.get(var).unwrap());
+            assert_eq!(distance(a, b), 0.0);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn misfitting_shapes_are_errors() {
+        let mut t = inputs(2, 5);
+        t[11] = noise(&[12, 19], 0);
+        assert!(run(&t, None).is_err());
+        let t = inputs(2, 5);
+        assert!(run(&t, Some(&[vec![1.0], vec![1.0]])).is_err());
+    }
+}
