@@ -57,9 +57,8 @@ fn main() {
         .num_threads(arguments.threads)
         .build_global()
         .expect("a thread pool");
-    let folder = tempfile::tempdir().expect("a folder");
     println!("| | ours | theirs | engine | theirs / ours |\n|---|---|---|---|---|");
-    for row in rows::all(folder.path(), arguments.photos.as_deref()) {
+    for row in rows::all(arguments.photos.as_deref()) {
         if row.name.contains(&arguments.only) {
             compare(row, &arguments);
         }
@@ -75,12 +74,12 @@ fn median(mut values: Vec<f64>) -> f64 {
 fn compare(row: Row, arguments: &Arguments) {
     let Row {
         name,
-        request,
         engines,
         items,
         prepare,
     } = row;
-    let mut work = prepare();
+    let folder = tempfile::tempdir().expect("a folder");
+    let (request, mut work) = prepare(folder.path());
     let ours_check = (work.check)();
     let mut theirs: Vec<Theirs> = engines
         .iter()

@@ -28,15 +28,14 @@ pub(crate) struct Work {
 
 pub(crate) struct Row {
     pub(crate) name: String,
-    /// For `theirs.py`.
-    pub(crate) request: Value,
     pub(crate) engines: Vec<&'static str>,
     /// Images a repetition, 0 for rows in milliseconds.
     pub(crate) items: usize,
-    pub(crate) prepare: Box<dyn FnOnce() -> Work>,
+    /// Writes weights and inputs into a folder; the request for `theirs.py`, and the work here.
+    pub(crate) prepare: Box<dyn FnOnce(&Path) -> (Value, Work)>,
 }
 
-pub(crate) fn all(folder: &Path, photos: Option<&Path>) -> Vec<Row> {
+pub(crate) fn all(photos: Option<&Path>) -> Vec<Row> {
     let models = [
         ("vit_tiny_patch16_224", "ViT-Ti", Architecture::vit_tiny()),
         ("vit_small_patch16_224", "ViT-S", Architecture::vit_small()),
@@ -45,14 +44,14 @@ pub(crate) fn all(folder: &Path, photos: Option<&Path>) -> Vec<Row> {
     let mut rows = Vec::new();
     for (timm, name, architecture) in &models {
         for batch in [1, 8, 32] {
-            rows.push(forward(folder, timm, name, architecture, batch));
+            rows.push(forward(timm, name, architecture.clone(), batch));
         }
     }
     for (timm, name, architecture) in &models[..2] {
-        rows.push(student_step(folder, timm, name, architecture));
+        rows.push(student_step(timm, name, architecture.clone()));
     }
-    rows.push(dense_step(folder));
-    rows.extend([20, 300].map(|prototypes| sinkhorn(folder, prototypes)));
+    rows.push(dense_step());
+    rows.extend([20, 300].map(sinkhorn));
     rows.extend(photos.map(pictures));
     rows
 }
@@ -70,15 +69,14 @@ fn random_vit(architecture: &Architecture) -> Vit {
 fn request(
     row: &str,
     folder: &Path,
-    name: &str,
     model: Option<(&str, &Vit)>,
     tensors: HashMap<&str, Tensor>,
 ) -> Value {
-    let inputs = folder.join(format!("{name}.safetensors"));
+    let inputs = folder.join("inputs.safetensors");
     candle_core::safetensors::save(&tensors, &inputs).expect("a file of inputs");
     let mut request = json!({ "prepare": row, "images": inputs });
     if let Some((timm, vit)) = model {
-        let weights = folder.join(format!("{name}.weights.safetensors"));
+        let weights = folder.join("weights.safetensors");
         let state = vit.state().expect("weights");
         candle_core::safetensors::save(&state, &weights).expect("a file of weights");
         request["model"] = timm.into();
@@ -93,48 +91,46 @@ fn first(t: &Tensor) -> Vec<f64> {
     values.into_iter().take(8).collect()
 }
 
-fn forward(folder: &Path, timm: &str, name: &str, arch: &Architecture, batch: usize) -> Row {
-    let vit = random_vit(arch).copy(TrainScope::Frozen).expect("a copy");
-    let images = noise(&[batch, 3, 224, 224], 1);
-    let tensors = HashMap::from([("images", images.clone())]);
-    let file = format!("{name}-{batch}");
-    let request = request("forward", folder, &file, Some((timm, &vit)), tensors);
-    let prepare = move || {
+fn forward(timm: &'static str, name: &'static str, arch: Architecture, batch: usize) -> Row {
+    let prepare = move |folder: &Path| {
+        let vit = random_vit(&arch).copy(TrainScope::Frozen).expect("a copy");
+        let images = noise(&[batch, 3, 224, 224], 1);
+        let tensors = HashMap::from([("images", images.clone())]);
+        let request = request("forward", folder, Some((timm, &vit)), tensors);
         let (again, same) = (
             vit.copy(TrainScope::Frozen).expect("a copy"),
             images.clone(),
         );
-        Work {
+        let work = Work {
             run: Box::new(move || {
                 vit.features(&images).expect("features");
             }),
             check: Box::new(move || first(&again.features(&same).expect("features").cls)),
-        }
+        };
+        (request, work)
     };
     Row {
         name: format!("forward, {name}, batch {batch}"),
-        request,
         engines: vec!["torch", "onnxruntime"],
         items: batch,
         prepare: Box::new(prepare),
     }
 }
 
-fn student_step(folder: &Path, timm: &str, name: &str, architecture: &Architecture) -> Row {
+fn student_step(timm: &'static str, name: &'static str, architecture: Architecture) -> Row {
     let batch = 32;
-    let vit = random_vit(architecture);
-    let images = noise(&[batch, 3, 224, 224], 1);
-    let target = noise(&[batch, 98, architecture.width], 2);
-    let kept: Vec<u32> = (0..98).map(|i| 2 * i).collect();
-    let keep = TokenSet::from_rows(&vec![kept; batch], GRID, &Device::Cpu).expect("tokens");
-    let tensors = HashMap::from([
-        ("images", images.clone()),
-        ("target", target.clone()),
-        ("keep", keep.indices().clone()),
-    ]);
-    let file = format!("step-{name}");
-    let request = request("student_step", folder, &file, Some((timm, &vit)), tensors);
-    let prepare = move || {
+    let prepare = move |folder: &Path| {
+        let vit = random_vit(&architecture);
+        let images = noise(&[batch, 3, 224, 224], 1);
+        let target = noise(&[batch, 98, architecture.width], 2);
+        let kept: Vec<u32> = (0..98).map(|i| 2 * i).collect();
+        let keep = TokenSet::from_rows(&vec![kept; batch], GRID, &Device::Cpu).expect("tokens");
+        let tensors = HashMap::from([
+            ("images", images.clone()),
+            ("target", target.clone()),
+            ("keep", keep.indices().clone()),
+        ]);
+        let request = request("student_step", folder, Some((timm, &vit)), tensors);
         let parameters = ParameterGroup {
             parameters: vit.parameters(),
             learning_rate: 1e-6,
@@ -157,32 +153,32 @@ fn student_step(folder: &Path, timm: &str, name: &str, architecture: &Architectu
                 .expect("a loss")
         };
         let check = loss.clone();
-        Work {
+        let work = Work {
             run: Box::new(move || {
                 let grads = loss(&vit).backward().expect("gradients");
                 optimiser.step(&grads, 1.0).expect("a step");
             }),
             check: Box::new(move || first(&check(&same))),
-        }
+        };
+        (request, work)
     };
     Row {
         name: format!("student step, {name}, 99 tokens, batch {batch}"),
-        request,
         engines: vec!["torch"],
         items: batch,
         prepare: Box::new(prepare),
     }
 }
 
-fn dense_step(folder: &Path) -> Row {
+fn dense_step() -> Row {
     let batch = 32;
-    let vit = random_vit(&Architecture::vit_tiny());
-    let vit = vit.copy(TrainScope::LastBlocks(2)).expect("a copy");
-    let images = noise(&[batch, 3, 224, 224], 1);
-    let tensors = HashMap::from([("images", images.clone())]);
-    let model = Some(("vit_tiny_patch16_224", &vit));
-    let request = request("dense_step", folder, "dense", model, tensors);
-    let prepare = move || {
+    let prepare = move |folder: &Path| {
+        let vit = random_vit(&Architecture::vit_tiny());
+        let vit = vit.copy(TrainScope::LastBlocks(2)).expect("a copy");
+        let images = noise(&[batch, 3, 224, 224], 1);
+        let tensors = HashMap::from([("images", images.clone())]);
+        let model = Some(("vit_tiny_patch16_224", &vit));
+        let request = request("dense_step", folder, model, tensors);
         let (config, mut rng) = (DenseConfig::default(), Rng::seed(0));
         let objective =
             PrototypeObjective::random(&config, 192, &mut rng, &Device::Cpu).expect("an objective");
@@ -195,7 +191,7 @@ fn dense_step(folder: &Path) -> Row {
         let sampler = CropSampler::new(config.crop_area, config.crop_aspect);
         let tokens = vit.frozen_prefix(&images).expect("tokens").tokens;
         let view = Prefix { tokens, grid: GRID };
-        let run = move || -> Result<(), defend_dense::Error> {
+        let mut run = move || -> Result<(), defend_dense::Error> {
             let boxes = sampler.boxes(GRID, batch * config.crops, &mut rng);
             let crops = extract(&images, &boxes, 16, config.crop_size)?;
             objective.constrain()?;
@@ -205,39 +201,37 @@ fn dense_step(folder: &Path) -> Row {
             optimiser.step(&loss.backward()?, 1.0)?;
             Ok(())
         };
-        let mut run = run;
-        Work {
+        let work = Work {
             run: Box::new(move || run().expect("a step")),
             check: Box::new(Vec::new),
-        }
+        };
+        (request, work)
     };
     Row {
         name: format!("dense step, ViT-Ti, 4 crops, batch {batch}"),
-        request,
         engines: vec!["torch"],
         items: batch,
         prepare: Box::new(prepare),
     }
 }
 
-fn sinkhorn(folder: &Path, prototypes: usize) -> Row {
-    let scores = noise(&[6272, prototypes], 1).tanh().expect("scores");
-    let tensors = HashMap::from([("scores", scores.clone())]);
-    let file = format!("sinkhorn-{prototypes}");
-    let request = request("sinkhorn", folder, &file, None, tensors);
-    let prepare = move || {
+fn sinkhorn(prototypes: usize) -> Row {
+    let prepare = move |folder: &Path| {
+        let scores = noise(&[6272, prototypes], 1).tanh().expect("scores");
+        let tensors = HashMap::from([("scores", scores.clone())]);
+        let request = request("sinkhorn", folder, None, tensors);
         let same = scores.clone();
         let assign = |scores: &Tensor| SinkhornKnopp::default().assign(scores).expect("Q");
-        Work {
+        let work = Work {
             run: Box::new(move || {
                 assign(&scores);
             }),
             check: Box::new(move || first(&assign(&same))),
-        }
+        };
+        (request, work)
     };
     Row {
         name: format!("Sinkhorn, 6272 x {prototypes}"),
-        request,
         engines: vec!["torch"],
         items: 0,
         prepare: Box::new(prepare),
@@ -252,9 +246,9 @@ fn pictures(folder: &Path) -> Row {
         .collect();
     paths.sort();
     paths.truncate(1000);
-    let request = json!({ "prepare": "pictures", "paths": paths });
     let items = paths.len();
-    let prepare = move || {
+    let prepare = move |_: &Path| {
+        let request = json!({ "prepare": "pictures", "paths": paths });
         let preprocess = Preprocess {
             fit: Fit::Squash,
             filter: Interpolation::Bicubic,
@@ -271,17 +265,17 @@ fn pictures(folder: &Path) -> Row {
             let total: f64 = picture.as_raw().iter().map(|&v| f64::from(v)).sum();
             total / picture.as_raw().len() as f64 / 255.0
         };
-        Work {
+        let work = Work {
             run: Box::new(move || {
                 let pictures: Vec<_> = paths.par_iter().map(&read).collect();
                 assert_eq!(pictures.len(), items);
             }),
             check: Box::new(move || again.iter().map(&mean).collect()),
-        }
+        };
+        (request, work)
     };
     Row {
         name: format!("decode and resize {items} photos"),
-        request,
         engines: vec!["pillow", "torchvision"],
         items,
         prepare: Box::new(prepare),

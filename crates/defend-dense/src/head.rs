@@ -64,6 +64,9 @@ impl ProjectionHead {
             Some((weight, _)) => patches.to_dtype(weight.dtype())?,
             None => patches.clone(),
         };
+        // One product over all rows: cut by images, each would pack the head's large matrices for few rows.
+        let dims = x.dims().to_vec();
+        x = x.flatten_to(dims.len().saturating_sub(2))?;
         for (i, (weight, bias)) in self.layers.iter().enumerate() {
             let (weight, bias) = (parameter(weight), parameter(bias));
             x = if i + 1 < self.layers.len() {
@@ -72,7 +75,9 @@ impl ProjectionHead {
                 ops::linear(&x, &weight, &bias)?
             };
         }
-        Ok(ops::l2_normalize(&x)?)
+        let unit = ops::l2_normalize(&x)?;
+        let (_, outer) = dims.split_last().unwrap_or((&0, &[]));
+        Ok(unit.reshape([outer, &[unit.dim(candle_core::D::Minus1)?]].concat())?)
     }
 
     /// Names and variables.

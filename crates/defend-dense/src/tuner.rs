@@ -2,7 +2,8 @@
 
 use candle_core::Tensor;
 use defend_nn::{
-    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, shuffled_batches,
+    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, release_memory,
+    shuffled_batches,
 };
 use defend_vit::{Grid, ImageSource, Prefix, Trainable};
 
@@ -148,6 +149,7 @@ impl DenseTuner {
             losses.push(total / images.len() as f64);
         }
         objective.constrain()?;
+        release_memory();
         Ok(DenseReport { losses, steps })
     }
 }

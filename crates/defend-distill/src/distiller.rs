@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Tensor};
 use defend_nn::{
-    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, shuffled_batches,
+    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, release_memory,
+    shuffled_batches,
 };
 use defend_vit::{Backbone, ImageSource, Trainable};
 
@@ -109,6 +110,7 @@ impl Distiller {
             }
             losses.push(total / images.len() as f64);
         }
+        release_memory();
         Ok(DistillReport { losses, steps })
     }
 }

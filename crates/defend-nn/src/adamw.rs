@@ -2,12 +2,12 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{
-    CpuStorage, DType, InplaceOp2, Layout, Result as CandleResult, Tensor, Var, bail,
+    CpuStorage, DType, InplaceOp2, Layout, Result as CandleResult, Storage, Tensor, Var, bail,
 };
 use rayon::prelude::*;
 
 use crate::Error;
-use crate::kernels::math::vectorised;
+use crate::kernels::math::{self, vectorised};
 
 /// Constants of AdamW (Loshchilov and Hutter, 2019), as `torch.optim.AdamW` names them.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -192,6 +192,14 @@ impl AdamW {
 
 /// Whether all values are finite: a sum of squares is not when one of them is not.
 fn is_finite(t: &Tensor) -> CandleResult<bool> {
+    if t.device().is_cpu() && t.dtype() == DType::F32 && t.is_contiguous() {
+        let (storage, layout) = t.storage_and_layout();
+        if let Storage::Cpu(storage) = &*storage {
+            let values = crate::ops::slice("AdamW", storage, layout)?;
+            let chunks = values.par_chunks(ELEMENTS_PER_TASK);
+            return Ok(chunks.all(|part| vectorised(|| math::dot(part, part)).is_finite()));
+        }
+    }
     let total = t
         .to_dtype(DType::F32)?
         .sqr()?

@@ -14,8 +14,14 @@ pub mod ops;
 mod schedule;
 mod training;
 
+/// Building blocks of `f32` loops that the compiler turns into vector instructions.
+pub mod vector {
+    pub use crate::kernels::math::{exp, max, sum, vectorised};
+}
+
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
 pub use error::Error;
 pub use init::{Rng, normal, truncated_normal, xavier_uniform};
+pub use kernels::pool::release_memory;
 pub use schedule::Schedule;
 pub use training::{TensorCache, TrainingStep, shuffled_batches};

@@ -17,6 +17,7 @@
 //! ```
 
 mod error;
+mod kernel;
 mod sinkhorn;
 
 pub use error::Error;

@@ -3,7 +3,7 @@
 use candle_core::{DType, Result as CandleResult, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::{Assigner, Error};
+use crate::{Assigner, Error, kernel};
 
 /// Alternating normalisation of `exp(scores / epsilon)` (Cuturi, 2013; SwAV, appendix A).
 ///
@@ -81,6 +81,11 @@ impl Assigner for SinkhornKnopp {
             return wrong(format!(
                 "of shape [{rows}, {prototypes}] hold NaN or infinite values"
             ));
+        }
+        if scores.device().is_cpu() && wide == DType::F32 {
+            let values = scores.flatten_all()?.to_vec1::<f32>()?;
+            let q = kernel::assign(values, prototypes, self.epsilon as f32, self.iterations);
+            return Ok(Tensor::from_vec(q, (rows, prototypes), scores.device())?);
         }
         let mut log_q = (scores / self.epsilon)?;
         for _ in 0..self.iterations {

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor, Var};
-use defend_nn::{Rng, normal, ops, xavier_uniform};
+use defend_nn::ops::{self, BlockParameters};
+use defend_nn::{Rng, normal, xavier_uniform};
 
 use crate::block::{Block, Linear, Norm};
 use crate::features::{Backbone, Features, Grid, Layer, Prefix, TokenSet, Trainable};
@@ -223,14 +224,21 @@ impl Vit {
         let blocks = (0..arch.depth)
             .map(|i| {
                 let (trains, at) = (i >= first_trained, format!("blocks.{i}"));
-                Ok(Block {
-                    norm1: build.norm(&format!("{at}.norm1"), d, trains)?,
-                    qkv: build.linear(&format!("{at}.attn.qkv"), 3 * d, d, trains)?,
-                    projection: build.linear(&format!("{at}.attn.proj"), d, d, trains)?,
-                    norm2: build.norm(&format!("{at}.norm2"), d, trains)?,
-                    fc1: build.linear(&format!("{at}.mlp.fc1"), arch.mlp_width, d, trains)?,
-                    fc2: build.linear(&format!("{at}.mlp.fc2"), d, arch.mlp_width, trains)?,
-                    heads: arch.heads,
+                let mut pair = |name: &str, shape: &[usize]| -> Result<[Tensor; 2], Error> {
+                    let (weight, bias) =
+                        (format!("{at}.{name}.weight"), format!("{at}.{name}.bias"));
+                    Ok([
+                        build.parameter(&weight, shape, trains)?,
+                        build.parameter(&bias, &shape[..1], trains)?,
+                    ])
+                };
+                let parameters = BlockParameters {
+                    norm1: pair("norm1", &[d])?,
+                    qkv: pair("attn.qkv", &[3 * d, d])?,
+                    projection: pair("attn.proj", &[d, d])?,
+                    norm2: pair("norm2", &[d])?,
+                    fc1: pair("mlp.fc1", &[arch.mlp_width, d])?,
+                    fc2: pair("mlp.fc2", &[d, arch.mlp_width])?,
                     scales: if arch.layer_scale {
                         Some([
                             build.parameter(&format!("{at}.ls1.gamma"), &[d], trains)?,
@@ -239,6 +247,11 @@ impl Vit {
                     } else {
                         None
                     },
+                    heads: arch.heads,
+                    eps: arch.layer_norm_eps,
+                };
+                Ok(Block {
+                    parameters,
                     drop_path: drop_path * i as f64 / (arch.depth.max(2) - 1) as f64,
                 })
             })
@@ -323,23 +336,21 @@ impl Vit {
         add("patch_embed.proj.weight".into(), &self.patch_embed.weight);
         add("patch_embed.proj.bias".into(), &self.patch_embed.bias);
         for (i, block) in self.blocks.iter().enumerate() {
-            let norms = [("norm1", &block.norm1), ("norm2", &block.norm2)];
-            for (name, norm) in norms {
-                add(format!("blocks.{i}.{name}.weight"), &norm.weight);
-                add(format!("blocks.{i}.{name}.bias"), &norm.bias);
-            }
-            for (gamma, ls) in block.scales.iter().flatten().zip(["ls1", "ls2"]) {
-                add(format!("blocks.{i}.{ls}.gamma"), gamma);
-            }
-            let maps = [
-                ("attn.qkv", &block.qkv),
-                ("attn.proj", &block.projection),
-                ("mlp.fc1", &block.fc1),
-                ("mlp.fc2", &block.fc2),
+            let p = &block.parameters;
+            let pairs = [
+                ("norm1", &p.norm1),
+                ("attn.qkv", &p.qkv),
+                ("attn.proj", &p.projection),
+                ("norm2", &p.norm2),
+                ("mlp.fc1", &p.fc1),
+                ("mlp.fc2", &p.fc2),
             ];
-            for (name, linear) in maps {
-                add(format!("blocks.{i}.{name}.weight"), &linear.weight);
-                add(format!("blocks.{i}.{name}.bias"), &linear.bias);
+            for (name, [weight, bias]) in pairs {
+                add(format!("blocks.{i}.{name}.weight"), weight);
+                add(format!("blocks.{i}.{name}.bias"), bias);
+            }
+            for (gamma, ls) in p.scales.iter().flatten().zip(["ls1", "ls2"]) {
+                add(format!("blocks.{i}.{ls}.gamma"), gamma);
             }
         }
         add("norm.weight".into(), &self.norm.weight);

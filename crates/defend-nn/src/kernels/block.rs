@@ -6,6 +6,7 @@
 use rayon::prelude::*;
 
 use super::math::{self, vectorised};
+use super::pool::Buffer;
 use super::product::{Into, MatRef, product};
 use super::{column_sums, norm};
 
@@ -43,13 +44,13 @@ pub(crate) struct Shape<'a> {
 /// Activations that the backward pass needs, `[B T, ...]`.
 pub(crate) struct Saved {
     /// Queries, keys and values.
-    qkv: Vec<f32>,
+    qkv: Buffer,
     /// Output of the attention before its projection.
-    attended: Vec<f32>,
+    attended: Buffer,
     /// Input of the MLP's branch.
-    middle: Vec<f32>,
+    middle: Buffer,
     /// The MLP's hidden values before GELU.
-    hidden: Vec<f32>,
+    hidden: Buffer,
 }
 
 /// Gradients of a block's parameters, in the order of [`Weights`]: matrix, then vector.
@@ -149,11 +150,11 @@ pub(crate) fn forward(
 ) -> (Vec<f32>, Option<Saved>) {
     let (n, d, rows) = (shape.tokens, shape.width, shape.rows());
     let piece = shape.piece();
-    let mut qkv = vec![0f32; rows * 3 * d];
+    let mut qkv = Buffer::stale(rows * 3 * d);
     (shape.pieces(&mut qkv, 3 * d), shape.origins())
         .into_par_iter()
         .for_each_init(
-            || vec![0f32; piece * d],
+            || Buffer::stale(piece * d),
             |z, (qkv, (image, first))| {
                 let rows = qkv.len() / (3 * d);
                 let z = &mut z[..rows * d];
@@ -165,7 +166,7 @@ pub(crate) fn forward(
 
     let mut out = vec![0f32; rows * d];
     // Without a backward pass these live in each task's scratch memory.
-    let kept = |columns: usize| vec![0f32; if save { rows * columns } else { 0 }];
+    let kept = |columns: usize| Buffer::stale(if save { rows * columns } else { 0 });
     let (mut attended, mut middle, mut hidden) = (kept(d), kept(d), kept(shape.hidden));
     let optional = |buffer, columns| -> Vec<Option<&mut [f32]>> {
         if save {
@@ -254,11 +255,11 @@ pub(crate) fn forward(
 
 /// A task's memory, used again for each of its pieces.
 struct Scratch {
-    probabilities: Vec<f32>,
-    normed: Vec<f32>,
-    activated: Vec<f32>,
-    attended: Vec<f32>,
-    middle: Vec<f32>,
+    probabilities: Buffer,
+    normed: Buffer,
+    activated: Buffer,
+    attended: Buffer,
+    middle: Buffer,
 }
 
 impl Scratch {
@@ -266,11 +267,11 @@ impl Scratch {
         let rows = shape.piece();
         let unsaved = if save { 0 } else { rows * shape.width };
         Self {
-            probabilities: vec![0.0; rows * shape.tokens],
-            normed: vec![0.0; rows * shape.width],
-            activated: vec![0.0; rows * shape.hidden],
-            attended: vec![0.0; unsaved],
-            middle: vec![0.0; unsaved],
+            probabilities: Buffer::stale(rows * shape.tokens),
+            normed: Buffer::stale(rows * shape.width),
+            activated: Buffer::stale(rows * shape.hidden),
+            attended: Buffer::stale(unsaved),
+            middle: Buffer::stale(unsaved),
         }
     }
 }
@@ -286,20 +287,16 @@ pub(crate) fn backward(
 ) -> (Vec<f32>, Option<Gradients>) {
     let (n, d, h, rows) = (shape.tokens, shape.width, shape.hidden, shape.rows());
     let mut dx = vec![0f32; rows * d];
-    let buffer = |columns: usize| vec![0f32; rows * columns];
+    let buffer = |columns: usize| Buffer::stale(rows * columns);
     // Inputs of the four products and gradients of their outputs, whole, for the weights' gradients.
     let (mut z1, mut dqkv, mut g1) = (buffer(d), buffer(3 * d), buffer(d));
     let (mut z2, mut dhidden, mut activated) = (buffer(d), buffer(h), buffer(h));
-    let mut g2 = if shape.factors.is_some() {
-        g.to_vec()
-    } else {
-        Vec::new()
-    };
-    if shape.factors.is_some() {
-        for (image, g2) in g2.chunks_mut(n * d).enumerate() {
-            let factor = shape.factor(1, image);
-            g2.iter_mut().for_each(|g| *g *= factor);
-        }
+    let mut g2 = Buffer::stale(if shape.factors.is_some() { rows * d } else { 0 });
+    for (image, (g2, g)) in g2.chunks_mut(n * d).zip(g.chunks(n * d)).enumerate() {
+        let factor = shape.factor(1, image);
+        g2.iter_mut()
+            .zip(g)
+            .for_each(|(scaled, &g)| *scaled = factor * g);
     }
     let g2: &[f32] = if shape.factors.is_some() { &g2 } else { g };
     let mut norms = vec![0f32; shape.images * 4 * d];
@@ -316,7 +313,7 @@ pub(crate) fn backward(
         .into_par_iter()
         .enumerate()
         .for_each_init(
-            || [vec![0f32; n * n], vec![0f32; n * n], vec![0f32; n * d]],
+            || [n * n, n * n, n * d].map(Buffer::stale),
             |[p, dp, dz], (image, (dx, z1, dqkv, g1, z2, dhidden, activated, norms))| {
                 let of =
                     |rows| -> std::ops::Range<usize> { image * n * rows..(image + 1) * n * rows };

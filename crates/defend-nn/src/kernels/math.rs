@@ -9,13 +9,13 @@ const LANES: usize = 16;
 
 /// Runs `body` compiled for the widest vector unit that this processor has.
 #[inline(always)]
-pub(crate) fn vectorised<R>(body: impl FnOnce() -> R) -> R {
+pub fn vectorised<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
 }
 
 /// e^x, relative error below 2e-7 on `-87..=88`; smaller inputs give 0 to within 1e-38.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
+pub fn exp(x: f32) -> f32 {
     // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low mantissa bits.
     const ROUND: f32 = 12_582_912.0;
     const LN2_HIGH: f32 = 0.693_359_4;
@@ -87,7 +87,7 @@ fn reduce(n: usize, term: impl Fn(usize) -> f32) -> f32 {
 
 /// Sum of `x`.
 #[inline(always)]
-pub(crate) fn sum(x: &[f32]) -> f32 {
+pub fn sum(x: &[f32]) -> f32 {
     reduce(x.len(), |i| x[i])
 }
 
@@ -106,7 +106,7 @@ pub(crate) fn squared_deviation(x: &[f32], centre: f32) -> f32 {
 
 /// Largest value of `x`.
 #[inline(always)]
-pub(crate) fn max(x: &[f32]) -> f32 {
+pub fn max(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let mut chunks = x.chunks_exact(LANES);
     for chunk in &mut chunks {

@@ -9,6 +9,7 @@ use rayon::prelude::*;
 pub(crate) mod block;
 pub(crate) mod math;
 pub(crate) mod norm;
+pub(crate) mod pool;
 #[allow(unsafe_code)]
 pub(crate) mod product;
 

@@ -1,0 +1,79 @@
+//! Memory of the kernels, used again from call to call.
+//!
+//! A training step needs the same large buffers as the step before. Fresh ones cost twice: the operating system clears
+//! their pages, and `vec![0.0; n]` clears them again. Measured on the student step: a sixth of its time.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+static IDLE: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
+
+fn idle() -> MutexGuard<'static, Vec<Vec<f32>>> {
+    // Each buffer is whole at any time, so a poisoned lock does no harm.
+    IDLE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Values that go back to the pool when they are dropped.
+pub(crate) struct Buffer {
+    values: Vec<f32>,
+    len: usize,
+}
+
+impl Buffer {
+    /// `len` values; what they hold is left over from earlier use.
+    pub(crate) fn stale(len: usize) -> Self {
+        let mut idle = idle();
+        let fitting = (0..idle.len()).filter(|&i| (len..=2 * len).contains(&idle[i].len()));
+        let smallest = fitting.min_by_key(|&i| idle[i].len());
+        let values = smallest.map(|i| idle.swap_remove(i));
+        drop(idle);
+        Self {
+            values: values.unwrap_or_else(|| vec![0.0; len]),
+            len,
+        }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.values[..self.len]
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.values[..self.len]
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            idle().push(std::mem::take(&mut self.values));
+        }
+    }
+}
+
+/// Gives the memory that the operations keep for their next call back; training loops do so at their end.
+pub fn release_memory() {
+    idle().clear();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_come_back_in_a_size_that_fits() {
+        // A size that no other test asks for.
+        const LEN: usize = 1_234_567;
+        let mut buffer = Buffer::stale(LEN);
+        buffer.fill(3.0);
+        drop(buffer);
+        assert!(Buffer::stale(LEN / 4).iter().all(|v| *v == 0.0));
+        let smaller = Buffer::stale(LEN - 1);
+        assert_eq!((smaller.len(), smaller[0]), (LEN - 1, 3.0));
+    }
+}
