@@ -125,19 +125,38 @@ impl TokenSet {
         self.grid
     }
 
+    /// Refuses a set that belongs to other images.
+    pub(crate) fn check(&self, images: usize, grid: Grid) -> Result<(), Error> {
+        let described = |images: usize, grid: Grid| {
+            format!(
+                "{images} images of {} x {} patches",
+                grid.rows, grid.columns
+            )
+        };
+        let found = self.indices.dim(0)?;
+        if found == images && self.grid == grid {
+            return Ok(());
+        }
+        Err(Error::TokenSet {
+            found: described(found, self.grid),
+            expected: described(images, grid),
+        })
+    }
+
     /// Picks the kept rows: `[B, N, D]` to `[B, M, D]`, differentiable.
     ///
     /// # Errors
     /// [`Error::TokenSet`] when the tensor has another number of images or patches.
     pub fn gather(&self, tokens: &Tensor) -> Result<Tensor, Error> {
         let (b, n, d) = tokens.dims3()?;
-        let (images, kept) = self.indices.dims2()?;
-        if images != b || n != self.grid.patches() {
+        let kept = self.indices.dim(1)?;
+        if n != self.grid.patches() {
             return Err(Error::TokenSet {
-                found: format!("{images} images of {} patches", self.grid.patches()),
-                expected: format!("{b} images of {n} patches"),
+                found: format!("patches of {} on a grid", self.grid.patches()),
+                expected: format!("patches of {n}"),
             });
         }
+        self.check(b, self.grid)?;
         let offsets = (Tensor::arange(0u32, b as u32, tokens.device())? * n as f64)?;
         let rows = self
             .indices

@@ -368,30 +368,20 @@ impl Vit {
     fn embed(&self, images: &Tensor, keep: Option<&TokenSet>) -> Result<(Tensor, Grid), Error> {
         let arch = &self.spec.architecture;
         let images = images.to_dtype(self.cls_token.dtype())?;
-        let (patches, grid) = patchify(&images, arch.patch_size)?;
+        // Dropping patches before they are embedded gives the same tokens and costs nothing for them.
+        let (patches, grid) = patchify(&images, arch.patch_size, keep)?;
         let (b, d) = (patches.dim(0)?, arch.width);
         let pos_embed = self.pos_embed.squeeze(0)?;
         let cls_position = pos_embed.narrow(0, 0, 1)?;
         let patches_from = arch.first_patch_position();
         let positions = pos_embed.narrow(0, patches_from, arch.grid().patches())?;
         let filter = Bicubic::of(arch);
-        let positions = pos_embed::resize(&positions, arch.grid(), grid, filter)?.unsqueeze(0)?;
-        let (patches, positions) = match keep {
-            None => (patches, positions),
-            Some(keep) if keep.grid() != grid => {
-                return Err(Error::TokenSet {
-                    found: format!(
-                        "patches of a {} x {} grid",
-                        keep.grid().rows,
-                        keep.grid().columns
-                    ),
-                    expected: format!("patches of a {} x {} grid", grid.rows, grid.columns),
-                });
-            }
-            // Dropping patches before they are embedded gives the same tokens and costs nothing for them.
+        let positions = pos_embed::resize(&positions, arch.grid(), grid, filter)?;
+        let positions = match keep {
+            None => positions.unsqueeze(0)?,
             Some(keep) => {
-                let all = positions.broadcast_as((b, grid.patches(), d))?;
-                (keep.gather(&patches)?, keep.gather(&all)?)
+                let kept = keep.indices().flatten_all()?;
+                positions.index_select(&kept, 0)?.reshape((b, (), d))?
             }
         };
         let kernel = self.patch_embed.weight.reshape((d, arch.patch_values()))?;
