@@ -440,3 +440,23 @@ fn every_variant_fits_and_scores() {
     assert_eq!(refused.len(), 2, "{refused:?}");
     assert!(refused[0].contains("distance.side"), "{refused:?}");
 }
+
+#[test]
+fn the_recipes_are_files_too() {
+    let read = |file: &str| -> DefendConfig { serde_json::from_str(file).expect("settings") };
+    let dense = |recipe| DefendConfig {
+        dense: Some(recipe),
+        ..DefendConfig::default()
+    };
+    let file = include_str!("../../../examples/recipes/official-dense.json");
+    assert_eq!(read(file), dense(DenseConfig::official_dense()));
+    let file = include_str!("../../../examples/recipes/official-leopart.json");
+    assert_eq!(read(file), dense(DenseConfig::official_leopart()));
+    let file = include_str!("../../../examples/recipes/paper.json");
+    // The 20 classes of Pascal VOC.
+    let paper = DefendConfig {
+        dense: Some(DenseConfig::paper(20)),
+        ..DefendConfig::paper()
+    };
+    assert_eq!(read(file), paper);
+}

@@ -21,7 +21,8 @@ pub enum Assignment {
 pub enum View {
     /// The whole image (paper, eq. 1). Its pass through the frozen blocks is computed once.
     Whole,
-    /// Random large crops of the image, resized to its size; each has crops of its own (Leopart).
+    /// Random large crops of the image with the crops' aspects, resized to its size; each has crops of its own
+    /// (Leopart).
     Random {
         /// Views of each image, `1..=8`. Leopart: 2.
         count: usize,

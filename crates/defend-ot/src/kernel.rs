@@ -36,9 +36,11 @@ pub(crate) fn assign(
         let offsets = column_offsets(&columns, prototypes);
         if iteration == iterations {
             scores.par_chunks_mut(task).for_each(|scores| {
-                for row in scores.chunks_exact_mut(prototypes) {
-                    softmax(row, &offsets);
-                }
+                vectorised(|| {
+                    for row in scores.chunks_exact_mut(prototypes) {
+                        softmax(row, &offsets);
+                    }
+                });
             });
             break;
         }
@@ -47,11 +49,13 @@ pub(crate) fn assign(
             .zip(row_offsets.par_chunks_mut(ROWS_PER_TASK))
             .map(|(scores, row_offsets)| {
                 let mut scratch = vec![0f32; prototypes];
-                for (row, at) in scores.chunks_exact(prototypes).zip(&mut *row_offsets) {
-                    scratch.copy_from_slice(row);
-                    let (largest, sum) = softmax(&mut scratch, &offsets);
-                    *at = largest + sum.ln() + (rows as f32).ln();
-                }
+                vectorised(|| {
+                    for (row, at) in scores.chunks_exact(prototypes).zip(&mut *row_offsets) {
+                        scratch.copy_from_slice(row);
+                        let (largest, sum) = softmax(&mut scratch, &offsets);
+                        *at = largest + sum.ln() + (rows as f32).ln();
+                    }
+                });
                 sum_columns(scores, row_offsets, prototypes)
             })
             .collect();
@@ -60,16 +64,15 @@ pub(crate) fn assign(
 }
 
 /// Replaces a row of logarithms by `softmax(row - offsets)`; its largest value and the sum before the division.
+#[inline(always)]
 fn softmax(row: &mut [f32], offsets: &[f32]) -> (f32, f32) {
-    vectorised(|| {
-        row.iter_mut().zip(offsets).for_each(|(v, b)| *v -= b);
-        let largest = vector::max(row);
-        row.iter_mut().for_each(|v| *v = vector::exp(*v - largest));
-        let sum = vector::sum(row);
-        let scale = 1.0 / sum;
-        row.iter_mut().for_each(|v| *v *= scale);
-        (largest, sum)
-    })
+    row.iter_mut().zip(offsets).for_each(|(v, b)| *v -= b);
+    let largest = vector::max(row);
+    row.iter_mut().for_each(|v| *v = vector::exp(*v - largest));
+    let sum = vector::sum(row);
+    let scale = 1.0 / sum;
+    row.iter_mut().for_each(|v| *v *= scale);
+    (largest, sum)
 }
 
 fn sum_columns(scores: &[f32], row_offsets: &[f32], prototypes: usize) -> Columns {

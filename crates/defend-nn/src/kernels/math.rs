@@ -136,6 +136,15 @@ pub(crate) fn softmax_row(row: &mut [f32], scale: f32) {
 mod tests {
     use super::*;
 
+    /// Without pulp's feature for it, AVX2 processors would quietly run the loops four numbers at a time.
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn avx2_is_used_where_there_is_avx2() {
+        if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
+            assert!(!matches!(pulp::Arch::new(), pulp::Arch::Scalar));
+        }
+    }
+
     #[test]
     fn exp_is_accurate_over_its_range() {
         for i in -8700..8800 {
