@@ -26,13 +26,15 @@ pub(crate) struct Work {
     pub(crate) check: Box<dyn FnMut() -> Vec<f64>>,
 }
 
+type Prepare = dyn FnOnce(&Path) -> (Value, Work);
+
 pub(crate) struct Row {
     pub(crate) name: String,
     pub(crate) engines: Vec<&'static str>,
     /// Images a repetition, 0 for rows in milliseconds.
     pub(crate) items: usize,
     /// Writes weights and inputs into a folder; the request for `theirs.py`, and the work here.
-    pub(crate) prepare: Box<dyn FnOnce(&Path) -> (Value, Work)>,
+    pub(crate) prepare: Box<Prepare>,
 }
 
 pub(crate) fn all(photos: Option<&Path>) -> Vec<Row> {
@@ -70,10 +72,10 @@ fn request(
     row: &str,
     folder: &Path,
     model: Option<(&str, &Vit)>,
-    tensors: HashMap<&str, Tensor>,
+    tensors: &HashMap<&str, Tensor>,
 ) -> Value {
     let inputs = folder.join("inputs.safetensors");
-    candle_core::safetensors::save(&tensors, &inputs).expect("a file of inputs");
+    candle_core::safetensors::save(tensors, &inputs).expect("a file of inputs");
     let mut request = json!({ "prepare": row, "images": inputs });
     if let Some((timm, vit)) = model {
         let weights = folder.join("weights.safetensors");
@@ -96,7 +98,7 @@ fn forward(timm: &'static str, name: &'static str, arch: Architecture, batch: us
         let vit = random_vit(&arch).copy(TrainScope::Frozen).expect("a copy");
         let images = noise(&[batch, 3, 224, 224], 1);
         let tensors = HashMap::from([("images", images.clone())]);
-        let request = request("forward", folder, Some((timm, &vit)), tensors);
+        let request = request("forward", folder, Some((timm, &vit)), &tensors);
         let (again, same) = (
             vit.copy(TrainScope::Frozen).expect("a copy"),
             images.clone(),
@@ -130,7 +132,7 @@ fn student_step(timm: &'static str, name: &'static str, architecture: Architectu
             ("target", target.clone()),
             ("keep", keep.indices().clone()),
         ]);
-        let request = request("student_step", folder, Some((timm, &vit)), tensors);
+        let request = request("student_step", folder, Some((timm, &vit)), &tensors);
         let parameters = ParameterGroup {
             parameters: vit.parameters(),
             learning_rate: 1e-6,
@@ -178,7 +180,7 @@ fn dense_step() -> Row {
         let images = noise(&[batch, 3, 224, 224], 1);
         let tensors = HashMap::from([("images", images.clone())]);
         let model = Some(("vit_tiny_patch16_224", &vit));
-        let request = request("dense_step", folder, model, tensors);
+        let request = request("dense_step", folder, model, &tensors);
         let (config, mut rng) = (DenseConfig::default(), Rng::seed(0));
         let objective =
             PrototypeObjective::random(&config, 192, &mut rng, &Device::Cpu).expect("an objective");
@@ -219,7 +221,7 @@ fn sinkhorn(prototypes: usize) -> Row {
     let prepare = move |folder: &Path| {
         let scores = noise(&[6272, prototypes], 1).tanh().expect("scores");
         let tensors = HashMap::from([("scores", scores.clone())]);
-        let request = request("sinkhorn", folder, None, tensors);
+        let request = request("sinkhorn", folder, None, &tensors);
         let same = scores.clone();
         let assign = |scores: &Tensor| SinkhornKnopp::default().assign(scores).expect("Q");
         let work = Work {

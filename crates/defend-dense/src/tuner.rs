@@ -88,25 +88,7 @@ impl DenseTuner {
         for epoch in 0..config.epochs {
             let mut total = 0.0;
             for indices in shuffled_batches(images.len(), config.batch, rng) {
-                let batch = images.images(&indices)?;
-                let (pixels, prefix) = match config.view {
-                    View::Whole => {
-                        let grid = grid_of(&batch, patch)?;
-                        let [tokens] = views.batch(&indices, |missing| {
-                            let batch = images.images(missing)?;
-                            Ok::<_, Error>([backbone.frozen_prefix(&batch)?.tokens.detach()])
-                        })?;
-                        (batch, Prefix { tokens, grid })
-                    }
-                    View::Random { count, area } => {
-                        let sampler = CropSampler::new(area, config.crop_aspect);
-                        let grid = grid_of(&batch, patch)?;
-                        let boxes = sampler.boxes(grid, indices.len() * count, rng);
-                        let views = extract(&batch, &boxes, patch, batch.dim(2)?)?;
-                        let prefix = backbone.frozen_prefix(&views)?;
-                        (views, prefix)
-                    }
-                };
+                let (pixels, prefix) = self.views(backbone, images, &indices, &mut views, rng)?;
                 let (grid, count) = (prefix.grid, pixels.dim(0)?);
                 let boxes = sampler.boxes(grid, count * config.crops, rng);
                 let crops = extract(&pixels, &boxes, patch, config.crop_size)?;
@@ -151,6 +133,36 @@ impl DenseTuner {
         objective.constrain()?;
         release_memory();
         Ok(DenseReport { losses, steps })
+    }
+
+    /// The pixels of a batch's views and their tokens after the frozen blocks.
+    fn views(
+        &self,
+        backbone: &dyn Trainable,
+        images: &dyn ImageSource,
+        indices: &[usize],
+        cache: &mut TensorCache<1>,
+        rng: &mut Rng,
+    ) -> Result<(Tensor, Prefix), Error> {
+        let patch = backbone.spec().architecture.patch_size;
+        let batch = images.images(indices)?;
+        let grid = grid_of(&batch, patch)?;
+        match self.config.view {
+            View::Whole => {
+                let [tokens] = cache.batch(indices, |missing| {
+                    let batch = images.images(missing)?;
+                    Ok::<_, Error>([backbone.frozen_prefix(&batch)?.tokens.detach()])
+                })?;
+                Ok((batch, Prefix { tokens, grid }))
+            }
+            View::Random { count, area } => {
+                let sampler = CropSampler::new(area, self.config.crop_aspect);
+                let boxes = sampler.boxes(grid, indices.len() * count, rng);
+                let views = extract(&batch, &boxes, patch, batch.dim(2)?)?;
+                let prefix = backbone.frozen_prefix(&views)?;
+                Ok((views, prefix))
+            }
+        }
     }
 }
 

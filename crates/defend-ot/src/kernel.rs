@@ -68,10 +68,14 @@ pub(crate) fn assign(
 fn softmax(row: &mut [f32], offsets: &[f32]) -> (f32, f32) {
     row.iter_mut().zip(offsets).for_each(|(v, b)| *v -= b);
     let largest = vector::max(row);
-    row.iter_mut().for_each(|v| *v = vector::exp(*v - largest));
+    for v in row.iter_mut() {
+        *v = vector::exp(*v - largest);
+    }
     let sum = vector::sum(row);
     let scale = 1.0 / sum;
-    row.iter_mut().for_each(|v| *v *= scale);
+    for v in row.iter_mut() {
+        *v *= scale;
+    }
     (largest, sum)
 }
 

@@ -10,7 +10,7 @@ use crate::block::{Block, Linear, Norm};
 use crate::features::{Backbone, Features, Grid, Layer, Prefix, TokenSet, Trainable};
 use crate::patch_embed::patchify;
 use crate::pos_embed::Bicubic;
-use crate::{BackboneSpec, Error, Weights, pos_embed};
+use crate::{Architecture, BackboneSpec, Error, Weights, pos_embed};
 
 /// Which parameters of a loaded backbone train.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,6 +90,40 @@ impl Assembly<'_, '_> {
             weight: self.parameter(&format!("{name}.weight"), &[width], trains)?,
             bias: self.parameter(&format!("{name}.bias"), &[width], trains)?,
             eps: self.eps,
+        })
+    }
+
+    fn block(
+        &mut self,
+        arch: &Architecture,
+        at: &str,
+        trains: bool,
+    ) -> Result<BlockParameters, Error> {
+        let (d, hidden) = (arch.width, arch.mlp_width);
+        let mut pair = |name: &str, shape: &[usize]| -> Result<[Tensor; 2], Error> {
+            let (weight, bias) = (format!("{at}.{name}.weight"), format!("{at}.{name}.bias"));
+            Ok([
+                self.parameter(&weight, shape, trains)?,
+                self.parameter(&bias, &shape[..1], trains)?,
+            ])
+        };
+        Ok(BlockParameters {
+            norm1: pair("norm1", &[d])?,
+            qkv: pair("attn.qkv", &[3 * d, d])?,
+            projection: pair("attn.proj", &[d, d])?,
+            norm2: pair("norm2", &[d])?,
+            fc1: pair("mlp.fc1", &[hidden, d])?,
+            fc2: pair("mlp.fc2", &[d, hidden])?,
+            scales: if arch.layer_scale {
+                Some([
+                    self.parameter(&format!("{at}.ls1.gamma"), &[d], trains)?,
+                    self.parameter(&format!("{at}.ls2.gamma"), &[d], trains)?,
+                ])
+            } else {
+                None
+            },
+            heads: arch.heads,
+            eps: arch.layer_norm_eps,
         })
     }
 }
@@ -224,32 +258,7 @@ impl Vit {
         let blocks = (0..arch.depth)
             .map(|i| {
                 let (trains, at) = (i >= first_trained, format!("blocks.{i}"));
-                let mut pair = |name: &str, shape: &[usize]| -> Result<[Tensor; 2], Error> {
-                    let (weight, bias) =
-                        (format!("{at}.{name}.weight"), format!("{at}.{name}.bias"));
-                    Ok([
-                        build.parameter(&weight, shape, trains)?,
-                        build.parameter(&bias, &shape[..1], trains)?,
-                    ])
-                };
-                let parameters = BlockParameters {
-                    norm1: pair("norm1", &[d])?,
-                    qkv: pair("attn.qkv", &[3 * d, d])?,
-                    projection: pair("attn.proj", &[d, d])?,
-                    norm2: pair("norm2", &[d])?,
-                    fc1: pair("mlp.fc1", &[arch.mlp_width, d])?,
-                    fc2: pair("mlp.fc2", &[d, arch.mlp_width])?,
-                    scales: if arch.layer_scale {
-                        Some([
-                            build.parameter(&format!("{at}.ls1.gamma"), &[d], trains)?,
-                            build.parameter(&format!("{at}.ls2.gamma"), &[d], trains)?,
-                        ])
-                    } else {
-                        None
-                    },
-                    heads: arch.heads,
-                    eps: arch.layer_norm_eps,
-                };
+                let parameters = build.block(&arch, &at, trains)?;
                 Ok(Block {
                     parameters,
                     drop_path: drop_path * i as f64 / (arch.depth.max(2) - 1) as f64,

@@ -139,15 +139,8 @@ fn residual(out: &mut [f32], x: &[f32], y: &[f32], [weight, bias]: [&[f32]; 2], 
     product(out, outputs, Into::Accumulate, y, weight, factor, 1);
 }
 
-/// Runs the block on `x` `[B T, D]`; with `cls_attention` `[B, h, T - 1]`, the first token's attention to the others
-/// goes there; `save` keeps what [`backward`] needs.
-pub(crate) fn forward(
-    shape: Shape<'_>,
-    weights: Weights<'_>,
-    x: &[f32],
-    cls_attention: Option<&mut [f32]>,
-    save: bool,
-) -> (Vec<f32>, Option<Saved>) {
+/// The packed queries, keys and values of all rows, `[B T, 3 D]`.
+fn queries_keys_values(shape: &Shape<'_>, weights: &Weights<'_>, x: &[f32]) -> Buffer {
     let (n, d, rows) = (shape.tokens, shape.width, shape.rows());
     let piece = shape.piece();
     let mut qkv = Buffer::stale(rows * 3 * d);
@@ -163,7 +156,20 @@ pub(crate) fn forward(
                 affine(qkv, z, weights.qkv);
             },
         );
+    qkv
+}
 
+/// Runs the block on `x` `[B T, D]`; with `cls_attention` `[B, h, T - 1]`, the first token's attention to the others
+/// goes there; `save` keeps what [`backward`] needs.
+pub(crate) fn forward(
+    shape: Shape<'_>,
+    weights: Weights<'_>,
+    x: &[f32],
+    cls_attention: Option<&mut [f32]>,
+    save: bool,
+) -> (Vec<f32>, Option<Saved>) {
+    let (n, d, rows) = (shape.tokens, shape.width, shape.rows());
+    let qkv = queries_keys_values(&shape, &weights, x);
     let mut out = vec![0f32; rows * d];
     // Without a backward pass these live in each task's scratch memory.
     let kept = |columns: usize| Buffer::stale(if save { rows * columns } else { 0 });
@@ -368,31 +374,13 @@ pub(crate) fn backward(
     if !with_parameters {
         return (dx, None);
     }
-    let sums = column_sums(&norms, 4 * d);
-    let part = |i: usize| sums[i * d..(i + 1) * d].to_vec();
-    let maps: [(&[f32], usize, &[f32], usize); 4] = [
-        (&dqkv, 3 * d, &z1, d),
-        (&g1, d, &saved.attended, d),
-        (&dhidden, h, &z2, d),
-        (g2, d, &activated, h),
+    let maps = [
+        Products(&dqkv, 3 * d, &z1, d),
+        Products(&g1, d, &saved.attended, d),
+        Products(&dhidden, h, &z2, d),
+        Products(g2, d, &activated, h),
     ];
-    let [qkv, projection, fc1, fc2] = weight_gradients(maps, rows);
-    let bias = |i: usize| column_sums(maps[i].0, maps[i].1);
-    let gradients = [
-        part(0),
-        part(1),
-        qkv,
-        bias(0),
-        projection,
-        bias(1),
-        part(2),
-        part(3),
-        fc1,
-        bias(2),
-        fc2,
-        bias(3),
-    ];
-    (dx, Some(gradients))
+    (dx, Some(parameter_gradients(&norms, maps, rows)))
 }
 
 /// Gradient of an image's packed queries, keys and values from that of its attention's output `g` `[T, D]`; `p` and
@@ -430,12 +418,40 @@ fn attention_backward(
     }
 }
 
+/// What the gradient of an affine map's parameters is made of: the gradient of its output `[rows, outputs]` and its input
+/// `[rows, inputs]`, each with its columns.
+#[derive(Clone, Copy)]
+struct Products<'a>(&'a [f32], usize, &'a [f32], usize);
+
+/// From the sums of both norms, `[B, 4 D]`, and the four maps, in the order that they are used.
+fn parameter_gradients(norms: &[f32], maps: [Products<'_>; 4], rows: usize) -> Gradients {
+    let d = maps[0].3;
+    let sums = column_sums(norms, 4 * d);
+    let part = |i: usize| sums[i * d..(i + 1) * d].to_vec();
+    let [qkv, projection, fc1, fc2] = weight_gradients(maps, rows);
+    let bias = |i: usize| column_sums(maps[i].0, maps[i].1);
+    [
+        part(0),
+        part(1),
+        qkv,
+        bias(0),
+        projection,
+        bias(1),
+        part(2),
+        part(3),
+        fc1,
+        bias(2),
+        fc2,
+        bias(3),
+    ]
+}
+
 /// `G^T X` of each map, from G `[rows, outputs]` and X `[rows, inputs]`, cut into tasks of some rows of the result.
-fn weight_gradients(maps: [(&[f32], usize, &[f32], usize); 4], rows: usize) -> [Vec<f32>; 4] {
+fn weight_gradients(maps: [Products<'_>; 4], rows: usize) -> [Vec<f32>; 4] {
     const ELEMENTS_PER_TASK: usize = 48 * 1024;
-    let mut gradients = maps.map(|(_, outputs, _, inputs)| vec![0f32; outputs * inputs]);
+    let mut gradients = maps.map(|Products(_, outputs, _, inputs)| vec![0f32; outputs * inputs]);
     let mut tasks = Vec::new();
-    for (gradient, (g, outputs, x, inputs)) in gradients.iter_mut().zip(maps) {
+    for (gradient, Products(g, outputs, x, inputs)) in gradients.iter_mut().zip(maps) {
         let per_task = (ELEMENTS_PER_TASK / inputs).max(64);
         for (i, part) in gradient.chunks_mut(per_task * inputs).enumerate() {
             let columns = part.len() / inputs;
