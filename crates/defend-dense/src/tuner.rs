@@ -2,8 +2,8 @@
 
 use candle_core::Tensor;
 use defend_nn::{
-    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, release_memory,
-    shuffled_batches,
+    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, half_cosine,
+    release_memory, shuffled_batches,
 };
 use defend_vit::{Grid, ImageSource, Prefix, Trainable};
 
@@ -94,12 +94,13 @@ impl DenseTuner {
                 let crops = extract(&pixels, &boxes, patch, config.crop_size)?;
                 objective.constrain()?;
                 // No gradient flows through the view: Q is a constant target.
-                let assign = || {
-                    objective.constrain()?;
-                    objective.assign(&backbone.features_from(&prefix)?.patches.detach())
-                };
+                let assign =
+                    || objective.assign(&backbone.features_from(&prefix)?.patches.detach());
                 let assigned = match &mut average {
-                    Some(average) => average.during(assign)?,
+                    Some(average) => average.during(|| {
+                        objective.constrain()?;
+                        assign()
+                    })?,
                     None => assign()?,
                 };
                 let crops = backbone.features_from(&backbone.frozen_prefix(&crops)?)?;
@@ -177,7 +178,7 @@ fn grid_of(images: &Tensor, patch: usize) -> Result<Grid, Error> {
 /// From `first` at step 0 to `last` at the last of `steps`, along a half cosine.
 fn between(first: f64, last: f64, step: usize, steps: usize) -> f64 {
     let progress = step as f64 / steps.saturating_sub(1).max(1) as f64;
-    last + 0.5 * (first - last) * (1.0 + (std::f64::consts::PI * progress).cos())
+    half_cosine(first, last, progress)
 }
 
 #[cfg(test)]

@@ -13,24 +13,8 @@ use defend_dense::{
 };
 use defend_nn::Rng;
 use defend_ot::SinkhornKnopp;
-use defend_testing::{Golden, assert_close, largest};
+use defend_testing::{Golden, assert_close, assert_moved};
 use defend_vit::{Architecture, BackboneSpec, TrainScope, Vit, Weights};
-
-/// Compares how far a parameter moved.
-fn assert_moved(name: &str, before: &Tensor, found: &Tensor, expected: &Tensor) {
-    let parts = |t: &Tensor| {
-        if !name.ends_with("qkv.bias") {
-            return t.clone();
-        }
-        // A softmax does not change when all keys move: the keys' bias has no gradient but rounding, which
-        // AdamW blows up to a part of a step.
-        let part = |start| t.narrow(0, start, 16).unwrap();
-        Tensor::cat(&[part(0), part(32)], 0).unwrap()
-    };
-    let change = |t: &Tensor| (parts(t) - parts(before)).unwrap();
-    assert!(largest(&change(expected)) > 5e-4, "{name} hardly trained");
-    assert_close(&change(found), &change(expected), 1e-3, name);
-}
 
 #[test]
 fn three_steps_match_pytorch() {
@@ -97,11 +81,11 @@ fn three_steps_match_pytorch() {
     for (name, before) in &weights {
         if name.starts_with("blocks.1") || name.starts_with("blocks.2") {
             let expected = golden.get(&format!("after.{name}"));
-            assert_moved(name, before, &state[name], &expected);
+            assert_moved(name, before, &state[name], &expected, 5e-4);
         }
     }
     for (name, var) in objective.parameters() {
         let (before, expected) = (golden.get(&name), golden.get(&format!("after.{name}")));
-        assert_moved(&name, &before, var.as_tensor(), &expected);
+        assert_moved(&name, &before, var.as_tensor(), &expected, 5e-4);
     }
 }

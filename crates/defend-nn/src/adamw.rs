@@ -2,12 +2,13 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{
-    CpuStorage, DType, InplaceOp2, Layout, Result as CandleResult, Storage, Tensor, Var, bail,
+    CpuStorage, DType, InplaceOp2, Layout, Result as CandleResult, Tensor, Var, bail,
 };
 use rayon::prelude::*;
 
 use crate::Error;
 use crate::kernels::math::{self, vectorised};
+use crate::ops::{is_fast, with_slices};
 
 /// Constants of AdamW (Loshchilov and Hutter, 2019), as `torch.optim.AdamW` names them.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -72,17 +73,6 @@ impl AdamW {
     /// [`Error::Config`] for a learning rate, decay or beta outside its range; [`Error::Candle`] when the
     /// moments cannot be allocated.
     pub fn new(groups: Vec<ParameterGroup>, config: AdamWConfig) -> Result<Self, Error> {
-        let check = |field, value: f64, ok: bool, expected| {
-            if ok {
-                Ok(())
-            } else {
-                Err(Error::Config {
-                    field,
-                    value,
-                    expected,
-                })
-            }
-        };
         for (field, beta) in [("beta1", config.beta1), ("beta2", config.beta2)] {
             check(field, beta, (0.0..1.0).contains(&beta), "a number in 0..1")?;
         }
@@ -96,13 +86,7 @@ impl AdamW {
                     rate.is_finite() && rate > 0.0,
                     "a positive number",
                 )?;
-                let decay = group.weight_decay;
-                check(
-                    "weight_decay",
-                    decay,
-                    decay.is_finite() && decay >= 0.0,
-                    "zero or a positive number",
-                )?;
+                check_decay(group.weight_decay)?;
                 let slots = group
                     .parameters
                     .into_iter()
@@ -136,13 +120,7 @@ impl AdamW {
     /// # Errors
     /// [`Error::Config`] for a decay outside its range.
     pub fn set_weight_decay(&mut self, decay: f64) -> Result<(), Error> {
-        if !(decay.is_finite() && decay >= 0.0) {
-            return Err(Error::Config {
-                field: "weight_decay",
-                value: decay,
-                expected: "zero or a positive number",
-            });
-        }
+        check_decay(decay)?;
         for group in &mut self.groups {
             if group.weight_decay > 0.0 {
                 group.weight_decay = decay;
@@ -190,15 +168,29 @@ impl AdamW {
     }
 }
 
+fn check(field: &'static str, value: f64, ok: bool, expected: &'static str) -> Result<(), Error> {
+    if ok {
+        return Ok(());
+    }
+    Err(Error::Config {
+        field,
+        value,
+        expected,
+    })
+}
+
+fn check_decay(decay: f64) -> Result<(), Error> {
+    let ok = decay.is_finite() && decay >= 0.0;
+    check("weight_decay", decay, ok, "zero or a positive number")
+}
+
 /// Whether all values are finite: a sum of squares is not when one of them is not.
 fn is_finite(t: &Tensor) -> CandleResult<bool> {
-    if t.device().is_cpu() && t.dtype() == DType::F32 && t.is_contiguous() {
-        let (storage, layout) = t.storage_and_layout();
-        if let Storage::Cpu(storage) = &*storage {
-            let values = crate::ops::slice("AdamW", storage, layout)?;
+    if is_fast(&[t]) {
+        return with_slices("AdamW", [t], |[values]| {
             let chunks = values.par_chunks(ELEMENTS_PER_TASK);
-            return Ok(chunks.all(|part| vectorised(|| math::dot(part, part)).is_finite()));
-        }
+            Ok(chunks.all(|part| vectorised(|| math::dot(part, part)).is_finite()))
+        });
     }
     let total = t
         .to_dtype(DType::F32)?

@@ -23,5 +23,5 @@ pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
 pub use error::Error;
 pub use init::{Rng, normal, truncated_normal, xavier_uniform};
 pub use kernels::pool::release_memory;
-pub use schedule::Schedule;
+pub use schedule::{Schedule, half_cosine};
 pub use training::{TensorCache, TrainingStep, shuffled_batches};

@@ -30,7 +30,7 @@ impl Schedule {
                     return (step + 1.0) / warm;
                 }
                 let progress = (step - warm) / (total as f64 - warm).max(1.0);
-                floor + 0.5 * (1.0 - floor) * (1.0 + (std::f64::consts::PI * progress).cos())
+                half_cosine(1.0, floor, progress)
             }
         }
     }
@@ -54,6 +54,11 @@ impl Schedule {
         }
         Ok(())
     }
+}
+
+/// From `first` at `progress` 0 to `last` at 1, along a half cosine.
+pub fn half_cosine(first: f64, last: f64, progress: f64) -> f64 {
+    last + 0.5 * (first - last) * (1.0 + (std::f64::consts::PI * progress).cos())
 }
 
 #[cfg(test)]

@@ -63,6 +63,24 @@ pub fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64, what: &st
     );
 }
 
+/// Compares how far a transformer's parameter of timm's `name` moved in training, and that it moved at least `least`.
+///
+/// A softmax does not change when all keys move: the keys' part of a `qkv.bias` has no gradient but rounding, which
+/// AdamW blows up to a part of a step, so only queries and values are compared there.
+pub fn assert_moved(name: &str, before: &Tensor, found: &Tensor, expected: &Tensor, least: f64) {
+    let parts = |t: &Tensor| {
+        if !name.ends_with("qkv.bias") {
+            return t.clone();
+        }
+        let width = t.elem_count() / 3;
+        let part = |i: usize| t.narrow(0, i * width, width).unwrap();
+        Tensor::cat(&[part(0), part(2)], 0).unwrap()
+    };
+    let change = |t: &Tensor| (parts(t) - parts(before)).unwrap();
+    assert!(largest(&change(expected)) > least, "{name} hardly trained");
+    assert_close(&change(found), &change(expected), 1e-3, name);
+}
+
 /// The folder of images and weights that `$DEFEND_ASSETS` names.
 pub fn assets() -> PathBuf {
     let folder = std::env::var_os("DEFEND_ASSETS");

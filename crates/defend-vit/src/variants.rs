@@ -60,7 +60,7 @@ impl Vit {
         )
     }
 
-    /// A frozen copy for images of another size: the positional embedding is resized once, as every pass at that
+    /// A copy for images of another size: the positional embedding is resized once, as every pass at that
     /// size would do, and the spec says the new size. Nothing is shared with `self`.
     ///
     /// # Errors

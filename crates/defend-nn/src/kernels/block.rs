@@ -5,9 +5,10 @@
 
 use rayon::prelude::*;
 
+use super::attention::Heads;
 use super::math::{self, vectorised};
 use super::pool::Buffer;
-use super::product::{Into, MatRef, product};
+use super::product::{Into, MatRef, affine, product};
 use super::{column_sums, norm};
 
 /// Rows of an image that a task handles at most.
@@ -61,12 +62,12 @@ impl Shape<'_> {
         self.images * self.tokens
     }
 
-    fn head_width(&self) -> usize {
-        self.width / self.heads
-    }
-
-    fn scale(&self) -> f32 {
-        (1.0 / (self.head_width() as f64).sqrt()) as f32
+    fn heads(&self) -> Heads {
+        Heads {
+            tokens: self.tokens,
+            width: self.width,
+            count: self.heads,
+        }
     }
 
     fn factor(&self, branch: usize, image: usize) -> f32 {
@@ -93,33 +94,6 @@ impl Shape<'_> {
             .flat_map(|image| starts.iter().map(move |&start| (image, start)))
             .collect()
     }
-
-    /// Query (0), key (1) or value (2) of a head in packed rows.
-    fn part<'a>(&self, packed: &'a [f32], rows: usize, which: usize, head: usize) -> MatRef<'a> {
-        let start = which * self.width + head * self.head_width();
-        MatRef::strided(&packed[start..], rows, self.head_width(), 3 * self.width)
-    }
-
-    /// `softmax(Q K^T / sqrt(d))` of one head, `[queries, T]`.
-    fn probabilities(&self, out: &mut [f32], q: MatRef<'_>, k: MatRef<'_>) {
-        let (n, scale) = (self.tokens, self.scale());
-        product(out, n, Into::Overwrite, q, k.transposed(), 1.0, 1);
-        vectorised(|| {
-            out.chunks_exact_mut(n)
-                .for_each(|row| math::softmax_row(row, scale));
-        });
-    }
-}
-
-/// `out = x W^T + b` for the rows of `x`.
-fn affine(out: &mut [f32], x: &[f32], [weight, bias]: [&[f32]; 2]) {
-    let (outputs, inputs) = (bias.len(), weight.len() / bias.len());
-    for row in out.chunks_exact_mut(outputs) {
-        row.copy_from_slice(bias);
-    }
-    let x = MatRef::dense(x, x.len() / inputs, inputs);
-    let weight = MatRef::dense(weight, outputs, inputs).transposed();
-    product(out, outputs, Into::Accumulate, x, weight, 1.0, 1);
 }
 
 /// `out = x + factor (y W^T + b)`.
@@ -153,7 +127,7 @@ fn queries_keys_values(shape: &Shape<'_>, weights: &Weights<'_>, x: &[f32]) -> B
                 let z = &mut z[..rows * d];
                 let x = &x[(image * n + first) * d..][..rows * d];
                 norm::forward(z, x, weights.norm1, shape.eps);
-                affine(qkv, z, weights.qkv);
+                affine(qkv, z, weights.qkv, 1);
             },
         );
     qkv
@@ -208,23 +182,14 @@ pub(crate) fn forward(
         .into_par_iter()
         .for_each_init(
             || Scratch::new(&shape, save),
-            |scratch, (out, (image, first), attended, middle, hidden, mut cls)| {
+            |scratch, (out, (image, first), attended, middle, hidden, cls)| {
                 let rows = out.len() / d;
                 let x = &x[(image * n + first) * d..][..rows * d];
                 let packed = &qkv[image * n * 3 * d..][..n * 3 * d];
                 let attended = attended.unwrap_or(&mut scratch.attended[..]);
                 let attended = &mut attended[..rows * d];
                 let p = &mut scratch.probabilities[..rows * n];
-                for head in 0..shape.heads {
-                    let q = shape.part(&packed[first * 3 * d..], rows, 0, head);
-                    shape.probabilities(p, q, shape.part(packed, n, 1, head));
-                    if let Some(cls) = &mut cls {
-                        cls[head * (n - 1)..][..n - 1].copy_from_slice(&p[1..n]);
-                    }
-                    let (p, v) = (MatRef::dense(p, rows, n), shape.part(packed, n, 2, head));
-                    let out = &mut attended[head * shape.head_width()..];
-                    product(out, d, Into::Overwrite, p, v, 1.0, 1);
-                }
+                shape.heads().attend(attended, packed, first, p, cls);
                 let middle = middle.unwrap_or(&mut scratch.middle[..]);
                 let middle = &mut middle[..rows * d];
                 residual(
@@ -238,13 +203,13 @@ pub(crate) fn forward(
                 norm::forward(z, middle, weights.norm2, shape.eps);
                 let activated = &mut scratch.activated[..rows * shape.hidden];
                 if let Some(hidden) = hidden {
-                    affine(hidden, z, weights.fc1);
+                    affine(hidden, z, weights.fc1, 1);
                     vectorised(|| {
                         let pairs = activated.iter_mut().zip(&*hidden);
                         pairs.for_each(|(a, &h)| *a = math::gelu(h));
                     });
                 } else {
-                    affine(activated, z, weights.fc1);
+                    affine(activated, z, weights.fc1, 1);
                     vectorised(|| activated.iter_mut().for_each(|a| *a = math::gelu(*a)));
                 }
                 residual(out, middle, activated, weights.fc2, shape.factor(1, image));
@@ -297,14 +262,16 @@ pub(crate) fn backward(
     // Inputs of the four products and gradients of their outputs, whole, for the weights' gradients.
     let (mut z1, mut dqkv, mut g1) = (buffer(d), buffer(3 * d), buffer(d));
     let (mut z2, mut dhidden, mut activated) = (buffer(d), buffer(h), buffer(h));
-    let mut g2 = Buffer::stale(if shape.factors.is_some() { rows * d } else { 0 });
-    for (image, (g2, g)) in g2.chunks_mut(n * d).zip(g.chunks(n * d)).enumerate() {
-        let factor = shape.factor(1, image);
-        g2.iter_mut()
-            .zip(g)
-            .for_each(|(scaled, &g)| *scaled = factor * g);
-    }
-    let g2: &[f32] = if shape.factors.is_some() { &g2 } else { g };
+    let scaled = shape.factors.map(|[_, factors]| {
+        let mut scaled = buffer(d);
+        let images = scaled.chunks_mut(n * d).zip(g.chunks(n * d));
+        for ((scaled, g), factor) in images.zip(factors) {
+            let pairs = scaled.iter_mut().zip(g);
+            pairs.for_each(|(scaled, g)| *scaled = factor * g);
+        }
+        scaled
+    });
+    let g2 = scaled.as_deref().unwrap_or(g);
     let mut norms = vec![0f32; shape.images * 4 * d];
     (
         dx.par_chunks_mut(n * d),
@@ -357,7 +324,8 @@ pub(crate) fn backward(
                     1.0,
                     1,
                 );
-                attention_backward(&shape, dqkv, &saved.qkv[of(3 * d)], dz, p, dp);
+                let packed = &saved.qkv[of(3 * d)];
+                shape.heads().backward(dqkv, packed, dz, p, dp);
                 let qkv = MatRef::dense(weights.qkv[0], 3 * d, d);
                 product(
                     dz,
@@ -381,41 +349,6 @@ pub(crate) fn backward(
         Products(g2, d, &activated, h),
     ];
     (dx, Some(parameter_gradients(&norms, maps, rows)))
-}
-
-/// Gradient of an image's packed queries, keys and values from that of its attention's output `g` `[T, D]`; `p` and
-/// `dp` are scratch `[T, T]`.
-fn attention_backward(
-    shape: &Shape<'_>,
-    dqkv: &mut [f32],
-    packed: &[f32],
-    g: &[f32],
-    p: &mut [f32],
-    dp: &mut [f32],
-) {
-    let (n, d, stride) = (shape.tokens, shape.head_width(), 3 * shape.width);
-    for head in 0..shape.heads {
-        let [q, k, v] = [0, 1, 2].map(|which| shape.part(packed, n, which, head));
-        let g = MatRef::strided(&g[head * d..], n, d, shape.width);
-        shape.probabilities(p, q, k);
-        let mut into = |which: usize, left: MatRef<'_>, right: MatRef<'_>, factor: f32| {
-            let out = &mut dqkv[which * shape.width + head * d..];
-            product(out, stride, Into::Overwrite, left, right, factor, 1);
-        };
-        into(2, MatRef::dense(p, n, n).transposed(), g, 1.0);
-        product(dp, n, Into::Overwrite, g, v.transposed(), 1.0, 1);
-        // Softmax: dS = P * (dP - sum(P * dP)).
-        vectorised(|| {
-            for (p, dp) in p.chunks_exact(n).zip(dp.chunks_exact_mut(n)) {
-                let mean = math::dot(p, dp);
-                let pairs = dp.iter_mut().zip(p);
-                pairs.for_each(|(dp, p)| *dp = p * (*dp - mean));
-            }
-        });
-        let ds = MatRef::dense(dp, n, n);
-        into(0, ds, k, shape.scale());
-        into(1, ds.transposed(), q, shape.scale());
-    }
 }
 
 /// What the gradient of an affine map's parameters is made of: the gradient of its output `[rows, outputs]` and its input

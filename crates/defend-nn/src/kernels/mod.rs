@@ -6,6 +6,7 @@
 use math::vectorised;
 use rayon::prelude::*;
 
+pub(crate) mod attention;
 pub(crate) mod block;
 pub(crate) mod math;
 pub(crate) mod norm;

@@ -103,6 +103,17 @@ pub(crate) fn product(
     }
 }
 
+/// `out = x W^T + b` for the rows of `x`; weight `[O, I]`, bias `[O]`.
+pub(crate) fn affine(out: &mut [f32], x: &[f32], [weight, bias]: [&[f32]; 2], threads: usize) {
+    let (outputs, inputs) = (bias.len(), weight.len() / bias.len());
+    for row in out.chunks_exact_mut(outputs) {
+        row.copy_from_slice(bias);
+    }
+    let x = MatRef::dense(x, x.len() / inputs, inputs);
+    let weight = MatRef::dense(weight, outputs, inputs).transposed();
+    product(out, outputs, Into::Accumulate, x, weight, 1.0, threads);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

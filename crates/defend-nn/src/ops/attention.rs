@@ -4,8 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail}
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
-use crate::kernels::math::{self, vectorised};
-use crate::kernels::product::{Into, MatRef, product};
+use crate::kernels::attention::Heads;
 
 /// Queries a parallel task handles: fixed, so that a result does not depend on batch or threads.
 const QUERIES_PER_TASK: usize = 128;
@@ -79,20 +78,13 @@ impl Attention {
         self.heads * self.d
     }
 
-    /// Query (0), key (1) or value (2) rows of a head within one image's packed rows.
-    fn part<'a>(&self, packed: &'a [f32], rows: usize, which: usize, head: usize) -> MatRef<'a> {
-        let start = which * self.width() + head * self.d;
-        MatRef::strided(&packed[start..], rows, self.d, 3 * self.width())
-    }
-
-    /// softmax(Q K^T / sqrt(d)) of one head into `probabilities`, `[queries, n]`.
-    fn probabilities(&self, out: &mut [f32], q: MatRef<'_>, k: MatRef<'_>, n: usize) {
-        product(out, n, Into::Overwrite, q, k.transposed(), 1.0, 1);
-        let scale = scale(self.d) as f32;
-        vectorised(|| {
-            out.chunks_exact_mut(n)
-                .for_each(|row| math::softmax_row(row, scale));
-        });
+    /// For an image of `tokens`.
+    fn of(&self, tokens: usize) -> Heads {
+        Heads {
+            tokens,
+            width: self.width(),
+            count: self.heads,
+        }
     }
 }
 
@@ -119,13 +111,7 @@ impl CustomOp1 for Attention {
             tasks.into_par_iter().for_each(|(image, first, out)| {
                 let queries = out.len() / width;
                 let mut p = vec![0f32; queries * n];
-                for head in 0..self.heads {
-                    let q = self.part(&image[first * packed..], queries, 0, head);
-                    self.probabilities(&mut p, q, self.part(image, n, 1, head), n);
-                    let out = &mut out[head * self.d..];
-                    let (p, v) = (MatRef::dense(&p, queries, n), self.part(image, n, 2, head));
-                    product(out, width, Into::Overwrite, p, v, 1.0, 1);
-                }
+                self.of(n).attend(out, image, first, &mut p, None);
             });
         }
         Ok((CpuStorage::F32(out), (b, n, width).into()))
@@ -134,7 +120,6 @@ impl CustomOp1 for Attention {
     fn bwd(&self, qkv: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (_, n, packed) = qkv.dims3()?;
         let width = self.width();
-        let scale = scale(self.d) as f32;
         with_slices("attention", [qkv, grad], |[xs, gs]| {
             let mut dx = vec![0f32; xs.len()];
             let images = dx
@@ -143,51 +128,7 @@ impl CustomOp1 for Attention {
                 .zip(gs.par_chunks(n * width));
             images.for_each(|((dx, x), g)| {
                 let (mut p, mut dp) = (vec![0f32; n * n], vec![0f32; n * n]);
-                for head in 0..self.heads {
-                    let [q, k, v] = [0, 1, 2].map(|which| self.part(x, n, which, head));
-                    let g = MatRef::strided(&g[head * self.d..], n, self.d, width);
-                    self.probabilities(&mut p, q, k, n);
-                    let column = |which: usize| which * width + head * self.d;
-                    let probabilities = MatRef::dense(&p, n, n);
-                    product(
-                        &mut dx[column(2)..],
-                        packed,
-                        Into::Overwrite,
-                        probabilities.transposed(),
-                        g,
-                        1.0,
-                        1,
-                    );
-                    product(&mut dp, n, Into::Overwrite, g, v.transposed(), 1.0, 1);
-                    // Softmax: dS = P * (dP - sum(P * dP)).
-                    vectorised(|| {
-                        for (p, dp) in p.chunks_exact(n).zip(dp.chunks_exact_mut(n)) {
-                            let mean = math::dot(p, dp);
-                            dp.iter_mut()
-                                .zip(p)
-                                .for_each(|(dp, p)| *dp = p * (*dp - mean));
-                        }
-                    });
-                    let ds = MatRef::dense(&dp, n, n);
-                    product(
-                        &mut dx[column(0)..],
-                        packed,
-                        Into::Overwrite,
-                        ds,
-                        k,
-                        scale,
-                        1,
-                    );
-                    product(
-                        &mut dx[column(1)..],
-                        packed,
-                        Into::Overwrite,
-                        ds.transposed(),
-                        q,
-                        scale,
-                        1,
-                    );
-                }
+                self.of(n).backward(dx, x, g, &mut p, &mut dp);
             });
             from_vec(dx, qkv.dims()).map(Some)
         })

@@ -2,11 +2,12 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::{
-    CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, bail,
-};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
-use super::{attention, cls_attention, from_vec, is_fast, layer_norm, linear, linear_gelu, slice};
+use super::{
+    attention, cls_attention, from_vec, is_fast, layer_norm, linear, linear_gelu, slice,
+    with_slices,
+};
 use crate::kernels::block::{self as kernel, Saved};
 
 /// Parameters of a pre-norm transformer block; matrices are `[O, I]`, vectors `[O]`.
@@ -213,25 +214,17 @@ impl Call {
 
     /// Calls `f` with the parameters' values.
     fn with_weights<R>(&self, f: impl FnOnce(kernel::Weights<'_>) -> R) -> Result<R> {
-        let contiguous = self.parameters.tensors().map(Tensor::contiguous);
-        let contiguous = contiguous.into_iter().collect::<Result<Vec<_>>>()?;
-        let guards: Vec<_> = contiguous.iter().map(Tensor::storage_and_layout).collect();
-        let mut slices = [&[] as &[f32]; 12];
-        for (target, (storage, layout)) in slices.iter_mut().zip(&guards) {
-            let Storage::Cpu(storage) = &**storage else {
-                bail!("transformer block: a parameter is on another device")
-            };
-            *target = slice("transformer block", storage, layout)?;
-        }
-        let [a, b, c, d, e, f1, g, h, i, j, k, l] = slices;
-        Ok(f(kernel::Weights {
-            norm1: [a, b],
-            qkv: [c, d],
-            projection: [e, f1],
-            norm2: [g, h],
-            fc1: [i, j],
-            fc2: [k, l],
-        }))
+        with_slices("transformer block", self.parameters.tensors(), |slices| {
+            let [a, b, c, d, e, f1, g, h, i, j, k, l] = slices;
+            Ok(f(kernel::Weights {
+                norm1: [a, b],
+                qkv: [c, d],
+                projection: [e, f1],
+                norm2: [g, h],
+                fc1: [i, j],
+                fc2: [k, l],
+            }))
+        })
     }
 }
 
@@ -279,7 +272,7 @@ impl CustomOp2 for Block {
         let Some(saved) = &*saved else {
             bail!("transformer block: backward pass without a forward pass")
         };
-        let (dx, gradients) = super::with_slices("transformer block", [x, grad], |[xs, gs]| {
+        let (dx, gradients) = with_slices("transformer block", [x, grad], |[xs, gs]| {
             let shape = call.shape(x.dims3()?);
             call.with_weights(|w| kernel::backward(shape, w, xs, saved, gs, needs_parameters))
         })?;

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::{from_vec, is_fast, slice, with_slices};
 use crate::kernels::column_sums;
 use crate::kernels::math::{self, vectorised};
-use crate::kernels::product::{Into, MatRef, product};
+use crate::kernels::product::{Into, MatRef, affine, product};
 
 /// Affine map of the last dimension: `x W^T + b`.
 ///
@@ -124,21 +124,8 @@ impl CustomOp3 for Linear {
         } else {
             threads
         };
-        let weight = MatRef::dense(ws, outputs, inputs).transposed();
         let task = |(out, xs): (&mut [f32], &[f32])| {
-            for row in out.chunks_exact_mut(outputs) {
-                row.copy_from_slice(bs);
-            }
-            let x = MatRef::dense(xs, xs.len() / inputs, inputs);
-            product(
-                out,
-                outputs,
-                Into::Accumulate,
-                x,
-                weight,
-                1.0,
-                inner_threads,
-            );
+            affine(out, xs, [ws, bs], inner_threads);
             if self.activation == Activation::Gelu {
                 vectorised(|| out.iter_mut().for_each(|v| *v = math::gelu(*v)));
             }

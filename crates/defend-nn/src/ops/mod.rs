@@ -22,7 +22,7 @@ pub use normalize::l2_normalize;
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Tensor, bail};
 
 /// Whether the fused CPU kernels apply to all of these tensors.
-fn is_fast(tensors: &[&Tensor]) -> bool {
+pub(crate) fn is_fast(tensors: &[&Tensor]) -> bool {
     tensors
         .iter()
         .all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
@@ -40,7 +40,7 @@ pub(crate) fn slice<'a>(op: &str, storage: &'a CpuStorage, layout: &Layout) -> R
 }
 
 /// Calls `f` with the contiguous `f32` contents of CPU tensors.
-fn with_slices<const N: usize, R>(
+pub(crate) fn with_slices<const N: usize, R>(
     op: &str,
     tensors: [&Tensor; N],
     f: impl FnOnce([&[f32]; N]) -> Result<R>,
