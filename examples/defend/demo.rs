@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use defend_baselines::{Reference, References};
+use defend_baselines::{SystemConfig, Teacher};
 use defend_core::data::{Dataset, ImageFolder};
 use defend_core::metrics::{FalseAlarmRate, auroc};
 use defend_core::vit::{Backbone, TrainScope};
@@ -89,17 +89,18 @@ fn print_references(
     device: &Device,
     bar: &mut ProgressBar,
 ) -> Result<()> {
-    let teacher: Arc<dyn Backbone> =
-        Arc::new(defend_core::embedded_backbone().load(TrainScope::Frozen, device)?);
+    let vit = defend_core::embedded_backbone().load(TrainScope::Frozen, device)?;
     let fit = DefendConfig::default().fit;
-    let references = Arc::new(References::fit(teacher, train, fit, device, bar)?);
+    let teacher = Teacher::new(vit, 1, fit, device, CacheConfig::default())?;
+    let train: Arc<dyn Dataset> = Arc::new(train);
     let abnormal: Vec<bool> = (0..test.len()).map(|i| i >= first_abnormal).collect();
     println!("beside it, on the same backbone's untouched features:");
-    for reference in Reference::ALL {
-        let detector: &dyn NoveltyDetector = &references.detector(reference);
-        let scores = scan(detector, test.clone(), bar)?.scores();
+    for reference in SystemConfig::references() {
+        let system = reference.system();
+        let detector = system.fit(&teacher, train.clone(), 0, bar)?;
+        let scores = scan(&*detector, test.clone(), bar)?.scores();
         let value = auroc(ArrayView1::from(&scores), ArrayView1::from(&abnormal))?;
-        println!("  {:<20} AUROC {value:.4}", reference.name());
+        println!("  {:<20} AUROC {value:.4}", system.name());
     }
     Ok(())
 }

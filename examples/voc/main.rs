@@ -12,12 +12,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use defend_baselines::{Reference, References};
+use defend_baselines::{SystemConfig, Teacher};
+use defend_core::Pictures;
 use defend_core::data::{ClassId, Difficult, Fit, Label, MultiObject, Protocol, Subset, Voc};
 use defend_core::distill::Aggregation;
 use defend_core::prelude::*;
-use defend_core::vit::{Backbone, ImageSource, TrainScope};
-use defend_core::{Pictures, preprocess_of};
+use defend_core::vit::{CacheConfig, ImageSource, TrainScope};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -77,8 +77,8 @@ fn main() -> Result<()> {
                 .with_context(|| format!("VOC has no class \"{name}\""))
         })
         .collect::<Result<Vec<ClassId>>>()?;
-    let teacher = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &Device::Cpu)?;
-    let teacher: Arc<dyn Backbone> = Arc::new(teacher);
+    let vit = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &Device::Cpu)?;
+    let teacher = Teacher::new(vit, 1, Fit::Squash, &Device::Cpu, CacheConfig::default())?;
     let kept: Vec<usize> = (0..test.len())
         .step_by(arguments.test_stride.max(1))
         .collect();
@@ -86,7 +86,7 @@ fn main() -> Result<()> {
     let mut bar = ProgressBar::new();
     let pictures = Pictures::read(
         test.clone(),
-        preprocess_of(teacher.spec(), Fit::Squash),
+        teacher.preprocess().clone(),
         &Device::Cpu,
         usize::MAX,
         true,
@@ -115,7 +115,7 @@ fn main() -> Result<()> {
         };
         if !arguments.no_references {
             for (name, scores) in reference_scores(&teacher, &normal, &test, &mut bar)? {
-                test.add(&mut rows, name.into(), &scores)?;
+                test.add(&mut rows, name, &scores)?;
             }
         }
         for (name, config) in &variants {
@@ -161,22 +161,25 @@ impl Test<'_> {
     }
 }
 
+/// Names and scores of the references; the teacher's features of an image are computed once for all.
 fn reference_scores(
-    teacher: &Arc<dyn Backbone>,
+    teacher: &Teacher,
     normal: &Arc<Subset>,
     test: &Test<'_>,
     bar: &mut ProgressBar,
-) -> Result<Vec<(&'static str, Vec<f32>)>> {
-    let normal = normal.clone();
-    let references = References::fit(teacher.clone(), normal, Fit::Squash, &Device::Cpu, bar)?;
-    let mut all = Reference::ALL.map(|reference| (reference.name(), Vec::new()));
-    for batch in batches(test.pictures.len()) {
-        let scores = references.score_all(&test.pictures.images(&batch)?)?;
-        for ((_, all), scores) in all.iter_mut().zip(scores) {
-            all.extend(scores);
+) -> Result<Vec<(String, Vec<f32>)>> {
+    let mut all = Vec::new();
+    for reference in SystemConfig::references() {
+        let system = reference.system();
+        let detector = system.fit(teacher, normal.clone(), 0, bar)?;
+        let mut scores = Vec::new();
+        for batch in batches(test.pictures.len()) {
+            let found = detector.score(&test.pictures.images(&batch)?)?;
+            scores.extend(found.into_iter().map(|novelty| novelty.score));
         }
+        all.push((system.name(), scores));
     }
-    Ok(all.into())
+    Ok(all)
 }
 
 /// Fits once and scores with each aggregation.

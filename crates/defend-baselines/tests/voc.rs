@@ -12,12 +12,11 @@
 
 use std::sync::Arc;
 
-use defend_baselines::{Reference, References};
+use defend_baselines::{SystemConfig, Teacher};
 use defend_core::data::{Dataset, Difficult, Fit, Label, MultiObject, Protocol, Subset, Voc};
 use defend_core::metrics::auroc;
 use defend_core::prelude::*;
-use defend_core::vit::{Backbone, ImageSource, TrainScope};
-use defend_core::{Pictures, preprocess_of};
+use defend_core::vit::{CacheConfig, TrainScope};
 use ndarray::ArrayView1;
 
 #[test]
@@ -33,43 +32,26 @@ fn references_of_the_horse_equal_pytorchs() {
     };
     let normal = Subset::new(train.clone(), horse.train(&*train)).unwrap();
     let weights = Pretrained::local(assets.join("weights/vit_tiny_patch16_224"));
-    let teacher: Arc<dyn Backbone> =
-        Arc::new(weights.load(TrainScope::Frozen, &Device::Cpu).unwrap());
-    let preprocess = preprocess_of(teacher.spec(), Fit::Squash);
-    let references =
-        References::fit(teacher, normal, Fit::Squash, &Device::Cpu, &mut Silent).unwrap();
-    let pictures = Pictures::read(
-        test.clone(),
-        preprocess,
-        &Device::Cpu,
-        usize::MAX,
-        true,
-        &mut Silent,
-    );
-    let pictures = pictures.unwrap();
-    let indices: Vec<usize> = (0..pictures.len()).collect();
-    let mut scores = [const { Vec::new() }; 4];
-    for batch in indices.chunks(32) {
-        let found = references.score_all(&pictures.images(batch).unwrap());
-        for (all, found) in scores.iter_mut().zip(found.unwrap()) {
-            all.extend(found.into_iter().map(f64::from));
-        }
-    }
+    let vit = weights.load(TrainScope::Frozen, &Device::Cpu).unwrap();
+    let teacher = Teacher::new(vit, 1, Fit::Squash, &Device::Cpu, CacheConfig::default()).unwrap();
+    let normal: Arc<dyn Dataset> = Arc::new(normal);
     let abnormal: Vec<bool> = (0..test.len())
         .map(|i| horse.label(test.classes(i)) == Label::Abnormal)
         .collect();
-    let expected = [
-        (Reference::NearestCls, 0.983),
-        (Reference::NearestMeanPatch, 0.912),
-        (Reference::MeanCls, 0.985),
-        (Reference::ConstantStudent, 0.857),
-    ];
-    for ((reference, expected), scores) in expected.into_iter().zip(&scores) {
-        let found = auroc(ArrayView1::from(scores), ArrayView1::from(&abnormal)).unwrap();
+    let expected = [0.983, 0.912, 0.985, 0.981, 0.857];
+    for (reference, expected) in SystemConfig::references().iter().zip(expected) {
+        let system = reference.system();
+        let detector = system
+            .fit(&teacher, normal.clone(), 0, &mut Silent)
+            .unwrap();
+        let scores = scan(&*detector, test.clone(), &mut Silent)
+            .unwrap()
+            .scores();
+        let found = auroc(ArrayView1::from(&scores), ArrayView1::from(&abnormal)).unwrap();
         assert!(
             (found - expected).abs() < 0.0015,
             "{}: AUROC {found:.4}, PyTorch {expected}",
-            reference.name()
+            system.name()
         );
     }
 }

@@ -23,15 +23,7 @@ pub fn bootstrap_interval(
     confidence: f64,
     seed: u64,
 ) -> Result<Interval, Error> {
-    quantile::check_confidence(confidence)?;
-    // 2 / (1 - 0.95) is 39.999...: compare with a little slack.
-    if (resamples as f64) < 2.0 / (1.0 - confidence) - 1e-6 {
-        return Err(Error::Config {
-            field: "resamples",
-            value: resamples as f64,
-            expected: "at least 2 / (1 - confidence)",
-        });
-    }
+    quantile::check_resamples(resamples, confidence)?;
     let estimate = metric.evaluate(scores, abnormal)?;
 
     let of_class = |class: bool| -> Vec<f64> {

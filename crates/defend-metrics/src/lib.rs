@@ -30,6 +30,7 @@
 
 mod bootstrap;
 mod error;
+mod experiments;
 mod interval;
 mod metric;
 mod pro;
@@ -40,6 +41,7 @@ mod threshold;
 
 pub use bootstrap::bootstrap_interval;
 pub use error::{Class, Error};
+pub use experiments::{Comparison, Experiment, compare, mean_interval};
 pub use interval::{Interval, auroc_interval};
 pub use metric::{
     Aupr, Auroc, F1Max, FprAtTpr, Metric, auroc, average_precision, f1_max, fpr_at_tpr,

@@ -14,6 +14,20 @@ pub(crate) fn check_confidence(confidence: f64) -> Result<(), Error> {
     })
 }
 
+/// Refuses fewer resamples than an interval of this confidence needs: a bound would be an extreme value.
+pub(crate) fn check_resamples(resamples: usize, confidence: f64) -> Result<(), Error> {
+    check_confidence(confidence)?;
+    // 2 / (1 - 0.95) is 39.999...: compare with a little slack.
+    if resamples as f64 >= 2.0 / (1.0 - confidence) - 1e-6 {
+        return Ok(());
+    }
+    Err(Error::Config {
+        field: "resamples",
+        value: resamples as f64,
+        expected: "at least 2 / (1 - confidence)",
+    })
+}
+
 /// Quantile of the standard normal distribution for `0 < p < 1`, relative error below 1.2e-9.
 ///
 /// Acklam's rational approximation ("An algorithm for computing the inverse normal cumulative

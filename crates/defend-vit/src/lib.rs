@@ -22,6 +22,7 @@
 //! ```
 
 mod block;
+mod cached;
 mod checkpoint;
 mod error;
 mod features;
@@ -36,6 +37,7 @@ mod variants;
 mod vit;
 mod weights;
 
+pub use cached::{CacheConfig, Cached, Precision};
 pub use checkpoint::{Family, Pretrained};
 pub use error::Error;
 pub use features::{Backbone, Features, Grid, ImageSource, Layer, Prefix, TokenSet, Trainable};

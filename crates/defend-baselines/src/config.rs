@@ -1,0 +1,98 @@
+//! Any system, as a benchmark's configuration names it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    ConstantStudent, Kdad, Mahalanobis, MeanCls, Msad, NearestNeighbours, OneClassHead, Ours,
+    Padim, Panda, PatchCore, System, Token, Transformaly,
+};
+
+/// A system and its settings; in a configuration `kind = "patch-core"` and the settings that differ.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum SystemConfig {
+    /// This library's method.
+    Defend(Box<Ours>),
+    /// DN2.
+    NearestNeighbours(NearestNeighbours),
+    /// Cosine to the mean CLS token.
+    MeanCls(MeanCls),
+    /// Mahalanobis distance of the CLS token.
+    Mahalanobis(Mahalanobis),
+    /// The student that always predicts the mean.
+    ConstantStudent(ConstantStudent),
+    /// PaDiM.
+    Padim(Padim),
+    /// PatchCore.
+    PatchCore(PatchCore),
+    /// KDAD.
+    Kdad(Kdad),
+    /// Transformaly.
+    Transformaly(Transformaly),
+    /// PANDA with its adaptation.
+    Panda(Panda),
+    /// MSAD.
+    Msad(Msad),
+    /// Deep SVDD and FCDD's head.
+    OneClassHead(OneClassHead),
+}
+
+impl SystemConfig {
+    /// The system that it describes.
+    pub fn system(&self) -> &dyn System {
+        match self {
+            Self::Defend(system) => &**system,
+            Self::NearestNeighbours(system) => system,
+            Self::MeanCls(system) => system,
+            Self::Mahalanobis(system) => system,
+            Self::ConstantStudent(system) => system,
+            Self::Padim(system) => system,
+            Self::PatchCore(system) => system,
+            Self::Kdad(system) => system,
+            Self::Transformaly(system) => system,
+            Self::Panda(system) => system,
+            Self::Msad(system) => system,
+            Self::OneClassHead(system) => system,
+        }
+    }
+
+    /// The ones of ten lines on the teacher's untouched features, which every method has to beat (METHOD.md, section 3).
+    pub fn references() -> [Self; 5] {
+        let mean_patch = NearestNeighbours {
+            token: Token::MeanPatch,
+            ..NearestNeighbours::default()
+        };
+        [
+            Self::NearestNeighbours(NearestNeighbours::default()),
+            Self::NearestNeighbours(mean_patch),
+            Self::MeanCls(MeanCls {}),
+            Self::Mahalanobis(Mahalanobis {}),
+            Self::ConstantStudent(ConstantStudent {}),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may panic")]
+
+    use super::*;
+
+    #[test]
+    fn settings_by_kind_and_no_unknown_ones() {
+        let found: SystemConfig =
+            serde_json::from_str(r#"{"kind": "patch-core", "share": 0.01}"#).unwrap();
+        let SystemConfig::PatchCore(settings) = &found else {
+            panic!("{found:?}");
+        };
+        assert_eq!((settings.share, settings.candidates), (0.01, 20_000));
+        let wrong = r#"{"kind": "patch-core", "shares": 0.01}"#;
+        assert!(serde_json::from_str::<SystemConfig>(wrong).is_err());
+        assert!(serde_json::from_str::<SystemConfig>(r#"{"kind": "csi"}"#).is_err());
+        let ours = r#"{"kind": "defend", "settings": {"dense": null}}"#;
+        let ours: SystemConfig = serde_json::from_str(ours).unwrap();
+        assert_eq!(ours.system().name(), "masked distillation");
+        let again = serde_json::to_string(&ours).unwrap();
+        assert_eq!(serde_json::from_str::<SystemConfig>(&again).unwrap(), ours);
+    }
+}

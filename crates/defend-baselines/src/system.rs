@@ -1,0 +1,146 @@
+//! What every system of the benchmark is: something that learns from normal images.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use defend_core::data::{Dataset, Fit, Preprocess};
+use defend_core::vit::{Backbone, CacheConfig, Cached, Features, ImageSource, TrainScope, Vit};
+use defend_core::{Error, NoveltyDetector, Observer, Pictures, preprocess_of};
+
+/// Images a forward pass.
+pub(crate) const BATCH: usize = 32;
+
+/// Role: a way to make a detector from normal images.
+pub trait System: Send + Sync {
+    /// Learns what is normal; the same seed gives the same detector.
+    ///
+    /// # Errors
+    /// [`Error::NoImages`], [`Error::Unreadable`] for an image that cannot be read, and what the system's stages return.
+    fn fit(
+        &self,
+        teacher: &Teacher,
+        normal: Arc<dyn Dataset>,
+        seed: u64,
+        observer: &mut dyn Observer,
+    ) -> Result<Box<dyn NoveltyDetector>, Error>;
+
+    /// Last layers of a backbone of `depth` blocks that the system looks at.
+    fn layers(&self, _depth: usize) -> usize {
+        1
+    }
+
+    /// Name for tables.
+    fn name(&self) -> String;
+
+    /// What differs from the system's paper; empty for a paper's own method.
+    fn deviations(&self) -> &'static str;
+}
+
+/// The pretrained backbone that systems start from, and how pictures are prepared for it.
+///
+/// Its untouched features are computed once an image, whichever systems ask for them.
+#[derive(Clone)]
+pub struct Teacher {
+    vit: Arc<Vit>,
+    cached: Arc<Cached>,
+    preprocess: Preprocess,
+    device: Device,
+}
+
+impl Teacher {
+    /// A frozen backbone whose last `layers` layers are cached as `cache` says: as many as the systems' largest
+    /// [`System::layers`].
+    ///
+    /// # Errors
+    /// What [`Cached::new`] and [`Vit::with_layers`] return.
+    pub fn new(
+        vit: Vit,
+        layers: usize,
+        fit: Fit,
+        device: &Device,
+        cache: CacheConfig,
+    ) -> Result<Self, Error> {
+        let vit = Arc::new(vit.with_layers(1)?);
+        let whole = vit.copy(TrainScope::Frozen)?.with_layers(layers)?;
+        Ok(Self {
+            preprocess: preprocess_of(vit.spec(), fit),
+            cached: Arc::new(Cached::new(Arc::new(whole), cache)?),
+            vit,
+            device: device.clone(),
+        })
+    }
+
+    /// The backbone, to be copied by systems that train it.
+    pub fn vit(&self) -> &Vit {
+        &self.vit
+    }
+
+    /// Number of blocks.
+    pub fn depth(&self) -> usize {
+        self.vit.spec().architecture.depth
+    }
+
+    /// The untouched features of the last `layers` layers, computed once an image.
+    ///
+    /// # Errors
+    /// [`defend_core::vit::Error::Config`] for more layers than the teacher caches.
+    pub fn backbone(&self, layers: usize) -> Result<Arc<dyn Backbone>, Error> {
+        Ok(Arc::new(self.cached.with_layers(layers)?))
+    }
+
+    /// Preparation of the pictures.
+    pub fn preprocess(&self) -> &Preprocess {
+        &self.preprocess
+    }
+
+    /// Where to compute.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Reads normal images for a fit.
+    ///
+    /// # Errors
+    /// As [`Pictures::read`] when strict: a benchmark's images are all readable.
+    pub fn read(
+        &self,
+        images: Arc<dyn Dataset>,
+        observer: &mut dyn Observer,
+    ) -> Result<Pictures, Error> {
+        let preprocess = self.preprocess.clone();
+        Pictures::read(
+            images,
+            preprocess,
+            &self.device,
+            PICTURE_BYTES,
+            true,
+            observer,
+        )
+    }
+}
+
+/// Limit of the memory for resized pictures: 14,000 at 224 pixels.
+const PICTURE_BYTES: usize = 2 << 30;
+
+/// Hands over the features of all images, batch by batch.
+pub(crate) fn each_batch(
+    backbone: &dyn Backbone,
+    images: &dyn ImageSource,
+    mut on_batch: impl FnMut(Features) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let indices: Vec<usize> = (0..images.len()).collect();
+    for batch in indices.chunks(BATCH) {
+        on_batch(backbone.features(&images.images(batch)?)?)?;
+    }
+    Ok(())
+}
+
+/// The CLS tokens of all images, `[images, D]`.
+pub(crate) fn cls_of(backbone: &dyn Backbone, images: &dyn ImageSource) -> Result<Tensor, Error> {
+    let mut all = Vec::new();
+    each_batch(backbone, images, |features| {
+        all.push(features.cls);
+        Ok(())
+    })?;
+    Ok(Tensor::cat(&all, 0)?)
+}

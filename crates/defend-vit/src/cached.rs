@@ -1,0 +1,501 @@
+//! Features that are computed once for every image.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+
+use crate::{Backbone, BackboneSpec, Error, Features, Grid, Layer, TokenSet};
+
+/// Where [`Cached`] keeps features, and how exactly.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CacheConfig {
+    /// Limit of the memory for features, bytes; images beyond it are read from the folder, or computed again. The
+    /// last layer of ViT-Ti takes 150 KB an image.
+    pub memory_bytes: usize,
+    /// Folder that keeps the features between runs, in a sub-folder for each set of weights. `None`: memory only.
+    pub folder: Option<PathBuf>,
+    /// How exactly features are kept.
+    pub precision: Precision,
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self {
+            memory_bytes: 2 << 30,
+            folder: None,
+            precision: Precision::Full,
+        }
+    }
+}
+
+/// How exactly features are kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// As they were computed: the cache changes no result.
+    #[default]
+    Full,
+    /// Rounded to `f16`, half the space; a value changes by up to a two-thousandth of itself.
+    Half,
+}
+
+/// A frozen backbone that remembers the features of the images it has seen.
+///
+/// An image is known by its pixels after the preprocessing, so that changed files, sizes and normalisations are other
+/// images, and a folder is known by the weights. Several detectors on one teacher, the epochs of a training run, and
+/// runs that begin again pay for the teacher once. [`Backbone::features_of`] is handed on as it is.
+pub struct Cached {
+    inner: Arc<dyn Backbone>,
+    spec: BackboneSpec,
+    store: Arc<Store>,
+}
+
+/// What is known of an image: CLS tokens, patch tokens and CLS attention, then the earlier layers' CLS and patch tokens.
+#[derive(Clone)]
+struct Entry {
+    tensors: Vec<Tensor>,
+    grid: Grid,
+}
+
+type Key = [u8; 32];
+
+struct Store {
+    folder: Option<PathBuf>,
+    half: bool,
+    memory: Mutex<Memory>,
+}
+
+struct Memory {
+    entries: HashMap<Key, Entry>,
+    free_bytes: usize,
+}
+
+impl Cached {
+    /// Remembers the features of `inner` as `config` says.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a folder beside a backbone that does not show its tensors, so that its features could be
+    /// taken for another's; [`Error::Io`] when the folder cannot be made.
+    pub fn new(inner: Arc<dyn Backbone>, config: CacheConfig) -> Result<Self, Error> {
+        let folder = match config.folder {
+            Some(folder) => {
+                let precision = match config.precision {
+                    Precision::Full => "",
+                    Precision::Half => "-f16",
+                };
+                let folder = folder.join(fingerprint(&*inner)? + precision);
+                std::fs::create_dir_all(&folder).map_err(|source| Error::Io {
+                    path: folder.clone(),
+                    source,
+                })?;
+                Some(folder)
+            }
+            None => None,
+        };
+        Ok(Self {
+            spec: inner.spec().clone(),
+            inner,
+            store: Arc::new(Store {
+                folder,
+                half: config.precision == Precision::Half,
+                memory: Mutex::new(Memory {
+                    entries: HashMap::new(),
+                    free_bytes: config.memory_bytes,
+                }),
+            }),
+        })
+    }
+
+    /// The same memory behind a backbone that gives the last `layers` layers only.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for none, or more than the cached backbone gives.
+    pub fn with_layers(&self, layers: usize) -> Result<Self, Error> {
+        let available = self.spec.layers;
+        if layers == 0 || layers > available {
+            return Err(Error::Config {
+                origin: self.spec.name.clone(),
+                reason: format!("cannot return {layers} of {available} cached layers"),
+            });
+        }
+        let mut spec = self.spec.clone();
+        spec.layers = layers;
+        Ok(Self {
+            inner: Arc::clone(&self.inner),
+            spec,
+            store: Arc::clone(&self.store),
+        })
+    }
+
+    /// Features of the images that are not known yet, one entry an image.
+    fn compute(&self, images: &Tensor, missing: &[usize]) -> Result<Vec<Entry>, Error> {
+        let rows: Vec<u32> = missing.iter().map(|&i| i as u32).collect();
+        let rows = Tensor::new(rows, images.device())?;
+        let features = self.inner.features(&images.index_select(&rows, 0)?)?;
+        let mut all = vec![&features.cls, &features.patches, &features.cls_attention];
+        for layer in &features.earlier {
+            all.extend([&layer.cls, &layer.patches]);
+        }
+        let kept = |t: &Tensor, row: usize| -> candle_core::Result<Tensor> {
+            let row = t.detach().narrow(0, row, 1)?.force_contiguous()?;
+            if !self.store.half {
+                return Ok(row);
+            }
+            row.to_dtype(DType::F16)
+        };
+        let entry = |row| {
+            let tensors = all.iter().map(|t| kept(t, row)).collect::<Result<_, _>>()?;
+            let grid = features.grid;
+            Ok(Entry { tensors, grid })
+        };
+        (0..missing.len()).map(entry).collect()
+    }
+
+    /// The batch's features from its entries, cut to the layers asked for.
+    fn join(&self, entries: &[Entry], dtype: DType) -> Result<Features, Error> {
+        let column = |i: usize| -> Result<Tensor, Error> {
+            let rows = entries.iter().filter_map(|entry| entry.tensors.get(i));
+            Ok(Tensor::cat(&rows.collect::<Vec<_>>(), 0)?.to_dtype(dtype)?)
+        };
+        let earlier = (1..self.spec.layers)
+            .map(|layer| {
+                Ok(Layer {
+                    cls: column(1 + 2 * layer)?,
+                    patches: column(2 + 2 * layer)?,
+                })
+            })
+            .collect::<Result<_, Error>>()?;
+        let grid = entries.first().map_or(
+            Grid {
+                rows: 0,
+                columns: 0,
+            },
+            |e| e.grid,
+        );
+        Ok(Features {
+            cls: column(0)?,
+            patches: column(1)?,
+            cls_attention: column(2)?,
+            grid,
+            earlier,
+        })
+    }
+}
+
+impl Backbone for Cached {
+    fn spec(&self) -> &BackboneSpec {
+        &self.spec
+    }
+
+    fn features(&self, images: &Tensor) -> Result<Features, Error> {
+        let keys = keys(images)?;
+        if keys.is_empty() {
+            return self.inner.features(images);
+        }
+        let mut entries: Vec<Option<Entry>> = keys
+            .par_iter()
+            .map(|key| self.store.get(key, images.device()))
+            .collect();
+        let missing: Vec<usize> = (0..keys.len()).filter(|&i| entries[i].is_none()).collect();
+        if !missing.is_empty() {
+            for (&i, entry) in missing.iter().zip(self.compute(images, &missing)?) {
+                self.store.put(&keys[i], &entry)?;
+                entries[i] = Some(entry);
+            }
+        }
+        let entries: Vec<Entry> = entries.into_iter().flatten().collect();
+        self.join(&entries, images.dtype())
+    }
+
+    fn features_of(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error> {
+        let mut features = self.inner.features_of(images, keep)?;
+        features.earlier.truncate(self.spec.layers - 1);
+        Ok(features)
+    }
+
+    fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {
+        self.inner.tensors()
+    }
+}
+
+impl Store {
+    fn memory(&self) -> std::sync::MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn get(&self, key: &Key, device: &Device) -> Option<Entry> {
+        if let Some(entry) = self.memory().entries.get(key) {
+            return Some(entry.clone());
+        }
+        // A file that cannot be read, or is not what this version writes, is computed again and replaced.
+        let entry = read(&self.path(key)?, device)?;
+        self.memory().put(key, &entry);
+        Some(entry)
+    }
+
+    fn put(&self, key: &Key, entry: &Entry) -> Result<(), Error> {
+        self.memory().put(key, entry);
+        match self.path(key) {
+            Some(path) => write(&path, entry),
+            None => Ok(()),
+        }
+    }
+
+    fn path(&self, key: &Key) -> Option<PathBuf> {
+        let name = blake3::Hash::from(*key).to_hex();
+        // Two levels: folders of a million files are slow.
+        let folder = self.folder.as_ref()?.join(&name[..2]);
+        Some(folder.join(format!("{name}.safetensors")))
+    }
+}
+
+impl Memory {
+    fn put(&mut self, key: &Key, entry: &Entry) {
+        let size = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
+        let bytes: usize = entry.tensors.iter().map(size).sum();
+        if bytes <= self.free_bytes && self.entries.insert(*key, entry.clone()).is_none() {
+            self.free_bytes -= bytes;
+        }
+    }
+}
+
+/// Name of the grid's sides in a file.
+const GRID: &str = "grid";
+
+fn read(path: &Path, device: &Device) -> Option<Entry> {
+    let mut tensors = candle_core::safetensors::load(path, device).ok()?;
+    let sides = tensors.remove(GRID)?.to_vec1::<u32>().ok()?;
+    let [rows, columns] = sides[..] else {
+        return None;
+    };
+    let ordered = (0..tensors.len()).map(|i| tensors.remove(&i.to_string()));
+    Some(Entry {
+        tensors: ordered.collect::<Option<_>>()?,
+        grid: Grid {
+            rows: rows as usize,
+            columns: columns as usize,
+        },
+    })
+}
+
+/// Writes beside the target and renames, so that a killed run leaves no half file.
+fn write(path: &Path, entry: &Entry) -> Result<(), Error> {
+    let fault = |source| Error::Io {
+        path: path.into(),
+        source,
+    };
+    let folder = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).map_err(fault)?;
+    let named = entry.tensors.iter().enumerate();
+    let mut tensors: HashMap<String, Tensor> =
+        named.map(|(i, t)| (i.to_string(), t.clone())).collect();
+    let sides = [entry.grid.rows as u32, entry.grid.columns as u32];
+    tensors.insert(GRID.into(), Tensor::new(&sides, &Device::Cpu)?);
+    let file = tempfile::NamedTempFile::new_in(folder).map_err(fault)?;
+    candle_core::safetensors::save(&tensors, file.path())?;
+    file.persist(path).map_err(|e| fault(e.error))?;
+    Ok(())
+}
+
+/// One key an image, from its values.
+fn keys(images: &Tensor) -> Result<Vec<Key>, Error> {
+    let count = images.dim(0)?;
+    let values = images
+        .to_dtype(DType::F32)?
+        .flatten_all()?
+        .to_vec1::<f32>()?;
+    let each = values.len() / count.max(1);
+    let shape = format!("{:?} {:?}", &images.dims()[1..], images.dtype());
+    let key = |image: &[f32]| {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(shape.as_bytes());
+        hash_values(&mut hasher, image);
+        *hasher.finalize().as_bytes()
+    };
+    Ok(values.par_chunks_exact(each.max(1)).map(key).collect())
+}
+
+fn hash_values(hasher: &mut blake3::Hasher, values: &[f32]) {
+    let mut bytes = [0; 4096];
+    for part in values.chunks(bytes.len() / 4) {
+        for (slot, value) in bytes.chunks_exact_mut(4).zip(part) {
+            slot.copy_from_slice(&value.to_le_bytes());
+        }
+        hasher.update(&bytes[..4 * part.len()]);
+    }
+}
+
+/// Name for a backbone's features: a hash of its weights and of what it returns.
+fn fingerprint(backbone: &dyn Backbone) -> Result<String, Error> {
+    let spec = backbone.spec();
+    let tensors = backbone.tensors()?.ok_or_else(|| Error::Config {
+        origin: spec.name.clone(),
+        reason: "its features cannot be cached in a folder because it does not show its tensors"
+            .into(),
+    })?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(format!("{:?} {}", spec.architecture, spec.layers).as_bytes());
+    let mut names: Vec<&String> = tensors.keys().collect();
+    names.sort_unstable();
+    for name in names {
+        hasher.update(name.as_bytes());
+        let values = tensors[name].to_dtype(DType::F32)?.flatten_all()?;
+        hash_values(&mut hasher, &values.to_vec1::<f32>()?);
+    }
+    Ok(hasher.finalize().to_hex()[..16].to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use defend_nn::Rng;
+
+    use super::*;
+    use crate::{Architecture, Vit};
+
+    /// Counts the images that reach the backbone.
+    struct Counting {
+        vit: Vit,
+        images: AtomicUsize,
+    }
+
+    impl Backbone for Counting {
+        fn spec(&self) -> &BackboneSpec {
+            self.vit.spec()
+        }
+
+        fn features(&self, images: &Tensor) -> Result<Features, Error> {
+            self.images.fetch_add(images.dim(0)?, Ordering::SeqCst);
+            self.vit.features(images)
+        }
+
+        fn features_of(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error> {
+            self.vit.features_of(images, keep)
+        }
+
+        fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {
+            self.vit.tensors()
+        }
+    }
+
+    fn counting(seed: u64) -> Arc<Counting> {
+        let architecture = Architecture {
+            image_size: 32,
+            patch_size: 8,
+            width: 16,
+            depth: 3,
+            heads: 2,
+            mlp_width: 32,
+            ..Architecture::vit_tiny()
+        };
+        let spec = BackboneSpec::new(architecture);
+        let vit = Vit::random(spec, 0.0, &mut Rng::seed(seed), &Device::Cpu).unwrap();
+        Arc::new(Counting {
+            vit: vit.with_layers(3).unwrap(),
+            images: AtomicUsize::new(0),
+        })
+    }
+
+    fn images(count: usize) -> Tensor {
+        let values = (0..count * 3 * 32 * 32).map(|i| (i as f32 * 0.37).sin());
+        Tensor::from_vec(values.collect(), (count, 3, 32, 32), &Device::Cpu).unwrap()
+    }
+
+    fn all(features: &Features) -> Vec<Vec<f32>> {
+        let mut tensors = vec![&features.cls, &features.patches, &features.cls_attention];
+        for layer in &features.earlier {
+            tensors.extend([&layer.cls, &layer.patches]);
+        }
+        let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1().unwrap();
+        tensors.into_iter().map(values).collect()
+    }
+
+    #[test]
+    fn known_images_are_not_computed_again_and_change_nothing() {
+        let inner = counting(1);
+        let cached = Cached::new(inner.clone(), CacheConfig::default()).unwrap();
+        let images = images(5);
+        let plain = inner.vit.features(&images).unwrap();
+        cached.features(&images.narrow(0, 1, 2).unwrap()).unwrap();
+        assert_eq!(inner.images.load(Ordering::SeqCst), 2);
+        for _ in 0..2 {
+            assert_eq!(all(&cached.features(&images).unwrap()), all(&plain));
+            assert_eq!(inner.images.load(Ordering::SeqCst), 5);
+        }
+        let one = cached.with_layers(1).unwrap();
+        let found = one.features(&images).unwrap();
+        assert_eq!(all(&found), all(&plain)[..3]);
+        assert_eq!(inner.images.load(Ordering::SeqCst), 5);
+        assert!(one.with_layers(2).is_err() && cached.with_layers(0).is_err());
+    }
+
+    #[test]
+    fn images_beyond_the_memory_are_computed_each_time() {
+        let inner = counting(1);
+        let config = CacheConfig {
+            memory_bytes: 0,
+            ..CacheConfig::default()
+        };
+        let cached = Cached::new(inner.clone(), config).unwrap();
+        for _ in 0..2 {
+            cached.features(&images(3)).unwrap();
+        }
+        assert_eq!(inner.images.load(Ordering::SeqCst), 6);
+    }
+
+    #[test]
+    fn a_folder_outlives_the_process_and_knows_the_weights() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = |precision| CacheConfig {
+            memory_bytes: 0,
+            folder: Some(folder.path().into()),
+            precision,
+        };
+        let plain = counting(1).vit.features(&images(2)).unwrap();
+        for (round, computed) in [2, 0].into_iter().enumerate() {
+            let inner = counting(1);
+            let cached = Cached::new(inner.clone(), config(Precision::Full)).unwrap();
+            assert_eq!(all(&cached.features(&images(2)).unwrap()), all(&plain));
+            assert_eq!(
+                inner.images.load(Ordering::SeqCst),
+                computed,
+                "round {round}"
+            );
+        }
+        let other = counting(2);
+        let cached = Cached::new(other.clone(), config(Precision::Full)).unwrap();
+        cached.features(&images(2)).unwrap();
+        assert_eq!(other.images.load(Ordering::SeqCst), 2);
+
+        let half = Cached::new(counting(1), config(Precision::Half)).unwrap();
+        let first = all(&half.features(&images(2)).unwrap());
+        assert_eq!(all(&half.features(&images(2)).unwrap()), first);
+        let pairs = first
+            .iter()
+            .flatten()
+            .zip(all(&plain).into_iter().flatten());
+        for (rounded, exact) in pairs.map(|(a, b)| (*a, b)) {
+            assert!((rounded - exact).abs() <= exact.abs() / 2000.0 + 1e-6);
+        }
+    }
+
+    #[test]
+    fn a_damaged_file_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = CacheConfig {
+            folder: Some(folder.path().into()),
+            ..CacheConfig::default()
+        };
+        let cached = Cached::new(counting(1), config.clone()).unwrap();
+        let expected = all(&cached.features(&images(1)).unwrap());
+        let key = keys(&images(1)).unwrap()[0];
+        let path = cached.store.path(&key).unwrap();
+        std::fs::write(&path, "no tensors").unwrap();
+        let again = Cached::new(counting(1), config).unwrap();
+        assert_eq!(all(&again.features(&images(1)).unwrap()), expected);
+        assert!(read(&path, &Device::Cpu).is_some());
+    }
+}
