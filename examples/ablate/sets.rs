@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use defend_core::data::{ClassFolder, ClassId, Dataset, Difficult, Idx, IdxSplit, Voc};
+use defend_core::data::{ClassFolder, ClassId, Dataset, Difficult, Idx, Split, Voc};
 
 /// Where the images are; exactly one.
 #[derive(Args)]
@@ -34,10 +34,7 @@ impl Set {
         }
         if let Some(root) = &self.fashion_mnist {
             let open = |split| Idx::fashion_mnist(root, split);
-            return Ok((
-                Arc::new(open(IdxSplit::Train)?),
-                Arc::new(open(IdxSplit::Test)?),
-            ));
+            return Ok((Arc::new(open(Split::Train)?), Arc::new(open(Split::Test)?)));
         }
         let root = self.folders.as_ref().context("no data set is given")?;
         let open = |split| ClassFolder::open(root.join(split));

@@ -27,8 +27,28 @@ pub(crate) enum Command {
     Evaluate(Evaluate),
     /// Renders pictures of everyday objects and does the whole job on them.
     Demo(Demo),
+    /// Runs a benchmark of data sets, protocols and systems, and makes its report.
+    Bench(Bench),
     /// Prints the default settings as JSON, to be changed and given to `fit --config`.
     Settings,
+}
+
+#[derive(Args)]
+pub(crate) struct Bench {
+    /// What to run, as TOML; see examples/bench. Runs whose records are in its output folder are not repeated.
+    pub(crate) config: PathBuf,
+    /// Folder that relative paths of data sets and weights start from; the configuration's own without it.
+    #[arg(long)]
+    pub(crate) root: Option<PathBuf>,
+    /// Folder for records and report, in place of the configuration's.
+    #[arg(long)]
+    pub(crate) out: Option<PathBuf>,
+    /// Makes the report from the records that are there, and runs nothing.
+    #[arg(long)]
+    pub(crate) report_only: bool,
+    /// Computes on the processor, even where there is a GPU.
+    #[arg(long)]
+    pub(crate) cpu: bool,
 }
 
 #[derive(Args)]

@@ -8,10 +8,8 @@ use anyhow::{Context, Result};
 use defend_baselines::{SystemConfig, Teacher};
 use defend_core::data::{Dataset, ImageFolder};
 use defend_core::metrics::{FalseAlarmRate, auroc};
-use defend_core::vit::{Backbone, TrainScope};
-use defend_core::{
-    Defend, DefendConfig, Detector, Device, NoveltyDetector, ProgressBar, scan, scan_each,
-};
+use defend_core::vit::{CacheConfig, TrainScope};
+use defend_core::{Defend, DefendConfig, Detector, Device, ProgressBar, scan, scan_each};
 use defend_scenes::{Object, SceneConfig, SceneSet};
 use ndarray::ArrayView1;
 

@@ -3,6 +3,7 @@
 //! `cargo run --release --bin defend -- demo`
 
 mod arguments;
+mod bench;
 mod calibrate;
 mod demo;
 mod evaluate;
@@ -41,6 +42,7 @@ fn run(command: Command) -> Result<()> {
         Command::Score(arguments) => score::run(&arguments),
         Command::Evaluate(arguments) => evaluate::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Settings => {
             println!(
                 "{}",

@@ -11,11 +11,28 @@ use crate::{System, Teacher};
 
 /// Dense fine-tuning and masked distillation with any settings: leave the dense stage out, take another mask, another
 /// distance, another score.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Ours {
     /// Settings; seed, image size and fit are those of the benchmark.
     pub settings: DefendConfig,
+    /// Whether the dense stage runs: the same as `settings.dense = null`, for formats without a null such as TOML.
+    pub dense: bool,
+}
+
+impl Default for Ours {
+    fn default() -> Self {
+        Self {
+            settings: DefendConfig::default(),
+            dense: true,
+        }
+    }
+}
+
+impl Ours {
+    fn tunes(&self) -> bool {
+        self.dense && self.settings.dense.is_some()
+    }
 }
 
 impl System for Ours {
@@ -30,6 +47,7 @@ impl System for Ours {
             seed,
             fit: teacher.preprocess().fit,
             image_size: None,
+            dense: self.settings.dense.clone().filter(|_| self.dense),
             ..self.settings.clone()
         };
         let builder = Defend::builder()
@@ -49,10 +67,7 @@ impl System for Ours {
     }
 
     fn name(&self) -> String {
-        let dense = match self.settings.dense {
-            Some(_) => "DEFEND + ",
-            None => "",
-        };
+        let dense = if self.tunes() { "DEFEND + " } else { "" };
         format!("{dense}masked distillation")
     }
 

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use image::RgbImage;
+use image::{GrayImage, RgbImage};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
@@ -12,6 +12,16 @@ use crate::Error;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ClassId(pub u32);
+
+/// The two halves of a data set that its authors split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Split {
+    /// What a model may learn from.
+    Train,
+    /// What it is judged on.
+    Test,
+}
 
 /// Pictures in a fixed order, with the classes of the objects they show where these are known.
 pub trait Dataset: Send + Sync {
@@ -35,6 +45,21 @@ pub trait Dataset: Send + Sync {
     /// Classes of the objects in a picture, each once, ascending; empty for an unlabelled picture
     /// and past the end.
     fn classes(&self, index: usize) -> &[ClassId];
+
+    /// Where the novelty is: non-zero pixels, in the picture's own size; `None` for sets without masks
+    /// and for normal pictures.
+    ///
+    /// # Errors
+    /// [`Error::Index`] past the end; of sets with masks those of [`read_image`](crate::read_image),
+    /// [`Error::Missing`] and [`Error::MaskSize`].
+    fn mask(&self, index: usize) -> Result<Option<GrayImage>, Error> {
+        let len = self.len();
+        if index < len {
+            Ok(None)
+        } else {
+            Err(Error::Index { index, len })
+        }
+    }
 
     /// Names of the classes, by [`ClassId`]; empty for unlabelled data.
     fn class_names(&self) -> &[String];
@@ -61,6 +86,10 @@ impl<T: Dataset + ?Sized> Dataset for Arc<T> {
 
     fn classes(&self, index: usize) -> &[ClassId] {
         (**self).classes(index)
+    }
+
+    fn mask(&self, index: usize) -> Result<Option<GrayImage>, Error> {
+        (**self).mask(index)
     }
 
     fn class_names(&self) -> &[String] {

@@ -55,7 +55,57 @@ pub fn decode_image(bytes: &[u8], origin: &str) -> Result<RgbImage, Error> {
     })
 }
 
+/// Width and height of an image file's picture as [`read_image`] gives it, from the file's header.
+///
+/// # Errors
+/// Those of [`read_image`].
+pub(crate) fn read_dimensions(path: &Path) -> Result<(u32, u32), Error> {
+    let origin = path.to_string_lossy();
+    let bytes = std::fs::read(path).map_err(|source| Error::Read {
+        path: path.into(),
+        source,
+    })?;
+    let dimensions = || {
+        let mut decoder = open_decoder(&bytes, &origin)?;
+        let (width, height) = decoder.dimensions();
+        Ok(match upright(&mut decoder) {
+            Orientation::Rotate90
+            | Orientation::Rotate270
+            | Orientation::Rotate90FlipH
+            | Orientation::Rotate270FlipH => (height, width),
+            _ => (width, height),
+        })
+    };
+    catch_unwind(AssertUnwindSafe(dimensions)).unwrap_or_else(|_| {
+        Err(Error::DecoderPanic {
+            origin: origin.clone().into(),
+        })
+    })
+}
+
 fn decode(bytes: &[u8], origin: &str) -> Result<RgbImage, Error> {
+    let mut decoder = open_decoder(bytes, origin)?;
+    if decoder.total_bytes() > MAX_DECODED_BYTES {
+        let (width, height) = decoder.dimensions();
+        return Err(Error::TooLarge {
+            origin: origin.into(),
+            width,
+            height,
+            bytes: decoder.total_bytes(),
+            limit: MAX_DECODED_BYTES,
+        });
+    }
+    let orientation = upright(&mut decoder);
+    let mut picture = DynamicImage::from_decoder(decoder).map_err(|source| Error::Decode {
+        origin: origin.into(),
+        source,
+    })?;
+    picture.apply_orientation(orientation);
+    Ok(picture.into_rgb8())
+}
+
+/// Reads the header.
+fn open_decoder<'a>(bytes: &'a [u8], origin: &str) -> Result<impl ImageDecoder + 'a, Error> {
     let fault = |source| Error::Decode {
         origin: origin.into(),
         source,
@@ -80,23 +130,13 @@ fn decode(bytes: &[u8], origin: &str) -> Result<RgbImage, Error> {
     let mut limits = Limits::default();
     limits.max_alloc = Some(MAX_DECODED_BYTES);
     reader.limits(limits);
+    reader.into_decoder().map_err(fault)
+}
 
-    let mut decoder = reader.into_decoder().map_err(fault)?;
-    if decoder.total_bytes() > MAX_DECODED_BYTES {
-        let (width, height) = decoder.dimensions();
-        return Err(Error::TooLarge {
-            origin: origin.into(),
-            width,
-            height,
-            bytes: decoder.total_bytes(),
-            limit: MAX_DECODED_BYTES,
-        });
-    }
+/// What turns the picture upright.
+fn upright(decoder: &mut impl ImageDecoder) -> Orientation {
     // Damaged metadata is no reason to lose the picture.
-    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-    let mut picture = DynamicImage::from_decoder(decoder).map_err(fault)?;
-    picture.apply_orientation(orientation);
-    Ok(picture.into_rgb8())
+    decoder.orientation().unwrap_or(Orientation::NoTransforms)
 }
 
 #[cfg(test)]
@@ -169,8 +209,26 @@ mod tests {
         let path = folder.path().join("picture.jpg");
         std::fs::write(&path, encode(gradient(1, 1), ImageFormat::Png)).unwrap();
         assert_eq!(read_image(&path).unwrap(), gradient(1, 1));
+        assert_eq!(read_dimensions(&path).unwrap(), (1, 1));
         std::fs::write(&path, encode(gradient(1, 1), ImageFormat::Jpeg)).unwrap();
         assert_eq!(read_image(&path).unwrap().dimensions(), (1, 1));
+    }
+
+    #[test]
+    fn dimensions_are_those_of_the_upright_picture() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lying.jpg");
+        let plain = encode(gradient(16, 8), ImageFormat::Jpeg);
+        // After the start marker: an Exif segment with orientation 6, to be turned by 90 degrees.
+        let mut exif = b"\xFF\xE1\0\x22Exif\0\0MM\0*\0\0\0\x08\0\x01".to_vec();
+        exif.extend(b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0");
+        let bytes = [&plain[..2], &exif, &plain[2..]].concat();
+        std::fs::write(&path, bytes).unwrap();
+        assert_eq!(read_image(&path).unwrap().dimensions(), (8, 16));
+        assert_eq!(read_dimensions(&path).unwrap(), (8, 16));
+        std::fs::write(&path, "no picture").unwrap();
+        let error = read_dimensions(&path).unwrap_err();
+        assert!(matches!(error, Error::UnknownFormat { .. }), "{error}");
     }
 
     #[test]

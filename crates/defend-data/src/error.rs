@@ -170,6 +170,67 @@ pub enum Error {
         /// What should.
         expected: String,
     },
+    /// A file of a published data set is not what its layout has there.
+    #[error("the file {path:?} holds {found}, expected {expected}")]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What stands there.
+        found: String,
+        /// What should.
+        expected: String,
+    },
+    /// A file is not JSON, or not the JSON that it should be.
+    #[error("the JSON file {path:?} cannot be used: {source}")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The parser's reason, with line and column.
+        source: serde_json::Error,
+    },
+    /// A file is not CSV.
+    #[error("the CSV file {path:?} cannot be used: {source}")]
+    Csv {
+        /// The file.
+        path: PathBuf,
+        /// The parser's reason, with the line.
+        source: csv::Error,
+    },
+    /// An entry of a manifest lacks something or holds what no entry may.
+    #[error("the manifest {path:?} holds {found} in {entry}, expected {expected}")]
+    Manifest {
+        /// The manifest.
+        path: PathBuf,
+        /// The line of a CSV or the entry of a JSON list, both counted from 1.
+        entry: String,
+        /// What stands there.
+        found: String,
+        /// What should.
+        expected: &'static str,
+    },
+    /// A mask does not lie over its picture.
+    #[error(
+        "the mask {path:?} is {width} x {height} px, expected {picture_width} x {picture_height} as its \
+         picture"
+    )]
+    MaskSize {
+        /// The mask's file.
+        path: PathBuf,
+        /// Width of the mask in pixels.
+        width: u32,
+        /// Height of the mask in pixels.
+        height: u32,
+        /// Width of the picture in pixels.
+        picture_width: u32,
+        /// Height of the picture in pixels.
+        picture_height: u32,
+    },
+    /// A text is no [`ContentHash`](crate::ContentHash).
+    #[error("{found:?} is no content hash, expected 64 hexadecimal digits")]
+    ContentHash {
+        /// The text.
+        found: String,
+    },
     /// The thread that decodes ahead cannot be started.
     #[error("cannot start the thread that decodes images: {source}")]
     Thread {

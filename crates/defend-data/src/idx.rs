@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use flate2::read::MultiGzDecoder;
 use image::RgbImage;
 
-use crate::{ClassId, Dataset, Error};
+use crate::{ClassId, Dataset, Error, Split};
 
 /// The classes of Fashion-MNIST; the position is the [`ClassId`].
 pub const FASHION_MNIST_CLASSES: [&str; 10] = [
@@ -24,22 +24,19 @@ pub const FASHION_MNIST_CLASSES: [&str; 10] = [
     "ankle boot",
 ];
 
-const MISSING: &str = "download the four files of Fashion-MNIST ({train,t10k}-images-idx3-ubyte and \
+/// The classes of MNIST, the digits; the position is the [`ClassId`].
+pub const MNIST_CLASSES: [&str; 10] = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"];
+
+const MISSING_FASHION: &str = "download the four files of Fashion-MNIST ({train,t10k}-images-idx3-ubyte and \
+    {train,t10k}-labels-idx1-ubyte, with or without .gz) from the data set's own page into this folder";
+
+const MISSING_MNIST: &str = "download the four files of MNIST ({train,t10k}-images-idx3-ubyte and \
     {train,t10k}-labels-idx1-ubyte, with or without .gz) from the data set's own page into this folder";
 
 /// Most that the pictures of one file may take: 4 GiB.
 const MAX_BYTES: u64 = 1 << 32;
 
 const GZIP: [u8; 2] = [0x1F, 0x8B];
-
-/// The two halves of an MNIST-like set.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum IdxSplit {
-    /// `train-*`.
-    Train,
-    /// `t10k-*`.
-    Test,
-}
 
 /// Grey pictures with one label each from a pair of idx files, all held in memory.
 #[derive(Debug, Clone)]
@@ -57,27 +54,17 @@ impl Idx {
     ///
     /// # Errors
     /// [`Error::Missing`] with what to download; those of [`Self::open`].
-    pub fn fashion_mnist(folder: impl AsRef<Path>, split: IdxSplit) -> Result<Self, Error> {
-        let part = match split {
-            IdxSplit::Train => "train",
-            IdxSplit::Test => "t10k",
-        };
-        let find = |kind: &str| -> Result<PathBuf, Error> {
-            let plain = folder.as_ref().join(format!("{part}-{kind}-ubyte"));
-            let zipped = folder.as_ref().join(format!("{part}-{kind}-ubyte.gz"));
-            if plain.is_file() {
-                Ok(plain)
-            } else if zipped.is_file() {
-                Ok(zipped)
-            } else {
-                Err(Error::Missing {
-                    path: zipped,
-                    help: MISSING,
-                })
-            }
-        };
-        let class_names = FASHION_MNIST_CLASSES.map(String::from).to_vec();
-        Self::open(find("images-idx3")?, find("labels-idx1")?, class_names)
+    pub fn fashion_mnist(folder: impl AsRef<Path>, split: Split) -> Result<Self, Error> {
+        let files = Files::find(folder.as_ref(), split, MISSING_FASHION)?;
+        files.open(&FASHION_MNIST_CLASSES)
+    }
+
+    /// Reads one split of MNIST from the folder of its four files.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] with what to download; those of [`Self::open`].
+    pub fn mnist(folder: impl AsRef<Path>, split: Split) -> Result<Self, Error> {
+        Files::find(folder.as_ref(), split, MISSING_MNIST)?.open(&MNIST_CLASSES)
     }
 
     /// Reads a file of pictures (idx3, bytes) and the file of their labels (idx1, bytes), gzipped or
@@ -162,6 +149,42 @@ impl Dataset for Idx {
 
     fn class_names(&self) -> &[String] {
         &self.class_names
+    }
+}
+
+/// The two files of one split.
+struct Files {
+    images: PathBuf,
+    labels: PathBuf,
+}
+
+impl Files {
+    /// The files under the names that MNIST gave them, with or without `.gz`.
+    fn find(folder: &Path, split: Split, help: &'static str) -> Result<Self, Error> {
+        let part = match split {
+            Split::Train => "train",
+            Split::Test => "t10k",
+        };
+        let find = |kind: &str| -> Result<PathBuf, Error> {
+            let plain = folder.join(format!("{part}-{kind}-ubyte"));
+            let zipped = folder.join(format!("{part}-{kind}-ubyte.gz"));
+            if plain.is_file() {
+                Ok(plain)
+            } else if zipped.is_file() {
+                Ok(zipped)
+            } else {
+                Err(Error::Missing { path: zipped, help })
+            }
+        };
+        Ok(Self {
+            images: find("images-idx3")?,
+            labels: find("labels-idx1")?,
+        })
+    }
+
+    fn open(&self, class_names: &[&str]) -> Result<Idx, Error> {
+        let class_names = class_names.iter().map(ToString::to_string).collect();
+        Idx::open(&self.images, &self.labels, class_names)
     }
 }
 
@@ -309,10 +332,25 @@ mod tests {
                 .contains("the label 2")
         );
         let folder = tempfile::tempdir().unwrap();
-        let missing = Idx::fashion_mnist(folder.path(), IdxSplit::Test).unwrap_err();
+        let missing = Idx::fashion_mnist(folder.path(), Split::Test).unwrap_err();
         assert!(
             missing.to_string().contains("t10k-images-idx3-ubyte.gz"),
             "{missing}"
         );
+        assert!(missing.to_string().contains("Fashion-MNIST"), "{missing}");
+        let missing = Idx::mnist(folder.path(), Split::Train).unwrap_err();
+        assert!(missing.to_string().contains("files of MNIST"), "{missing}");
+    }
+
+    #[test]
+    fn mnist_is_found_by_its_file_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, bytes| std::fs::write(folder.path().join(name), bytes).unwrap();
+        write("train-images-idx3-ubyte", IMAGES);
+        write("train-labels-idx1-ubyte", LABELS);
+        let set = Idx::mnist(folder.path(), Split::Train).unwrap();
+        check(&set);
+        assert_eq!(set.class("1"), Some(ClassId(1)));
+        assert_eq!(set.class_names().len(), 10);
     }
 }

@@ -30,26 +30,37 @@
 //! ```
 
 mod batches;
+mod cifar;
+mod coco;
 mod dataset;
 mod decode;
 mod error;
 mod folder;
+mod hash;
 mod idx;
 mod jpeg;
+mod manifest;
 mod memory;
+mod mvtec;
 mod preprocess;
 mod protocol;
+mod published;
 mod subset;
 mod voc;
 
 pub use batches::{Batch, Batches, Failure};
-pub use dataset::{ClassId, Dataset};
+pub use cifar::{Cifar, CifarLabels};
+pub use coco::{Coco, Crowd};
+pub use dataset::{ClassId, Dataset, Split};
 pub use decode::{MAX_DECODED_BYTES, decode_image, read_image};
 pub use error::Error;
 pub use folder::{ClassFolder, ImageFolder};
-pub use idx::{FASHION_MNIST_CLASSES, Idx, IdxSplit};
-pub use image::RgbImage;
+pub use hash::{ContentHash, content_hash, content_hashes, leaks};
+pub use idx::{FASHION_MNIST_CLASSES, Idx, MNIST_CLASSES};
+pub use image::{GrayImage, RgbImage};
+pub use manifest::Manifest;
 pub use memory::Memory;
+pub use mvtec::MvtecAd;
 pub use preprocess::{Fit, Interpolation, Preprocess};
 pub use protocol::{AllVsOne, Label, MultiObject, Protocol};
 pub use subset::Subset;

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use image::RgbImage;
+use image::{GrayImage, RgbImage};
 
 use crate::{ClassId, Dataset, Error, dataset::sample};
 
@@ -54,6 +54,10 @@ impl Dataset for Subset {
             .map_or(&[], |&i| self.whole.classes(i))
     }
 
+    fn mask(&self, index: usize) -> Result<Option<GrayImage>, Error> {
+        self.whole.mask(*sample(&self.indices, index)?)
+    }
+
     fn class_names(&self) -> &[String] {
         self.whole.class_names()
     }
@@ -77,6 +81,11 @@ mod tests {
         assert_eq!(subset.class("dog"), Some(ClassId(0)));
         assert!(matches!(
             subset.image(1),
+            Err(Error::Index { index: 1, len: 1 })
+        ));
+        assert_eq!(subset.mask(0).unwrap(), None);
+        assert!(matches!(
+            subset.mask(1),
             Err(Error::Index { index: 1, len: 1 })
         ));
         assert!(subset.classes(1).is_empty() && subset.name(1).is_empty());

@@ -1,12 +1,15 @@
 //! PASCAL VOC: several objects a picture.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use image::RgbImage;
+use rayon::prelude::*;
 use roxmltree::{Document, Node};
 
+use crate::published::read_picture;
 use crate::{ClassId, Dataset, Error, dataset::sample, read_image};
 
 /// The classes of PASCAL VOC since 2007; the position is the [`ClassId`].
@@ -63,17 +66,51 @@ impl Voc {
     /// [`Error::Annotation`] with the file at fault; [`Error::NoImages`] for an empty split.
     pub fn open(root: impl AsRef<Path>, split: &str, difficult: Difficult) -> Result<Self, Error> {
         let root = root.as_ref();
-        let list = root.join("ImageSets/Main").join(format!("{split}.txt"));
-        let mut samples = Vec::new();
+        Self::listed(root, "Main", split, |id| {
+            let annotation = root.join("Annotations").join(format!("{id}.xml"));
+            classes_in(&read(&annotation)?, &annotation, difficult)
+        })
+    }
+
+    /// Reads the split `ImageSets/Segmentation/<split>.txt`; a class is present where
+    /// `SegmentationClass/<id>.png` has a pixel of its colour. All masks are read here, in parallel.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] with what to download; those of [`crate::read_image`] for a mask;
+    /// [`Error::Content`] for a colour that is no class's; [`Error::NoImages`] for an empty split.
+    pub fn open_segmentation(root: impl AsRef<Path>, split: &str) -> Result<Self, Error> {
+        let root = root.as_ref();
+        Self::listed(root, "Segmentation", split, |id| {
+            let path = root.join("SegmentationClass").join(format!("{id}.png"));
+            classes_of_mask(&read_picture(&path, MISSING)?, &path)
+        })
+    }
+
+    /// The pictures of an image set, with the classes that `classes` finds for each id.
+    fn listed(
+        root: &Path,
+        kind: &str,
+        split: &str,
+        classes: impl Fn(&str) -> Result<Vec<ClassId>, Error> + Sync,
+    ) -> Result<Self, Error> {
+        let list = root
+            .join("ImageSets")
+            .join(kind)
+            .join(format!("{split}.txt"));
+        let text = read(&list)?;
         // The class lists of VOC ("dog_train.txt") have a second column.
-        for id in read(&list)?
+        let ids: Vec<&str> = text
             .lines()
             .filter_map(|line| line.split_whitespace().next())
-        {
-            let annotation = root.join("Annotations").join(format!("{id}.xml"));
-            let classes = classes_in(&read(&annotation)?, &annotation, difficult)?;
-            samples.push((root.join("JPEGImages").join(format!("{id}.jpg")), classes));
-        }
+            .collect();
+        let sample = |id: &&str| {
+            let picture = root.join("JPEGImages").join(format!("{id}.jpg"));
+            Ok((picture, classes(id)?))
+        };
+        let samples = ids
+            .par_iter()
+            .map(sample)
+            .collect::<Result<Vec<_>, Error>>()?;
         if samples.is_empty() {
             return Err(Error::NoImages {
                 path: list,
@@ -159,6 +196,42 @@ fn classes_in(text: &str, path: &Path, difficult: Difficult) -> Result<Vec<Class
     Ok(classes)
 }
 
+/// Classes with a pixel in a segmentation of VOC's colours, ascending; background and the undecided border are none.
+fn classes_of_mask(mask: &RgbImage, path: &Path) -> Result<Vec<ClassId>, Error> {
+    const UNDECIDED: [u8; 3] = [224, 224, 192];
+    let mut present = [false; VOC_CLASSES.len() + 1];
+    let colours: HashSet<[u8; 3]> = mask.pixels().map(|pixel| pixel.0).collect();
+    for colour in colours.into_iter().filter(|colour| *colour != UNDECIDED) {
+        let known = (0..present.len()).find(|&i| voc_colour(i as u8) == colour);
+        match known.and_then(|i| present.get_mut(i)) {
+            Some(present) => *present = true,
+            None => {
+                return Err(Error::Content {
+                    path: path.into(),
+                    found: format!("pixels of the colour {colour:?}"),
+                    expected: "the colours of VOC's 20 classes, its background and its border"
+                        .into(),
+                });
+            }
+        }
+    }
+    let classes = present.iter().skip(1).enumerate();
+    Ok(classes
+        .filter(|(_, present)| **present)
+        .map(|(i, _)| ClassId(i as u32))
+        .collect())
+}
+
+/// VOC's colour of a label: its bits, lowest first, go in turn to the highest free bits of red, green and blue.
+fn voc_colour(label: u8) -> [u8; 3] {
+    let mut colour = [0; 3];
+    for bit in 0..8 {
+        let channel: &mut u8 = &mut colour[bit % 3];
+        *channel |= ((label >> bit) & 1) << (7 - bit / 3);
+    }
+    colour
+}
+
 fn text_of<'a>(object: Node<'a, '_>, tag: &str) -> Option<&'a str> {
     object
         .children()
@@ -170,6 +243,54 @@ fn text_of<'a>(object: Node<'a, '_>, tag: &str) -> Option<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn classes_from_a_segmentation() {
+        // The colours that VOC's documentation names: aeroplane, bicycle, person, tvmonitor, border.
+        let named = [
+            (1, [128, 0, 0]),
+            (2, [0, 128, 0]),
+            (15, [192, 128, 128]),
+            (20, [0, 64, 128]),
+        ];
+        for (label, colour) in named {
+            assert_eq!(voc_colour(label), colour);
+        }
+        assert_eq!(voc_colour(255), [224, 224, 192]);
+        let folder = tempfile::tempdir().unwrap();
+        let sub = |name: &str| {
+            let path = folder.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            path
+        };
+        fs::write(sub("ImageSets/Segmentation/val.txt"), "1\n2\n").unwrap();
+        let save = |name: &str, colours: &[[u8; 3]]| {
+            let mask = RgbImage::from_fn(colours.len() as u32, 1, |x, _| {
+                image::Rgb(colours[x as usize])
+            });
+            mask.save(sub(&format!("SegmentationClass/{name}.png")))
+                .unwrap();
+        };
+        save(
+            "1",
+            &[
+                [0; 3],
+                [192, 128, 128],
+                [224, 224, 192],
+                [128, 0, 0],
+                [128, 0, 0],
+            ],
+        );
+        save("2", &[[0; 3]]);
+        let open = || Voc::open_segmentation(folder.path(), "val");
+        let found = open().unwrap();
+        assert_eq!(found.classes(0), [ClassId(0), ClassId(14)]);
+        assert!(found.classes(1).is_empty() && found.name(1).ends_with("2.jpg"));
+        save("2", &[[1, 2, 3]]);
+        assert!(matches!(open(), Err(Error::Content { .. })));
+        fs::remove_file(sub("SegmentationClass/2.png")).unwrap();
+        assert!(matches!(open(), Err(Error::Missing { .. })));
+    }
 
     const TWO_DOGS: &str = "<annotation>
         <object><name>person</name><difficult>1</difficult><part><name>head</name></part></object>

@@ -14,8 +14,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use defend_data::{
-    AllVsOne, Batches, ClassFolder, ClassId, Dataset, Difficult, Fit, Idx, IdxSplit, ImageFolder,
-    MultiObject, Preprocess, Protocol, RgbImage, Voc, read_image,
+    AllVsOne, Batches, ClassFolder, ClassId, Dataset, Difficult, Fit, Idx, ImageFolder,
+    MultiObject, Preprocess, Protocol, RgbImage, Split, Voc, read_image,
 };
 use serde::Deserialize;
 
@@ -50,7 +50,7 @@ fn voc_has_the_published_counts() {
 #[test]
 #[ignore = "needs the asset folder: set DEFEND_ASSETS"]
 fn fashion_mnist_is_whole() {
-    for (split, len) in [(IdxSplit::Train, 60_000), (IdxSplit::Test, 10_000)] {
+    for (split, len) in [(Split::Train, 60_000), (Split::Test, 10_000)] {
         let set = Idx::fashion_mnist(assets("fashion-mnist"), split).unwrap();
         assert_eq!(set.len(), len);
         assert_eq!(set.image(len - 1).unwrap().dimensions(), (28, 28));

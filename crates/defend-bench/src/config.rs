@@ -1,0 +1,227 @@
+//! What a benchmark runs, as a TOML file says it.
+
+use std::path::{Path, PathBuf};
+
+use defend_baselines::SystemConfig;
+use defend_core::data::Fit;
+use serde::{Deserialize, Serialize};
+
+use crate::{DataConfig, Error, ProtocolConfig};
+
+/// A whole benchmark: every system on every experiment of every data set, for every seed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BenchConfig {
+    /// Folder for records, splits and reports.
+    pub output: PathBuf,
+    /// Weights of the teacher: a file, a folder with `config.json`, or `embedded`.
+    pub backbone: PathBuf,
+    /// Seeds of the systems.
+    #[serde(default = "one_seed")]
+    pub seeds: Vec<u64>,
+    /// How pictures become square.
+    #[serde(default)]
+    pub fit: Fit,
+    /// Folder that keeps the teacher's features between runs; memory only without it.
+    #[serde(default)]
+    pub features: Option<PathBuf>,
+    /// Limit of the memory for the teacher's features, GiB.
+    #[serde(default = "four")]
+    pub feature_memory_gib: f64,
+    /// The data sets.
+    pub data: Vec<DataEntry>,
+    /// The systems, the first of them is the one that others are compared with.
+    pub systems: Vec<SystemEntry>,
+}
+
+fn one_seed() -> Vec<u64> {
+    vec![0]
+}
+
+fn four() -> f64 {
+    4.0
+}
+
+/// A data set with its protocols.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataEntry {
+    /// Name for tables and files.
+    pub name: String,
+    /// Where it is and what layout it has.
+    pub source: DataConfig,
+    /// What is normal.
+    pub protocols: Vec<ProtocolConfig>,
+    /// A part of it, where the whole is too much.
+    #[serde(default)]
+    pub subset: Subset,
+}
+
+/// A part of a data set: a seeded sample in the proportions of its classes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Subset {
+    /// Training images of each experiment, at most.
+    pub train: Option<usize>,
+    /// Test images of the data set, at most; all experiments share them.
+    pub test: Option<usize>,
+    /// Seed of the choice.
+    pub seed: u64,
+}
+
+/// A system under a name.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SystemEntry {
+    /// Name for tables and files; the system's own without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
+    /// Protocols and data sets that it runs on, such as `voc` or `one-vs-all`; everything without it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub only: Vec<String>,
+    /// The system and its settings.
+    #[serde(flatten)]
+    pub system: SystemConfig,
+}
+
+impl SystemEntry {
+    /// Name for tables and files.
+    pub fn name(&self) -> String {
+        let own = || self.system.system().name();
+        self.label.clone().unwrap_or_else(own)
+    }
+
+    /// Whether it runs on a protocol of a data set.
+    pub fn runs_on(&self, data: &str, protocol: &str) -> bool {
+        self.only.is_empty()
+            || self
+                .only
+                .iter()
+                .any(|name| name == data || name == protocol)
+    }
+}
+
+impl BenchConfig {
+    /// Reads a TOML file. Relative paths of data sets and weights are relative to `root`, the file's own folder
+    /// without it; that of the output is left as it is.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Config`] with the parser's place and reason, or what has no meaning.
+    pub fn read(path: &Path, root: Option<&Path>) -> Result<Self, Error> {
+        let text = std::fs::read_to_string(path).map_err(Error::io(path, "reading"))?;
+        let fault = |reason: String| Error::Config {
+            path: path.into(),
+            reason,
+        };
+        let mut config: Self = toml::from_str(&text).map_err(|e| fault(e.to_string()))?;
+        let own = path.parent().unwrap_or(Path::new("."));
+        let root = root.unwrap_or(own);
+        if config.backbone != Path::new(EMBEDDED) {
+            config.backbone = root.join(&config.backbone);
+        }
+        for data in &mut config.data {
+            data.source.relative_to(root);
+        }
+        config.check().map_err(fault)?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let lists = [
+            ("data", self.data.len()),
+            ("systems", self.systems.len()),
+            ("seeds", self.seeds.len()),
+        ];
+        if let Some((field, _)) = lists.iter().find(|(_, len)| *len == 0) {
+            return Err(format!("{field} is empty, expected at least one entry"));
+        }
+        let unique = |kind: &str, names: Vec<String>| match names
+            .iter()
+            .enumerate()
+            .find(|(i, name)| names[..*i].contains(name))
+        {
+            Some((_, name)) => Err(format!(
+                "two {kind} are called \"{name}\", give one another name"
+            )),
+            None => Ok(()),
+        };
+        unique(
+            "data sets",
+            self.data.iter().map(|d| d.name.clone()).collect(),
+        )?;
+        unique(
+            "systems",
+            self.systems.iter().map(SystemEntry::name).collect(),
+        )
+    }
+}
+
+/// In place of a path: the small backbone inside the program.
+pub(crate) const EMBEDDED: &str = "embedded";
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may panic")]
+
+    use super::*;
+
+    const GOOD: &str = r#"
+        output = "out"
+        backbone = "embedded"
+        [[data]]
+        name = "cameras"
+        source = { kind = "class-folders", train = "a/train", test = "a/test" }
+        protocols = [{ kind = "one-vs-all" }, { kind = "normal-sets", sets = [["dog", "cat"]] }]
+        subset = { train = 100 }
+        [[systems]]
+        kind = "defend"
+        settings = { dense = { epochs = 1 } }
+        [[systems]]
+        kind = "patch-core"
+        share = 0.01
+        only = ["cameras"]
+    "#;
+
+    fn read(text: &str) -> Result<BenchConfig, Error> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("bench.toml");
+        std::fs::write(&path, text).unwrap();
+        let config = BenchConfig::read(&path, None)?;
+        let DataConfig::ClassFolders { train, .. } = &config.data[0].source else {
+            panic!("{:?}", config.data[0].source);
+        };
+        assert_eq!(*train, folder.path().join("a/train"));
+        Ok(config)
+    }
+
+    #[test]
+    fn a_configuration_in_full() {
+        let config = read(GOOD).unwrap();
+        assert_eq!(
+            (config.seeds.as_slice(), config.data[0].subset.train),
+            (&[0][..], Some(100))
+        );
+        assert_eq!(config.backbone, Path::new("embedded"));
+        assert_eq!(config.systems[1].name(), "PatchCore");
+        assert!(config.systems[1].runs_on("cameras", "one-vs-all"));
+        assert!(!config.systems[1].runs_on("voc", "one-vs-all"));
+    }
+
+    #[test]
+    fn faults_say_where() {
+        let fails = |from: &str, to: &str, reason: &str| {
+            let error = read(&GOOD.replace(from, to)).unwrap_err().to_string();
+            assert!(
+                error.contains("bench.toml") && error.contains(reason),
+                "{error}"
+            );
+        };
+        fails("kind = \"patch-core\"", "kind = \"csi\"", "csi");
+        fails("output", "outputs", "outputs");
+        fails("share = 0.01", "shares = 0.01", "shares");
+        fails(
+            "kind = \"patch-core\"\n        share = 0.01",
+            "kind = \"defend\"",
+            "two systems",
+        );
+    }
+}

@@ -1,0 +1,236 @@
+//! What is kept of a run: one JSON file.
+
+use std::path::{Path, PathBuf};
+
+use defend_baselines::SystemConfig;
+use defend_core::data::Fit;
+use defend_core::vit::Grid;
+use defend_core::{MapScale, PatchMap};
+use serde::{Deserialize, Serialize};
+
+use crate::{DataConfig, Error, Subset};
+
+/// One system fitted and scored in one experiment with one seed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// What was run; equal for equal runs.
+    pub key: RunKey,
+    /// Place of the experiment and of the system in the configuration, for the order in tables.
+    pub order: [usize; 2],
+    /// What differs from the system's paper.
+    pub deviations: String,
+    /// Version and commit of this software, and the machine's architecture.
+    pub software: Software,
+    /// When the run ended, seconds since 1970.
+    pub finished: u64,
+    /// Seconds of the fit, reading included.
+    pub fit_seconds: f64,
+    /// Seconds of scoring all test images.
+    pub score_seconds: f64,
+    /// Training images.
+    pub train_images: usize,
+    /// The figures of merit.
+    pub figures: Figures,
+    /// Every test image.
+    pub scores: Vec<Scored>,
+    /// The worst errors with their maps, where the system has maps.
+    pub worst: Vec<Worst>,
+    /// How map values become colours: usual values over the test images.
+    pub map_scale: Option<MapScale>,
+}
+
+/// What makes a run another run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunKey {
+    /// Name of the data set.
+    pub data: String,
+    /// Where it came from.
+    pub source: DataConfig,
+    /// Name of the protocol.
+    pub protocol: String,
+    /// Name of the experiment.
+    pub experiment: String,
+    /// Normal classes, or the abnormal one.
+    pub classes: Vec<String>,
+    /// The part of the data set.
+    pub subset: Subset,
+    /// Name of the system.
+    pub system: String,
+    /// Its settings.
+    pub settings: SystemConfig,
+    /// The teacher's weights.
+    pub backbone: PathBuf,
+    /// How pictures became square.
+    pub fit: Fit,
+    /// Seed of the system.
+    pub seed: u64,
+}
+
+/// Versions behind a result.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Software {
+    /// Version of this crate.
+    pub version: String,
+    /// Commit that it was built from.
+    pub commit: String,
+    /// Architecture and operating system.
+    pub platform: String,
+}
+
+impl Software {
+    pub(crate) fn this() -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION").into(),
+            commit: env!("DEFEND_COMMIT").into(),
+            platform: format!("{} {}", std::env::consts::ARCH, std::env::consts::OS),
+        }
+    }
+}
+
+/// Figures of merit of a run, `0..=1`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Figures {
+    /// Area under the ROC curve over images.
+    pub auroc: f64,
+    /// Average precision over images.
+    pub average_precision: f64,
+    /// Area under the ROC curve over pixels, where the data set has masks and the system maps.
+    pub pixel_auroc: Option<f64>,
+    /// Per-region overlap up to a false positive rate of 0.3, likewise.
+    pub pro: Option<f64>,
+}
+
+/// A test image.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Scored {
+    /// Position in the test half of the data set.
+    pub index: usize,
+    /// Name of the picture.
+    pub name: String,
+    /// The truth.
+    pub abnormal: bool,
+    /// Novelty score.
+    pub score: f32,
+}
+
+/// An error worth looking at: a normal image that scores high, or an abnormal one that scores low.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Worst {
+    /// Place in [`Record::scores`].
+    pub place: usize,
+    /// Rows and columns of the map.
+    pub grid: Option<Grid>,
+    /// Its values.
+    pub map: Vec<f32>,
+}
+
+impl Worst {
+    pub(crate) fn patch_map(&self) -> Option<PatchMap> {
+        let values = self.map.clone();
+        self.grid.map(|grid| PatchMap { grid, values })
+    }
+}
+
+impl Record {
+    /// Reads a record.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Record`].
+    pub fn read(path: &Path) -> Result<Self, Error> {
+        let bytes = std::fs::read(path).map_err(Error::io(path, "reading"))?;
+        serde_json::from_slice(&bytes).map_err(|e| Error::Record {
+            path: path.into(),
+            reason: e.to_string(),
+        })
+    }
+
+    /// Writes beside the target and renames: a killed run leaves no half record.
+    pub(crate) fn write(&self, path: &Path) -> Result<(), Error> {
+        write_json(path, self)
+    }
+
+    /// All records under a folder, in the order of their configuration; damaged ones are an error.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Record`], [`Error::NoRuns`].
+    pub fn read_all(folder: &Path) -> Result<Vec<Self>, Error> {
+        let mut paths = Vec::new();
+        list(&folder.join(RUNS), &mut paths)?;
+        paths.sort_unstable();
+        let mut records = paths
+            .iter()
+            .map(|path| Self::read(path))
+            .collect::<Result<Vec<_>, _>>()?;
+        if records.is_empty() {
+            return Err(Error::NoRuns {
+                path: folder.into(),
+            });
+        }
+        records.sort_by_key(|record| (record.order, record.key.seed));
+        Ok(records)
+    }
+}
+
+/// Folder of the records in a benchmark's output.
+const RUNS: &str = "runs";
+
+fn list(folder: &Path, paths: &mut Vec<PathBuf>) -> Result<(), Error> {
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io(folder, "listing")(error)),
+    };
+    for entry in entries {
+        let path = entry.map_err(Error::io(folder, "listing"))?.path();
+        if path.is_dir() {
+            list(&path, paths)?;
+        } else if path.extension().is_some_and(|e| e == "json") {
+            paths.push(path);
+        }
+    }
+    Ok(())
+}
+
+impl RunKey {
+    /// Where the record of this run belongs.
+    pub(crate) fn path(&self, output: &Path) -> PathBuf {
+        let folder = output
+            .join(RUNS)
+            .join(file_name(&self.data))
+            .join(&self.protocol)
+            .join(file_name(&self.experiment));
+        folder.join(format!(
+            "{}-seed{}.json",
+            file_name(&self.system),
+            self.seed
+        ))
+    }
+}
+
+/// A name as a file's, without what file systems or shells mind.
+pub(crate) fn file_name(name: &str) -> String {
+    let safe = |c: char| {
+        if c.is_alphanumeric() || "+-_.".contains(c) {
+            c
+        } else {
+            '-'
+        }
+    };
+    name.chars().map(safe).collect()
+}
+
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).map_err(Error::io(folder, "making the folder"))?;
+    let file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(path, "writing"))?;
+    serde_json::to_writer(std::io::BufWriter::new(&file), value).map_err(|e| Error::Record {
+        path: path.into(),
+        reason: e.to_string(),
+    })?;
+    file.as_file()
+        .sync_all()
+        .map_err(Error::io(path, "writing"))?;
+    file.persist(path)
+        .map_err(|e| Error::io(path, "writing")(e.error))?;
+    Ok(())
+}

@@ -1,0 +1,329 @@
+//! Running what a configuration asks for and what is not there yet.
+
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use defend_baselines::Teacher;
+use defend_core::data::Dataset;
+use defend_core::metrics::{auroc, average_precision};
+use defend_core::vit::{Backbone, CacheConfig, ImageSource, Pretrained, TrainScope};
+use defend_core::{
+    Device, Error as CoreError, MapScale, Novelty, NoveltyDetector, Observer, PatchMap, Pictures,
+};
+use ndarray::ArrayView1;
+
+use crate::config::EMBEDDED;
+use crate::data::Halves;
+use crate::pixels::pixel_figures;
+use crate::protocol::Experiment;
+use crate::record::{Figures, Record, RunKey, Scored, Software, Worst, file_name, write_json};
+use crate::split::{Split, Splitter};
+use crate::{BenchConfig, DataEntry, Error, SystemEntry};
+
+/// Errors of each kind whose maps are kept.
+const WORST: usize = 6;
+
+/// Memory for the resized test images of a data set.
+const PICTURE_BYTES: usize = 4 << 30;
+
+/// Role: hears how far a benchmark is.
+pub trait Progress: Observer {
+    /// A run ended, or was there already.
+    fn run(&mut self, state: &RunState<'_>);
+}
+
+/// How far a benchmark is.
+#[derive(Debug, Clone, Copy)]
+pub struct RunState<'a> {
+    /// Runs that are there, this one included.
+    pub done: usize,
+    /// All runs of the configuration.
+    pub total: usize,
+    /// The run.
+    pub record: &'a Record,
+    /// Whether it was there already.
+    pub known: bool,
+    /// Seconds since the benchmark began.
+    pub seconds: f64,
+}
+
+/// Does every run whose record is missing. Killed at any moment and started again, it goes on.
+///
+/// # Errors
+/// The first one met; the records written until then stay.
+pub fn run(
+    config: &BenchConfig,
+    device: &Device,
+    progress: &mut dyn Progress,
+) -> Result<(), Error> {
+    let vit = if config.backbone.as_os_str() == EMBEDDED {
+        defend_core::embedded_backbone().load(TrainScope::Frozen, device)?
+    } else {
+        Pretrained::local(&config.backbone).load(TrainScope::Frozen, device)?
+    };
+    let depth = vit.spec().architecture.depth;
+    let layers = config
+        .systems
+        .iter()
+        .map(|s| s.system.system().layers(depth));
+    let cache = CacheConfig {
+        memory_bytes: (config.feature_memory_gib.max(0.0) * f64::from(1 << 30)) as usize,
+        folder: config.features.clone(),
+        ..CacheConfig::default()
+    };
+    let mut bench = Bench {
+        config,
+        teacher: Teacher::new(vit, layers.max().unwrap_or(1), config.fit, device, cache)?,
+        start: Instant::now(),
+        done: 0,
+        total: 0,
+    };
+    let halves = config
+        .data
+        .iter()
+        .map(|data| data.source.open())
+        .collect::<Result<Vec<_>, _>>()?;
+    // Names are checked and runs are counted before hours of work.
+    for (data, halves) in config.data.iter().zip(&halves) {
+        for protocol in &data.protocols {
+            let experiments = protocol.experiments(&data.name, &*halves.train)?.len();
+            let systems = config.systems.iter();
+            let systems = systems
+                .filter(|s| s.runs_on(&data.name, protocol.name()))
+                .count();
+            bench.total += experiments * systems * config.seeds.len();
+        }
+    }
+    let mut place = 0;
+    for (data, halves) in config.data.iter().zip(&halves) {
+        bench.data_set(data, halves, &mut place, progress)?;
+    }
+    Ok(())
+}
+
+struct Bench<'a> {
+    config: &'a BenchConfig,
+    teacher: Teacher,
+    start: Instant,
+    done: usize,
+    total: usize,
+}
+
+/// The test pictures of a data set, resized once for all runs.
+struct TestSet<'a> {
+    halves: &'a Halves,
+    pictures: Pictures,
+}
+
+impl Bench<'_> {
+    fn data_set(
+        &mut self,
+        data: &DataEntry,
+        halves: &Halves,
+        place: &mut usize,
+        progress: &mut dyn Progress,
+    ) -> Result<(), Error> {
+        let mut splitter = Splitter::new(halves, data.subset)?;
+        let images = defend_core::data::Subset::new(halves.test.clone(), splitter.test().to_vec())?;
+        let test = TestSet {
+            halves,
+            pictures: Pictures::read(
+                Arc::new(images),
+                self.teacher.preprocess().clone(),
+                self.teacher.device(),
+                PICTURE_BYTES,
+                true,
+                progress,
+            )?,
+        };
+        for protocol in &data.protocols {
+            for experiment in protocol.experiments(&data.name, &*halves.train)? {
+                let split = splitter.split(&experiment)?;
+                let name = format!(
+                    "{}-{}-{}.json",
+                    file_name(&data.name),
+                    protocol.name(),
+                    file_name(&experiment.name)
+                );
+                write_json(&self.config.output.join("splits").join(name), &split)?;
+                let systems = self.config.systems.iter().enumerate();
+                for (system_place, system) in
+                    systems.filter(|(_, s)| s.runs_on(&data.name, protocol.name()))
+                {
+                    for &seed in &self.config.seeds {
+                        let key = RunKey {
+                            data: data.name.clone(),
+                            source: data.source.clone(),
+                            protocol: protocol.name().into(),
+                            experiment: experiment.name.clone(),
+                            classes: experiment.classes.clone(),
+                            subset: data.subset,
+                            system: system.name(),
+                            settings: system.system.clone(),
+                            backbone: self.config.backbone.clone(),
+                            fit: self.config.fit,
+                            seed,
+                        };
+                        let order = [*place, system_place];
+                        self.run(key, order, &experiment, system, &split, &test, progress)?;
+                    }
+                }
+                *place += 1;
+            }
+        }
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "a run is one of each of these")]
+    fn run(
+        &mut self,
+        key: RunKey,
+        order: [usize; 2],
+        experiment: &Experiment,
+        system: &SystemEntry,
+        split: &Split,
+        test: &TestSet<'_>,
+        progress: &mut dyn Progress,
+    ) -> Result<(), Error> {
+        let path = key.path(&self.config.output);
+        self.done += 1;
+        let (record, known) = if path.exists() {
+            let record = Record::read(&path)?;
+            if record.key != key {
+                return Err(Error::Record {
+                    path,
+                    reason: "it was made with other settings; give the system another label, or the benchmark \
+                             another output folder"
+                        .into(),
+                });
+            }
+            (record, true)
+        } else {
+            debug_assert_eq!(key.experiment, experiment.name);
+            let record = self.fit_and_score(key, order, system, split, test, progress)?;
+            record.write(&path)?;
+            (record, false)
+        };
+        progress.run(&RunState {
+            done: self.done,
+            total: self.total,
+            record: &record,
+            known,
+            seconds: self.start.elapsed().as_secs_f64(),
+        });
+        Ok(())
+    }
+
+    fn fit_and_score(
+        &self,
+        key: RunKey,
+        order: [usize; 2],
+        system: &SystemEntry,
+        split: &Split,
+        test: &TestSet<'_>,
+        progress: &mut dyn Progress,
+    ) -> Result<Record, Error> {
+        let start = Instant::now();
+        let normal =
+            defend_core::data::Subset::new(test.halves.train.clone(), split.train.clone())?;
+        let system = system.system.system();
+        let detector = system.fit(&self.teacher, Arc::new(normal), key.seed, progress)?;
+        let fit_seconds = start.elapsed().as_secs_f64();
+
+        let start = Instant::now();
+        let novelties = score(&*detector, &test.pictures)?;
+        let score_seconds = start.elapsed().as_secs_f64();
+        let scores: Vec<Scored> = (split.test.iter().zip(&split.abnormal).zip(&novelties))
+            .map(|((&index, &abnormal), novelty)| Scored {
+                index,
+                name: test.halves.test.name(index).into_owned(),
+                abnormal,
+                score: novelty.score,
+            })
+            .collect();
+        if let Some(wrong) = scores.iter().find(|scored| !scored.score.is_finite()) {
+            return Err(CoreError::NonFiniteScore {
+                name: wrong.name.clone(),
+                score: wrong.score,
+            }
+            .into());
+        }
+        let values: Vec<f64> = scores.iter().map(|s| f64::from(s.score)).collect();
+        let (values, truth) = (ArrayView1::from(&values), ArrayView1::from(&split.abnormal));
+        let maps: Vec<Option<&PatchMap>> = novelties.iter().map(|n| n.map.as_ref()).collect();
+        let pixels = pixel_figures(&*test.halves.test, &split.test, &maps)?;
+        Ok(Record {
+            figures: Figures {
+                auroc: auroc(values, truth)?,
+                average_precision: average_precision(values, truth)?,
+                pixel_auroc: pixels.map(|p| p.auroc),
+                pro: pixels.map(|p| p.pro),
+            },
+            worst: worst(&scores, &novelties),
+            map_scale: map_scale(&maps),
+            deviations: system.deviations().into(),
+            software: Software::this(),
+            finished: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |time| time.as_secs()),
+            train_images: split.train.len(),
+            key,
+            order,
+            fit_seconds,
+            score_seconds,
+            scores,
+        })
+    }
+}
+
+fn score(detector: &dyn NoveltyDetector, pictures: &Pictures) -> Result<Vec<Novelty>, Error> {
+    let indices: Vec<usize> = (0..pictures.len()).collect();
+    let mut all = Vec::with_capacity(indices.len());
+    for batch in indices.chunks(detector.batch()) {
+        all.extend(detector.score(&pictures.images(batch)?)?);
+    }
+    Ok(all)
+}
+
+/// The normal images with the highest scores and the abnormal ones with the lowest, worst first.
+fn worst(scores: &[Scored], novelties: &[Novelty]) -> Vec<Worst> {
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| scores[a].score.total_cmp(&scores[b].score));
+    let misses = order.iter().filter(|&&i| scores[i].abnormal);
+    let alarms = order.iter().rev().filter(|&&i| !scores[i].abnormal);
+    let kept = |&place: &usize| {
+        let map = novelties.get(place).and_then(|n| n.map.as_ref());
+        Worst {
+            place,
+            grid: map.map(|map| map.grid),
+            map: map.map(|map| map.values.clone()).unwrap_or_default(),
+        }
+    };
+    alarms
+        .take(WORST)
+        .chain(misses.take(WORST))
+        .map(kept)
+        .collect()
+}
+
+/// The median of each patch over the test images, and the distance above it that gets the full colour.
+fn map_scale(maps: &[Option<&PatchMap>]) -> Option<MapScale> {
+    let maps: Vec<&PatchMap> = maps.iter().copied().collect::<Option<_>>()?;
+    let quantile = |mut values: Vec<f32>, share: f64| {
+        values.sort_by(f32::total_cmp);
+        let at = (share * values.len().saturating_sub(1) as f64).round() as usize;
+        values.get(at).copied().unwrap_or(0.0)
+    };
+    let patches = maps.first()?.values.len();
+    let column = |i: usize| {
+        maps.iter()
+            .filter_map(|map| map.values.get(i).copied())
+            .collect()
+    };
+    let usual: Vec<f32> = (0..patches).map(|i| quantile(column(i), 0.5)).collect();
+    let above = maps
+        .iter()
+        .flat_map(|map| map.values.iter().zip(&usual).map(|(v, u)| v - u));
+    let span = quantile(above.collect(), 0.99);
+    Some(MapScale { usual, span })
+}

@@ -1,0 +1,185 @@
+//! Which pictures train and which test: seeded, free of leaks, written down.
+
+use std::collections::{BTreeMap, HashMap};
+
+use defend_core::data::{ClassId, ContentHash, Dataset, content_hashes};
+use defend_core::nn::Rng;
+use rand::seq::SliceRandom;
+use serde::{Deserialize, Serialize};
+
+use crate::data::Halves;
+use crate::protocol::Experiment;
+use crate::{Error, Subset};
+
+/// The pictures of an experiment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Split {
+    /// Training pictures, all normal, by position in the training half.
+    pub train: Vec<usize>,
+    /// Test pictures by position in the test half.
+    pub test: Vec<usize>,
+    /// Whether each test picture is abnormal.
+    pub abnormal: Vec<bool>,
+    /// Training pictures left out since the same picture is in the test half.
+    pub leaks: Vec<usize>,
+}
+
+/// Makes splits of one data set; hashes each picture once.
+pub(crate) struct Splitter<'a> {
+    halves: &'a Halves,
+    subset: Subset,
+    test: Vec<usize>,
+    tested: HashMap<ContentHash, usize>,
+    trained: HashMap<usize, ContentHash>,
+}
+
+impl<'a> Splitter<'a> {
+    pub(crate) fn new(halves: &'a Halves, subset: Subset) -> Result<Self, Error> {
+        let all: Vec<usize> = (0..halves.test.len()).collect();
+        let test = sample(&*halves.test, all, subset.test, subset.seed);
+        let hashes = content_hashes(&*halves.test, &test)?;
+        let tested = hashes.into_iter().zip(test.iter().copied()).collect();
+        Ok(Self {
+            halves,
+            subset,
+            test,
+            tested,
+            trained: HashMap::new(),
+        })
+    }
+
+    /// The test pictures, the same in every experiment.
+    pub(crate) fn test(&self) -> &[usize] {
+        &self.test
+    }
+
+    pub(crate) fn split(&mut self, experiment: &Experiment) -> Result<Split, Error> {
+        let set = &*self.halves.train;
+        let normal = experiment.protocol.train(set);
+        let chosen = sample(set, normal, self.subset.train, self.subset.seed);
+        let unknown: Vec<usize> = chosen
+            .iter()
+            .copied()
+            .filter(|i| !self.trained.contains_key(i))
+            .collect();
+        let hashes = content_hashes(set, &unknown)?;
+        self.trained.extend(unknown.into_iter().zip(hashes));
+        let is_tested = |index: &usize| {
+            let hash = self.trained.get(index);
+            hash.is_some_and(|hash| self.tested.contains_key(hash))
+        };
+        let (leaks, train): (Vec<usize>, Vec<usize>) = chosen.into_iter().partition(is_tested);
+        let abnormal = experiment.labels(&*self.halves.test, &self.test);
+        let novel = abnormal.iter().filter(|a| **a).count();
+        if train.is_empty() || novel == 0 || novel == abnormal.len() {
+            return Err(Error::EmptySplit {
+                experiment: experiment.name.clone(),
+                train: train.len(),
+                normal: abnormal.len() - novel,
+                abnormal: novel,
+            });
+        }
+        Ok(Split {
+            train,
+            test: self.test.clone(),
+            abnormal,
+            leaks,
+        })
+    }
+}
+
+/// At most `count` of `indices`, ascending, in the proportions of the pictures' classes.
+fn sample(set: &dyn Dataset, indices: Vec<usize>, count: Option<usize>, seed: u64) -> Vec<usize> {
+    let Some(count) = count.filter(|count| *count < indices.len()) else {
+        return indices;
+    };
+    let mut groups: BTreeMap<&[ClassId], Vec<usize>> = BTreeMap::new();
+    for &index in &indices {
+        groups.entry(set.classes(index)).or_default().push(index);
+    }
+    let mut rng = Rng::seed(seed);
+    let mut ranked = Vec::with_capacity(indices.len());
+    for group in groups.values_mut() {
+        group.shuffle(&mut rng);
+        let size = group.len() as f64;
+        // The k-th of a group comes at its share of the group: any first part of the order has the groups' proportions.
+        let at = |(k, &index): (usize, &usize)| ((k as f64 + 0.5) / size, index);
+        ranked.extend(group.iter().enumerate().map(at));
+    }
+    ranked.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+    let mut chosen: Vec<usize> = ranked
+        .into_iter()
+        .take(count)
+        .map(|(_, index)| index)
+        .collect();
+    chosen.sort_unstable();
+    chosen
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may panic")]
+
+    use std::sync::Arc;
+
+    use defend_core::data::{Memory, MultiObject, RgbImage};
+
+    use super::*;
+
+    fn set(classes: &[u32], first_shade: u8) -> Arc<dyn Dataset> {
+        let mut set = Memory::new(vec!["a".into(), "b".into(), "c".into()]);
+        for (i, &class) in classes.iter().enumerate() {
+            let picture = RgbImage::from_pixel(2, 2, image::Rgb([first_shade + i as u8; 3]));
+            set.push(format!("{i}"), picture, vec![ClassId(class)]);
+        }
+        Arc::new(set)
+    }
+
+    fn experiment(class: u32) -> Experiment {
+        Experiment {
+            name: "a".into(),
+            classes: vec!["a".into()],
+            protocol: Box::new(MultiObject {
+                normal: vec![ClassId(class)],
+            }),
+        }
+    }
+
+    #[test]
+    fn a_part_keeps_the_proportions() {
+        let classes: Vec<u32> = (0..100)
+            .map(|i| u32::from(i % 10 >= 6) + u32::from(i % 10 == 9))
+            .collect();
+        let set = set(&classes, 0);
+        let all: Vec<usize> = (0..100).collect();
+        let chosen = sample(&*set, all.clone(), Some(20), 1);
+        let count = |class: u32| chosen.iter().filter(|&&i| classes[i] == class).count();
+        assert_eq!([count(0), count(1), count(2)], [12, 6, 2]);
+        assert!(chosen.is_sorted());
+        assert_eq!(chosen, sample(&*set, all.clone(), Some(20), 1));
+        assert_ne!(chosen, sample(&*set, all.clone(), Some(20), 2));
+        assert_eq!(sample(&*set, all.clone(), Some(500), 1), all);
+    }
+
+    #[test]
+    fn what_is_tested_does_not_train() {
+        // Training shades 0 to 5, test shades 3 to 6: training pictures 3, 4 and 5 are in both.
+        let halves = Halves {
+            train: set(&[0, 1, 0, 0, 0, 1], 0),
+            test: set(&[0, 0, 1, 1], 3),
+        };
+        let mut splitter = Splitter::new(&halves, Subset::default()).unwrap();
+        let split = splitter.split(&experiment(0)).unwrap();
+        assert_eq!((split.train, split.leaks), (vec![0, 2], vec![3, 4]));
+        assert_eq!(split.abnormal, [false, false, true, true]);
+        assert!(matches!(
+            splitter.split(&experiment(2)),
+            Err(Error::EmptySplit {
+                train: 0,
+                normal: 0,
+                abnormal: 4,
+                ..
+            })
+        ));
+    }
+}

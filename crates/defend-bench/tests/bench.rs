@@ -1,0 +1,256 @@
+//! A whole benchmark on pictures made here: runs, goes on after a stop, refuses other settings, reports.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests may panic")]
+
+use std::fs;
+use std::path::Path;
+
+use defend_bench::{BenchConfig, Error, Progress, Record, RunState, report, run};
+use defend_core::{Device, Event, Observer};
+use image::{GrayImage, Luma, Rgb, RgbImage};
+
+/// Stripes of a class's own direction and colour; every fifth has a bright spot in a corner if asked for.
+fn picture(class: u32, i: u32, spot: bool) -> RgbImage {
+    RgbImage::from_fn(48, 48, |x, y| {
+        if spot && x < 16 && y < 16 {
+            return Rgb([255, 255, 0]);
+        }
+        let at = match class {
+            0 => x,
+            1 => y,
+            _ => x + y,
+        };
+        let light = (at + i) % (6 + i % 3) < 3;
+        Rgb([
+            if light { 200 } else { 40 + (i % 50) as u8 },
+            60 * class as u8,
+            90,
+        ])
+    })
+}
+
+fn save(path: &Path, picture: &RgbImage) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    picture.save(path).unwrap();
+}
+
+/// Three classes with a picture of the training half in the test half, and a category with masks.
+fn make(root: &Path) {
+    for class in 0..3 {
+        let name = ["across", "down", "slanted"][class as usize];
+        for i in 0..8 {
+            save(
+                &root.join(format!("train/{name}/{i}.png")),
+                &picture(class, i, false),
+            );
+        }
+        for i in 0..6 {
+            let number = if i == 0 { 3 } else { 20 + i };
+            save(
+                &root.join(format!("test/{name}/{i}.png")),
+                &picture(class, number, false),
+            );
+        }
+    }
+    for i in 0..6 {
+        save(
+            &root.join(format!("part/train/good/{i}.png")),
+            &picture(0, i, false),
+        );
+        save(
+            &root.join(format!("part/test/good/{i}.png")),
+            &picture(0, 30 + i, false),
+        );
+        save(
+            &root.join(format!("part/test/spot/{i}.png")),
+            &picture(0, 40 + i, true),
+        );
+        let mask = GrayImage::from_fn(48, 48, |x, y| Luma([255 * u8::from(x < 16 && y < 16)]));
+        let path = root.join(format!("part/ground_truth/spot/{i}_mask.png"));
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        mask.save(path).unwrap();
+    }
+}
+
+const CONFIG: &str = r#"
+output = "unused"
+backbone = "embedded"
+seeds = [0, 1]
+[[data]]
+name = "stripes"
+source = { kind = "class-folders", train = "train", test = "test" }
+protocols = [
+    { kind = "one-vs-all", classes = ["across", "down"] },
+    { kind = "normal-sets", sets = [["0", "slanted"]] },
+]
+[[data]]
+name = "part"
+source = { kind = "mvtec-ad", path = "part" }
+protocols = [{ kind = "defects" }]
+subset = { train = 5 }
+[[systems]]
+kind = "constant-student"
+[[systems]]
+kind = "mean-cls"
+only = ["one-vs-all"]
+"#;
+
+/// Counts runs, and stops the benchmark by a panic after some.
+#[derive(Default)]
+struct Counter {
+    fresh: usize,
+    known: usize,
+    total: usize,
+    stop_after: Option<usize>,
+}
+
+impl Observer for Counter {
+    fn on(&mut self, _: &Event<'_>) {}
+}
+
+impl Progress for Counter {
+    fn run(&mut self, state: &RunState<'_>) {
+        self.total = state.total;
+        if state.known {
+            self.known += 1;
+        } else {
+            self.fresh += 1;
+        }
+        assert!(self.stop_after != Some(self.fresh), "stopped as asked");
+    }
+}
+
+fn read(folder: &Path, text: &str) -> Result<BenchConfig, Error> {
+    let path = folder.join("bench.toml");
+    fs::write(&path, text).unwrap();
+    let mut config = BenchConfig::read(&path, None)?;
+    config.output = folder.join("out");
+    Ok(config)
+}
+
+#[test]
+fn runs_goes_on_and_reports() {
+    let folder = tempfile::tempdir().unwrap();
+    make(folder.path());
+    let config = read(folder.path(), CONFIG).unwrap();
+
+    let stopped = std::panic::catch_unwind(|| {
+        let mut counter = Counter {
+            stop_after: Some(4),
+            ..Counter::default()
+        };
+        run(&config, &Device::Cpu, &mut counter)
+    });
+    assert!(stopped.is_err());
+    let mut counter = Counter::default();
+    run(&config, &Device::Cpu, &mut counter).unwrap();
+    // One-vs-all: 2 classes, 2 systems, 2 seeds; one normal set and the defects: 1 system, 2 seeds.
+    assert_eq!((counter.known, counter.fresh, counter.total), (4, 8, 12));
+
+    let records = Record::read_all(&config.output).unwrap();
+    assert_eq!(records.len(), 12);
+    let first = &records[0];
+    assert_eq!(
+        (first.key.experiment.as_str(), first.key.system.as_str()),
+        ("across", "constant student")
+    );
+    assert_eq!((first.scores.len(), first.train_images), (18, 7));
+    assert!(first.figures.auroc > 0.9, "{:?}", first.figures);
+    let defects = records
+        .iter()
+        .find(|r| r.key.protocol == "defects")
+        .unwrap();
+    assert!(
+        defects.figures.pixel_auroc.unwrap() > 0.8,
+        "{:?}",
+        defects.figures
+    );
+    assert!(defects.figures.pro.is_some() && defects.train_images == 5);
+    let split =
+        fs::read_to_string(config.output.join("splits/stripes-one-vs-all-across.json")).unwrap();
+    assert!(split.contains("\"leaks\":[3]"), "{split}");
+
+    let report = report(&config.output).unwrap();
+    let tables = fs::read_to_string(report.folder.join("tables.md")).unwrap();
+    assert!(tables.contains("stripes: across+slanted") && tables.contains("| mean CLS") == false);
+    assert!(tables.contains("cosine to mean CLS"), "{tables}");
+    let detail = report
+        .tables
+        .iter()
+        .find(|t| t.name == "stripes-one-vs-all")
+        .unwrap();
+    assert_eq!(detail.header[..3], ["system", "across", "down"]);
+    assert_ne!(
+        detail.rows[1][5], "–",
+        "the second system is compared with the first"
+    );
+    assert!(report.folder.join("stripes-one-vs-all.csv").is_file());
+    assert!(report.folder.join("part-defects-pixels.tex").is_file());
+    let roc = fs::read_to_string(
+        report
+            .folder
+            .join("plots/stripes-one-vs-all-across-roc.svg"),
+    )
+    .unwrap();
+    assert!(roc.starts_with("<svg") && roc.contains("cosine to mean CLS"));
+    let page = fs::read_to_string(&report.page).unwrap();
+    assert!(page.contains("pictures/stripes-one-vs-all-across-0.png"));
+    assert!(
+        report
+            .folder
+            .join("pictures/stripes-one-vs-all-across-0.png")
+            .is_file()
+    );
+}
+
+#[test]
+fn other_settings_do_not_replace_a_record() {
+    let folder = tempfile::tempdir().unwrap();
+    make(folder.path());
+    let text = CONFIG.replace("seeds = [0, 1]", "seeds = [0]").replace(
+        "kind = \"constant-student\"",
+        "kind = \"nearest-neighbours\"\nlabel = \"k-NN\"",
+    );
+    run(
+        &read(folder.path(), &text).unwrap(),
+        &Device::Cpu,
+        &mut Counter::default(),
+    )
+    .unwrap();
+    let before = Record::read_all(&folder.path().join("out")).unwrap();
+    let other = text.replace("label = \"k-NN\"", "label = \"k-NN\"\nneighbours = 2");
+    let error = run(
+        &read(folder.path(), &other).unwrap(),
+        &Device::Cpu,
+        &mut Counter::default(),
+    );
+    let error = error.unwrap_err().to_string();
+    assert!(
+        error.contains("other settings") && error.contains("k-NN-seed0.json"),
+        "{error}"
+    );
+    assert_eq!(
+        Record::read_all(&folder.path().join("out")).unwrap(),
+        before
+    );
+}
+
+#[test]
+fn faults_come_before_the_work() {
+    let folder = tempfile::tempdir().unwrap();
+    make(folder.path());
+    let wrong = CONFIG.replace("\"across\", \"down\"", "\"across\", \"up\"");
+    let mut counter = Counter::default();
+    let error = run(
+        &read(folder.path(), &wrong).unwrap(),
+        &Device::Cpu,
+        &mut counter,
+    )
+    .unwrap_err();
+    assert!(matches!(error, Error::UnknownClass { .. }), "{error}");
+    assert_eq!(counter.fresh, 0);
+    assert!(matches!(
+        report(&folder.path().join("out")),
+        Err(Error::NoRuns { .. })
+    ));
+}

@@ -1,0 +1,336 @@
+//! MS COCO: several objects a picture, all annotations in one file.
+
+use std::borrow::Cow;
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
+use image::RgbImage;
+use serde::de::{SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+
+use crate::published::{expect_folder, open_file, read_picture};
+use crate::{ClassId, Dataset, Error, dataset::sample};
+
+const MISSING: &str = "download the pictures (train2017.zip, val2017.zip) and the annotations \
+    (annotations_trainval2017.zip, or those of 2014) of MS COCO from the data set's own page and unpack \
+    them, then open a file such as annotations/instances_val2017.json with its folder of pictures, val2017";
+
+/// Whether regions that COCO marks as a crowd of one class count.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Crowd {
+    /// They count: objects of the class are in the picture.
+    #[default]
+    Counted,
+    /// They are passed over, as in COCO's own evaluation.
+    Ignored,
+}
+
+/// One split of MS COCO with the classes of all annotated objects.
+///
+/// Pictures stand in the order of the file; those without annotations have no class. The classes are the
+/// categories in the order of their ids, so that 1 to 90 with gaps become 0 to 79.
+#[derive(Debug, Clone)]
+pub struct Coco {
+    samples: Vec<(PathBuf, Vec<ClassId>)>,
+    class_names: Vec<String>,
+}
+
+impl Coco {
+    /// Reads an `instances_*.json` of 2014 or 2017; `images` is the folder of its pictures.
+    ///
+    /// The file is read as a stream, in any order of its parts: of each annotation no more stays than
+    /// that this category is in this picture, so memory grows with the pictures and not with the
+    /// outlines, which are most of the file's 450 MB.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] with what to download; [`Error::Read`]; [`Error::Json`] with line and column;
+    /// [`Error::Content`] for an annotation of an unknown picture or category and for an id that comes
+    /// twice; [`Error::NoImages`] when the file lists no picture.
+    pub fn open(
+        annotations: impl AsRef<Path>,
+        images: impl AsRef<Path>,
+        crowd: Crowd,
+    ) -> Result<Self, Error> {
+        let (path, folder) = (annotations.as_ref(), images.as_ref());
+        let file = BufReader::with_capacity(1 << 16, open_file(path, MISSING)?);
+        expect_folder(folder, MISSING)?;
+        let instances: Instances = serde_json::from_reader(file).map_err(|source| {
+            let path = path.into();
+            if source.is_io() {
+                let source = source.into();
+                Error::Read { path, source }
+            } else {
+                Error::Json { path, source }
+            }
+        })?;
+        if instances.images.is_empty() {
+            return Err(Error::NoImages {
+                path: path.into(),
+                expected: "one entry for each picture under \"images\"",
+            });
+        }
+        instances.into_set(path, folder, crowd)
+    }
+}
+
+impl Dataset for Coco {
+    fn len(&self) -> usize {
+        self.samples.len()
+    }
+
+    fn name(&self, index: usize) -> Cow<'_, str> {
+        self.samples
+            .get(index)
+            .map_or(Cow::Borrowed(""), |(path, _)| path.to_string_lossy())
+    }
+
+    fn image(&self, index: usize) -> Result<RgbImage, Error> {
+        read_picture(&sample(&self.samples, index)?.0, MISSING)
+    }
+
+    fn classes(&self, index: usize) -> &[ClassId] {
+        self.samples.get(index).map_or(&[], |(_, classes)| classes)
+    }
+
+    fn class_names(&self) -> &[String] {
+        &self.class_names
+    }
+}
+
+/// What is kept of the file; serde skips all other fields without storing them.
+#[derive(Deserialize)]
+struct Instances {
+    images: Vec<Picture>,
+    annotations: Presences,
+    categories: Vec<Category>,
+}
+
+#[derive(Deserialize)]
+struct Picture {
+    id: u64,
+    file_name: String,
+}
+
+#[derive(Deserialize)]
+struct Category {
+    id: u64,
+    name: String,
+}
+
+#[derive(Deserialize)]
+struct Annotation {
+    image_id: u64,
+    category_id: u64,
+    #[serde(default)]
+    iscrowd: u8,
+}
+
+/// Which category is in which picture: (picture, category, whether it is a crowd), each once.
+struct Presences(BTreeSet<(u64, u64, bool)>);
+
+impl<'de> Deserialize<'de> for Presences {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(Fold)
+    }
+}
+
+/// Takes the annotations one by one, so that a list of them never exists.
+struct Fold;
+
+impl<'de> Visitor<'de> for Fold {
+    type Value = Presences;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a list of annotations")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut annotations: A) -> Result<Presences, A::Error> {
+        let mut all = BTreeSet::new();
+        while let Some(found) = annotations.next_element::<Annotation>()? {
+            all.insert((found.image_id, found.category_id, found.iscrowd != 0));
+        }
+        Ok(Presences(all))
+    }
+}
+
+impl Instances {
+    fn into_set(self, path: &Path, folder: &Path, crowd: Crowd) -> Result<Coco, Error> {
+        let fault = |found: String, expected: &str| Error::Content {
+            path: path.into(),
+            found,
+            expected: expected.into(),
+        };
+        let mut categories = self.categories;
+        categories.sort_by_key(|category| category.id);
+        let mut class_of = HashMap::new();
+        for (class, category) in categories.iter().enumerate() {
+            if class_of
+                .insert(category.id, ClassId(class as u32))
+                .is_some()
+            {
+                let found = format!("two categories with the id {}", category.id);
+                return Err(fault(found, "an id for each"));
+            }
+        }
+        let mut classes_of = HashMap::new();
+        for picture in &self.images {
+            if classes_of.insert(picture.id, Vec::new()).is_some() {
+                let found = format!("two images with the id {}", picture.id);
+                return Err(fault(found, "an id for each"));
+            }
+        }
+        for (image, category, is_crowd) in self.annotations.0 {
+            let Some(&class) = class_of.get(&category) else {
+                let found = format!("an annotation of the category {category}");
+                return Err(fault(found, "only those under \"categories\""));
+            };
+            let Some(classes) = classes_of.get_mut(&image) else {
+                let found = format!("an annotation of the image {image}");
+                return Err(fault(found, "only those under \"images\""));
+            };
+            // A crowd follows the single objects of its category.
+            if (!is_crowd || crowd == Crowd::Counted) && classes.last() != Some(&class) {
+                classes.push(class);
+            }
+        }
+        let samples = self.images.into_iter().map(|picture| {
+            let classes = classes_of.remove(&picture.id).unwrap_or_default();
+            (folder.join(picture.file_name), classes)
+        });
+        Ok(Coco {
+            samples: samples.collect(),
+            class_names: categories.into_iter().map(|c| c.name).collect(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    const IMAGES: &str = r#""images": [
+        {"id": 7, "file_name": "7.png", "width": 2, "license": 1},
+        {"id": 3, "file_name": "3.png"}, {"id": 5, "file_name": "5.png"}]"#;
+    const ANNOTATIONS: &str = r#""annotations": [
+        {"id": 1, "image_id": 7, "category_id": 90, "iscrowd": 0, "segmentation": [[1.5, 2], [3, 4]]},
+        {"id": 2, "image_id": 7, "category_id": 2, "iscrowd": 1,
+         "segmentation": {"counts": [0, 9], "size": [3, 3]}, "bbox": [0, 0, 3, 3]},
+        {"id": 3, "image_id": 7, "category_id": 90, "iscrowd": 1},
+        {"id": 4, "image_id": 7, "category_id": 90},
+        {"id": 5, "image_id": 3, "category_id": 17, "caption": "a \"cat\""}]"#;
+    const CATEGORIES: &str = r#""categories": [
+        {"id": 90, "name": "toothbrush", "supercategory": "indoor"},
+        {"id": 2, "name": "bicycle"}, {"id": 17, "name": "cat"}]"#;
+
+    fn file(parts: &[&str]) -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let text = format!("{{\"info\": {{\"year\": [2017]}}, {}}}", parts.join(", "));
+        fs::write(folder.path().join("instances.json"), text).unwrap();
+        folder
+    }
+
+    fn open(folder: &TempDir, crowd: Crowd) -> Result<Coco, Error> {
+        Coco::open(folder.path().join("instances.json"), folder.path(), crowd)
+    }
+
+    #[test]
+    fn categories_become_classes_in_any_order_of_the_file() {
+        for parts in [
+            [IMAGES, ANNOTATIONS, CATEGORIES],
+            [ANNOTATIONS, CATEGORIES, IMAGES],
+            [CATEGORIES, IMAGES, ANNOTATIONS],
+        ] {
+            let folder = file(&parts);
+            let set = open(&folder, Crowd::Counted).unwrap();
+            assert_eq!(set.class_names(), ["bicycle", "cat", "toothbrush"]);
+            assert_eq!(set.len(), 3);
+            assert_eq!(set.classes(0), [ClassId(0), ClassId(2)]);
+            assert_eq!(set.classes(1), [ClassId(1)]);
+            assert!(set.classes(2).is_empty() && set.classes(3).is_empty());
+            assert!(set.name(1).ends_with("3.png"));
+            let single = open(&folder, Crowd::Ignored).unwrap();
+            assert_eq!(single.classes(0), [ClassId(2)]);
+        }
+    }
+
+    #[test]
+    fn pictures_are_read_when_asked_for() {
+        let folder = file(&[IMAGES, ANNOTATIONS, CATEGORIES]);
+        let set = open(&folder, Crowd::Counted).unwrap();
+        let missing = set.image(0).unwrap_err();
+        assert!(
+            missing.to_string().contains("7.png") && missing.to_string().contains("train2017.zip"),
+            "{missing}"
+        );
+        RgbImage::new(2, 1)
+            .save(folder.path().join("7.png"))
+            .unwrap();
+        assert_eq!(set.image(0).unwrap().dimensions(), (2, 1));
+        assert!(matches!(
+            set.image(3),
+            Err(Error::Index { index: 3, len: 3 })
+        ));
+    }
+
+    #[test]
+    fn faults_name_the_file_and_the_id() {
+        let fails = |parts: &[&str], says: &str| {
+            let error = open(&file(parts), Crowd::Ignored).unwrap_err();
+            let text = error.to_string();
+            assert!(
+                text.contains("instances.json") && text.contains(says),
+                "{text}"
+            );
+            error
+        };
+        let annotation = |text: &str| format!("\"annotations\": [{text}]");
+        let stray = annotation(r#"{"image_id": 8, "category_id": 2, "iscrowd": 1}"#);
+        let error = fails(
+            &[IMAGES, CATEGORIES, &stray],
+            "an annotation of the image 8",
+        );
+        assert!(matches!(error, Error::Content { .. }));
+        let stray = annotation(r#"{"image_id": 7, "category_id": 12}"#);
+        fails(&[&stray, IMAGES, CATEGORIES], "the category 12");
+        let twice = r#""images": [{"id": 7, "file_name": "a"}, {"id": 7, "file_name": "b"}]"#;
+        fails(
+            &[twice, ANNOTATIONS, CATEGORIES],
+            "two images with the id 7",
+        );
+        let twice = r#""categories": [{"id": 2, "name": "a"}, {"id": 2, "name": "b"}]"#;
+        fails(
+            &[IMAGES, ANNOTATIONS, twice],
+            "two categories with the id 2",
+        );
+        let none = fails(&[r#""images": []"#, &annotation(""), CATEGORIES], "image");
+        assert!(matches!(none, Error::NoImages { .. }));
+        let json = fails(&[IMAGES, CATEGORIES], "missing field `annotations`");
+        assert!(matches!(json, Error::Json { .. }));
+        let bad = annotation(r#"{"image_id": "seven"}"#);
+        fails(&[IMAGES, CATEGORIES, &bad], "line 5 column");
+        fails(&[IMAGES, ANNOTATIONS, "\"categories\": ["], "column");
+        fails(&["\"annotations\": 3"], "a list of annotations");
+    }
+
+    #[test]
+    fn missing_parts_say_what_to_download() {
+        let folder = file(&[IMAGES, ANNOTATIONS, CATEGORIES]);
+        let json = folder.path().join("instances.json");
+        let nowhere = folder.path().join("nowhere");
+        for (json, images) in [(&nowhere, folder.path()), (&json, &nowhere)] {
+            let error = Coco::open(json, images, Crowd::Counted).unwrap_err();
+            assert!(matches!(error, Error::Missing { .. }));
+            assert!(
+                error.to_string().contains("nowhere")
+                    && error.to_string().contains("annotations_trainval2017.zip"),
+                "{error}"
+            );
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! A list of files with labels, as CSV or JSON.
+
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use image::RgbImage;
+use serde::Deserialize;
+
+use crate::{ClassId, Dataset, Error, dataset::sample, read_image};
+
+/// Pictures that a list names, with the classes of the objects they show.
+///
+/// A CSV has the header `path,labels` or `path,labels,split`, labels apart by `;` or `|`; a JSON file is a list of
+/// `{"path": .., "labels": [..], "split": ..}`. Relative paths are relative to the list's own folder.
+#[derive(Debug, Clone)]
+pub struct Manifest {
+    samples: Vec<(PathBuf, Vec<ClassId>)>,
+    class_names: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    path: PathBuf,
+    #[serde(default)]
+    labels: String,
+    #[serde(default)]
+    split: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    path: PathBuf,
+    #[serde(default)]
+    labels: Vec<String>,
+    #[serde(default)]
+    split: Option<String>,
+}
+
+impl Manifest {
+    /// Reads a list whose name ends in `.csv` or `.json`; `split` picks the entries of that split, `None` all. Class
+    /// names are those of the whole list, sorted, so that all its splits agree.
+    ///
+    /// # Errors
+    /// [`Error::Read`]; [`Error::Csv`] and [`Error::Json`] with the place; [`Error::Manifest`] for an empty path or
+    /// label and for another ending; [`Error::NoImages`] when no entry is left.
+    pub fn open(path: impl AsRef<Path>, split: Option<&str>) -> Result<Self, Error> {
+        let path = path.as_ref();
+        let entries = read_entries(path)?;
+        let names: BTreeSet<&str> = entries
+            .iter()
+            .flat_map(|e| &e.labels)
+            .map(String::as_str)
+            .collect();
+        let class_names: Vec<String> = names.into_iter().map(String::from).collect();
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let chosen = entries
+            .iter()
+            .filter(|e| split.is_none() || e.split.as_deref() == split);
+        let samples: Vec<(PathBuf, Vec<ClassId>)> = chosen
+            .map(|entry| {
+                let mut classes: Vec<ClassId> = (entry.labels.iter())
+                    .filter_map(|label| class_names.binary_search(label).ok())
+                    .map(|class| ClassId(class as u32))
+                    .collect();
+                classes.sort_unstable();
+                classes.dedup();
+                (folder.join(&entry.path), classes)
+            })
+            .collect();
+        if samples.is_empty() {
+            return Err(Error::NoImages {
+                path: path.into(),
+                expected: "one entry for each picture, and entries of the split that is asked for",
+            });
+        }
+        Ok(Self {
+            samples,
+            class_names,
+        })
+    }
+}
+
+fn read_entries(path: &Path) -> Result<Vec<Entry>, Error> {
+    let text = std::fs::read_to_string(path).map_err(|source| Error::Read {
+        path: path.into(),
+        source,
+    })?;
+    let fault = |entry: String, found: &str, expected: &'static str| Error::Manifest {
+        path: path.into(),
+        entry,
+        found: found.into(),
+        expected,
+    };
+    let ending = path.extension().map(|e| e.to_string_lossy().to_lowercase());
+    let mut entries = Vec::new();
+    match ending.as_deref() {
+        Some("csv") => {
+            let wrong = |source| Error::Csv {
+                path: path.into(),
+                source,
+            };
+            let mut reader = csv::ReaderBuilder::new()
+                .trim(csv::Trim::All)
+                .from_reader(text.as_bytes());
+            for line in reader.deserialize::<Line>() {
+                let Line {
+                    path,
+                    labels,
+                    split,
+                } = line.map_err(wrong)?;
+                let labels = match labels.as_str() {
+                    "" => Vec::new(),
+                    some => some
+                        .split([';', '|'])
+                        .map(|label| label.trim().into())
+                        .collect(),
+                };
+                entries.push(Entry {
+                    path,
+                    labels,
+                    split,
+                });
+            }
+        }
+        Some("json") => {
+            entries = serde_json::from_str(&text).map_err(|source| Error::Json {
+                path: path.into(),
+                source,
+            })?;
+        }
+        _ => {
+            return Err(fault(
+                "its name".into(),
+                "another ending",
+                "a list that ends in .csv or .json",
+            ));
+        }
+    }
+    for (i, entry) in entries.iter().enumerate() {
+        let place = || match ending.as_deref() {
+            Some("csv") => format!("line {}", i + 2),
+            _ => format!("entry {}", i + 1),
+        };
+        if entry.path.as_os_str().is_empty() {
+            return Err(fault(place(), "no path", "the path of a picture"));
+        }
+        if entry.labels.iter().any(String::is_empty) {
+            return Err(fault(
+                place(),
+                "an empty label",
+                "labels apart by one ; or |",
+            ));
+        }
+    }
+    Ok(entries)
+}
+
+impl Dataset for Manifest {
+    fn len(&self) -> usize {
+        self.samples.len()
+    }
+
+    fn name(&self, index: usize) -> Cow<'_, str> {
+        self.samples
+            .get(index)
+            .map_or(Cow::Borrowed(""), |(path, _)| path.to_string_lossy())
+    }
+
+    fn image(&self, index: usize) -> Result<RgbImage, Error> {
+        read_image(&sample(&self.samples, index)?.0)
+    }
+
+    fn classes(&self, index: usize) -> &[ClassId] {
+        self.samples.get(index).map_or(&[], |(_, classes)| classes)
+    }
+
+    fn class_names(&self) -> &[String] {
+        &self.class_names
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(name: &str, text: &str, split: Option<&str>) -> Result<Manifest, Error> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        Manifest::open(path, split)
+    }
+
+    const CSV: &str = "path,labels,split\na.jpg,dog;cat,train\nb/c.jpg, cat ,test\n/d.jpg,,test\n";
+    const JSON: &str = r#"[{"path": "a.jpg", "labels": ["dog", "cat"], "split": "train"},
+        {"path": "b/c.jpg", "labels": ["cat"], "split": "test"}, {"path": "/d.jpg", "split": "test"}]"#;
+
+    #[test]
+    fn csv_and_json_say_the_same() {
+        for (name, text) in [("list.csv", CSV), ("list.json", JSON)] {
+            let all = open(name, text, None).unwrap();
+            assert_eq!(
+                (all.len(), all.class_names()),
+                (3, &["cat".to_owned(), "dog".into()][..])
+            );
+            assert_eq!(all.classes(0), [ClassId(0), ClassId(1)]);
+            let test = open(name, text, Some("test")).unwrap();
+            assert_eq!((test.len(), test.classes(0)), (2, &[ClassId(0)][..]));
+            assert!(test.name(0).ends_with("b/c.jpg") && test.name(1) == "/d.jpg");
+            assert!(test.classes(1).is_empty());
+            assert!(matches!(test.image(0), Err(Error::Read { .. })));
+        }
+    }
+
+    #[test]
+    fn a_list_without_splits() {
+        let all = open("list.csv", "path,labels\na.jpg,dog\n", None).unwrap();
+        assert_eq!(all.len(), 1);
+    }
+
+    #[test]
+    fn faults_are_placed() {
+        let fails = |name: &str, text: &str, reason: &str| {
+            let error = open(name, text, None).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains(reason), "{error}");
+        };
+        fails("l.csv", "path,labels\n,dog\n", "line 2");
+        fails("l.csv", "path,labels\na.jpg,dog;;cat\n", "empty label");
+        fails("l.csv", "path,label\na.jpg,dog\n", "label");
+        fails("l.json", r#"[{"path": "a"}, {"path": ""}]"#, "entry 2");
+        fails("l.json", r#"[{"file": "a"}]"#, "file");
+        fails("l.txt", "", ".csv or .json");
+        fails("l.csv", "path,labels\n", "no image");
+    }
+}

@@ -1,0 +1,72 @@
+//! `defend bench`: data sets, protocols and systems to tables.
+
+use anyhow::Result;
+use defend_bench::{BenchConfig, Progress, RunState};
+use defend_core::{Event, Observer, ProgressBar};
+
+use crate::arguments::Bench;
+
+pub(crate) fn run(arguments: &Bench) -> Result<()> {
+    let mut config = BenchConfig::read(&arguments.config, arguments.root.as_deref())?;
+    if let Some(out) = &arguments.out {
+        config.output.clone_from(out);
+    }
+    if !arguments.report_only {
+        let device = if arguments.cpu {
+            defend_core::Device::Cpu
+        } else {
+            defend_core::best_device()
+        };
+        let mut progress = Lines {
+            bar: ProgressBar::new(),
+            fresh: 0,
+            known_until: 0.0,
+        };
+        defend_bench::run(&config, &device, &mut progress)?;
+    }
+    let report = defend_bench::report(&config.output)?;
+    for table in &report.tables {
+        println!("{}", table.markdown());
+    }
+    eprintln!("{}", report.page.display());
+    Ok(())
+}
+
+/// A line a run, with the time that is left.
+struct Lines {
+    bar: ProgressBar,
+    fresh: usize,
+    /// Seconds that went by before the first fresh run ended.
+    known_until: f64,
+}
+
+impl Observer for Lines {
+    fn on(&mut self, event: &Event<'_>) {
+        self.bar.on(event);
+    }
+}
+
+impl Progress for Lines {
+    fn run(&mut self, state: &RunState<'_>) {
+        if state.known {
+            self.known_until = state.seconds;
+            return;
+        }
+        self.fresh += 1;
+        let each = (state.seconds - self.known_until) / self.fresh as f64;
+        let key = &state.record.key;
+        eprintln!(
+            "{}/{}  {} {} {}, {}, seed {}: AUROC {:.4}, {:.0} s; about {:.0} min left",
+            state.done,
+            state.total,
+            key.data,
+            key.protocol,
+            key.experiment,
+            key.system,
+            key.seed,
+            state.record.figures.auroc,
+            state.record.fit_seconds + state.record.score_seconds,
+            each * (state.total - state.done) as f64 / 60.0,
+        );
+    }
+}
