@@ -14,8 +14,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use defend_data::{
-    AllVsOne, Batches, ClassFolder, ClassId, Dataset, Difficult, Fit, Idx, ImageFolder,
-    MultiObject, Preprocess, Protocol, RgbImage, Split, Voc, read_image,
+    AllVsOne, Batches, ClassFolder, ClassId, Coco, Crowd, Dataset, Difficult, Fit, Idx,
+    ImageFolder, MultiObject, MvtecAd, Preprocess, Protocol, RgbImage, Split, Voc, read_image,
 };
 use serde::Deserialize;
 
@@ -45,6 +45,53 @@ fn voc_has_the_published_counts() {
         assert_eq!(found, expected, "{name}");
     }
     assert_eq!(train.image(0).unwrap().dimensions(), (299, 224));
+}
+
+#[test]
+#[ignore = "needs the asset folder: set DEFEND_ASSETS"]
+fn coco_has_its_pictures_and_80_classes() {
+    let open = |split: &str, crowd| {
+        let annotations = assets("coco/annotations").join(format!("instances_{split}.json"));
+        Coco::open(annotations, assets("coco").join(split), crowd).unwrap()
+    };
+    for split in ["train2017", "val2017"] {
+        let set = open(split, Crowd::Counted);
+        assert_eq!((set.len(), set.class_names().len()), (30, 80), "{split}");
+        assert_eq!(set.class("person"), Some(ClassId(0)));
+        let labelled = (0..set.len())
+            .filter(|&i| !set.classes(i).is_empty())
+            .count();
+        assert!(
+            labelled > 20,
+            "{split}: {labelled} of 30 pictures have objects"
+        );
+        for i in 0..set.len() {
+            assert!(set.image(i).unwrap().width() > 100, "{}", set.name(i));
+        }
+        let without = open(split, Crowd::Ignored);
+        let objects = |set: &Coco| (0..set.len()).map(|i| set.classes(i).len()).sum::<usize>();
+        assert!(objects(&without) <= objects(&set));
+    }
+}
+
+#[test]
+#[ignore = "needs the asset folder: set DEFEND_ASSETS"]
+fn every_defect_of_the_screw_has_a_mask_over_its_picture() {
+    let open = |split| MvtecAd::open(assets("mvtec/screw"), split).unwrap();
+    let (train, test) = (open(Split::Train), open(Split::Test));
+    assert_eq!((train.len(), test.len()), (320, 160));
+    assert_eq!(test.class_names().len(), 6);
+    for i in 0..test.len() {
+        let good = test.classes(i) == [ClassId(0)];
+        match test.mask(i).unwrap() {
+            None => assert!(good, "{}", test.name(i)),
+            Some(mask) => {
+                let marked = mask.pixels().filter(|pixel| pixel.0[0] > 0).count();
+                assert!(!good && marked > 0, "{}", test.name(i));
+                assert!(marked < mask.len() / 4, "{}", test.name(i));
+            }
+        }
+    }
 }
 
 #[test]
