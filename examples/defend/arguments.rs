@@ -73,6 +73,9 @@ pub(crate) struct Fit {
     /// Leaves the dense fine-tuning of the backbone out.
     #[arg(long)]
     pub(crate) no_dense: bool,
+    /// Folder that keeps the backbone's features for the next fit on the same pictures; pays with --no-dense.
+    #[arg(long)]
+    pub(crate) features: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) common: Common,
 }

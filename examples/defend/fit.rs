@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use anyhow::Result;
+use defend_core::vit::Precision;
 use defend_core::{Defend, Fitted, ProgressBar};
 
 use crate::arguments::Fit;
@@ -13,12 +14,15 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
     let config = arguments.settings()?;
     check_writable(&arguments.out)?;
     let normal = find(&arguments.normal, arguments.common.strict)?.dataset();
-    let fitted = Defend::builder()
+    let mut builder = Defend::builder()
         .backbone(arguments.pretrained())
         .config(config)
         .device(arguments.common.device())
-        .strict(arguments.common.strict)
-        .fit(normal, &mut ProgressBar::new())?;
+        .strict(arguments.common.strict);
+    if let Some(folder) = &arguments.features {
+        builder = builder.feature_folder(folder, Precision::Full);
+    }
+    let fitted = builder.fit(normal, &mut ProgressBar::new())?;
     fitted.detector.save(&arguments.out)?;
     summarize(&fitted);
     eprintln!(

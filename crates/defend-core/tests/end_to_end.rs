@@ -10,12 +10,13 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use defend_core::data::{ImageFolder, Memory, RgbImage};
 use defend_core::dense::DenseConfig;
 use defend_core::distill::{Aggregation, DistillConfig};
 use defend_core::prelude::*;
-use defend_core::vit::{Architecture, BackboneSpec, Vit};
+use defend_core::vit::{Architecture, Backbone, BackboneSpec, Features, Precision, TokenSet, Vit};
 use defend_core::{DType, Error, Event, Observer, Stage, Tensor};
 use image::{DynamicImage, ImageBuffer, Luma, LumaA, Rgb, Rgba};
 
@@ -459,4 +460,57 @@ fn the_recipes_are_files_too() {
         ..DefendConfig::paper()
     };
     assert_eq!(read(file), paper);
+}
+
+/// A teacher that counts the images it sees.
+struct Counting(Vit, std::sync::atomic::AtomicUsize);
+
+impl Backbone for Counting {
+    fn spec(&self) -> &BackboneSpec {
+        self.0.spec()
+    }
+
+    fn features(&self, images: &Tensor) -> Result<Features, defend_core::vit::Error> {
+        let count = images.dim(0)?;
+        self.1.fetch_add(count, std::sync::atomic::Ordering::SeqCst);
+        self.0.features(images)
+    }
+
+    fn features_of(
+        &self,
+        images: &Tensor,
+        keep: &TokenSet,
+    ) -> Result<Features, defend_core::vit::Error> {
+        self.0.features_of(images, keep)
+    }
+
+    fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, defend_core::vit::Error> {
+        self.0.tensors()
+    }
+}
+
+#[test]
+fn kept_features_are_not_computed_again_and_change_nothing() -> Result<(), Error> {
+    let folder = tempfile::tempdir().unwrap();
+    let fit = |kept: bool| -> Result<(Vec<f64>, usize), Error> {
+        let counting = Arc::new(Counting(teacher(), 0.into()));
+        let mut builder = Defend::builder()
+            .own_teacher(counting.clone())
+            .config(DefendConfig {
+                dense: None,
+                ..config()
+            });
+        if kept {
+            builder = builder.feature_folder(folder.path(), Precision::Full);
+        }
+        let detector = builder.fit(set(4, 8), &mut Silent)?.detector;
+        let seen = counting.1.load(std::sync::atomic::Ordering::SeqCst);
+        Ok((scores(&detector, set(4, 3)), seen))
+    };
+    let (plain, seen) = fit(false)?;
+    let (first, again) = (fit(true)?, fit(true)?);
+    assert_eq!((first.0, again.0), (plain.clone(), plain));
+    // What is left is the scale of the maps.
+    assert_eq!((first.1, again.1), (seen, seen - 8));
+    Ok(())
 }
