@@ -1,13 +1,17 @@
 //! Systems that train the teacher's last blocks by a loss on the CLS token, and score by nearest neighbours.
 
-use candle_core::{DType, Tensor};
-use defend_core::nn::{AdamW, AdamWConfig, ParameterGroup, Rng, release_memory, shuffled_batches};
-use defend_core::vit::{Features, ImageSource, TrainScope, Trainable, Vit};
-use defend_core::{Error, Event, Novelty, Observer, Stage, distill};
+use std::sync::Arc;
 
-use crate::Teacher;
-use crate::neighbours::Bank;
-use crate::scored::{Density, unmapped};
+use candle_core::{DType, Tensor, Var};
+use defend_core::nn::{AdamW, AdamWConfig, ParameterGroup, Rng, release_memory, shuffled_batches};
+use defend_core::vit::{ImageSource, TrainScope, Trainable, Vit};
+use defend_core::{Error, Event, NoveltyDetector, Observer, Stage, distill};
+
+use crate::neighbours::{Bank, Distance};
+use crate::scored::Scored;
+use crate::simple::Nearest;
+use crate::system::cls_of;
+use crate::{Teacher, Token};
 
 /// Settings of the training.
 pub(crate) struct Schedule {
@@ -23,19 +27,17 @@ pub(crate) trait BatchLoss {
     fn loss(&self, backbone: &Vit, images: &Tensor, rng: &mut Rng) -> Result<Tensor, Error>;
 }
 
-/// A copy of the teacher with its last blocks trained.
-pub(crate) fn adapt(
-    teacher: &Teacher,
-    images: &dyn ImageSource,
+/// Trains `parameters` by AdamW over shuffled batches of images.
+pub(crate) fn train(
+    parameters: Vec<(String, Var)>,
+    images: usize,
     schedule: &Schedule,
-    loss: &dyn BatchLoss,
     rng: &mut Rng,
     observer: &mut dyn Observer,
-) -> Result<Vit, Error> {
-    let blocks = schedule.blocks.min(teacher.depth());
-    let backbone = teacher.vit().copy(TrainScope::LastBlocks(blocks))?;
+    loss: &dyn Fn(&[usize], &mut Rng) -> Result<Tensor, Error>,
+) -> Result<(), Error> {
     let group = ParameterGroup {
-        parameters: backbone.parameters(),
+        parameters,
         learning_rate: schedule.learning_rate,
         weight_decay: schedule.weight_decay,
     };
@@ -44,11 +46,11 @@ pub(crate) fn adapt(
     let stage = Stage::Distill;
     observer.on(&Event::Started {
         stage,
-        images: (schedule.epochs * images.len()) as u64,
+        images: (schedule.epochs * images) as u64,
     });
     for _ in 0..schedule.epochs {
-        for batch in shuffled_batches(images.len(), schedule.batch, rng) {
-            let loss = loss.loss(&backbone, &images.images(&batch)?, rng)?;
+        for batch in shuffled_batches(images, schedule.batch, rng) {
+            let loss = loss(&batch, rng)?;
             let value = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
             if !value.is_finite() {
                 let step = optimiser.steps();
@@ -65,7 +67,36 @@ pub(crate) fn adapt(
     }
     observer.on(&Event::Finished { stage });
     release_memory();
-    Ok(backbone.copy(TrainScope::Frozen)?)
+    Ok(())
+}
+
+/// A detector by nearest neighbours on a copy of the teacher with its last blocks trained.
+pub(crate) fn fit_adapted(
+    teacher: &Teacher,
+    images: &dyn ImageSource,
+    schedule: &Schedule,
+    loss: &dyn BatchLoss,
+    nearest: (Distance, usize),
+    seed: u64,
+    observer: &mut dyn Observer,
+) -> Result<Box<dyn NoveltyDetector>, Error> {
+    let blocks = schedule.blocks.min(teacher.depth());
+    let backbone = teacher.vit().copy(TrainScope::LastBlocks(blocks))?;
+    let of_batch =
+        |batch: &[usize], rng: &mut Rng| loss.loss(&backbone, &images.images(batch)?, rng);
+    train(
+        backbone.parameters(),
+        images.len(),
+        schedule,
+        &mut Rng::seed(seed),
+        observer,
+        &of_batch,
+    )?;
+    let backbone = backbone.copy(TrainScope::Frozen)?;
+    let (distance, neighbours) = nearest;
+    let bank = Bank::new(&cls_of(&backbone, images)?, distance)?;
+    let density = Nearest::new(bank, neighbours, Token::Cls);
+    Ok(Scored::boxed(teacher, Arc::new(backbone), density))
 }
 
 /// CLS tokens with gradients through the trained blocks, `[B, D]`.
@@ -73,16 +104,4 @@ pub(crate) fn cls(backbone: &Vit, images: &Tensor) -> Result<Tensor, Error> {
     Ok(backbone
         .features_from(&backbone.frozen_prefix(images)?)?
         .cls)
-}
-
-/// Mean distance of the CLS token to its nearest neighbours.
-pub(crate) struct NearestCls {
-    pub(crate) bank: Bank,
-    pub(crate) neighbours: usize,
-}
-
-impl Density for NearestCls {
-    fn novelties(&self, features: &Features) -> Result<Vec<Novelty>, Error> {
-        Ok(unmapped(self.bank.nearest(&features.cls, self.neighbours)?))
-    }
 }

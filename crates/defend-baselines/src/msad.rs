@@ -12,9 +12,8 @@ use defend_core::{Error, NoveltyDetector, Observer};
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
 
-use crate::adapted::{BatchLoss, NearestCls, Schedule, adapt, cls};
-use crate::neighbours::{Bank, Distance};
-use crate::scored::Scored;
+use crate::adapted::{BatchLoss, Schedule, cls, fit_adapted};
+use crate::neighbours::Distance;
 use crate::system::cls_of;
 use crate::{System, Teacher};
 
@@ -157,13 +156,10 @@ impl System for Msad {
             learning_rate: self.learning_rate,
             weight_decay: 5e-5,
         };
-        let mut rng = Rng::seed(seed);
-        let backbone = adapt(teacher, &pictures, &schedule, &loss, &mut rng, observer)?;
-        let density = NearestCls {
-            bank: Bank::new(&cls_of(&backbone, &pictures)?, Distance::Cosine)?,
-            neighbours: self.neighbours,
-        };
-        Ok(Scored::boxed(teacher, Arc::new(backbone), density))
+        let nearest = (Distance::Cosine, self.neighbours);
+        fit_adapted(
+            teacher, &pictures, &schedule, &loss, nearest, seed, observer,
+        )
     }
 
     fn name(&self) -> String {

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use candle_core::{D, DType, Tensor, Var};
 use defend_core::data::Dataset;
-use defend_core::nn::{AdamW, AdamWConfig, ParameterGroup, Rng, shuffled_batches, xavier_uniform};
+use defend_core::nn::{Rng, xavier_uniform};
 use defend_core::vit::{Backbone, Features, ImageSource};
-use defend_core::{Error, Event, Novelty, NoveltyDetector, Observer, Stage, distill};
+use defend_core::{Error, Novelty, NoveltyDetector, Observer};
 use serde::{Deserialize, Serialize};
 
+use crate::adapted::{Schedule, train};
 use crate::scored::{Density, Pool, Scored, mapped};
 use crate::{System, Teacher};
 
@@ -99,35 +100,27 @@ impl System for OneClassHead {
         };
         head.centre = self.centre(&head, &*backbone, &pictures)?;
         let parameters = [("first", &head.first), ("second", &head.second)];
-        let group = ParameterGroup {
-            parameters: parameters
-                .map(|(name, var)| (name.into(), var.clone()))
-                .to_vec(),
+        let parameters = parameters.map(|(name, var)| (name.into(), var.clone()));
+        let schedule = Schedule {
+            blocks: 0,
+            epochs: self.epochs,
+            batch: self.batch,
             learning_rate: self.learning_rate,
             weight_decay: self.weight_decay,
         };
-        let mut optimiser =
-            AdamW::new(vec![group], AdamWConfig::default()).map_err(distill::Error::from)?;
-        let stage = Stage::Distill;
-        observer.on(&Event::Started {
-            stage,
-            images: (self.epochs * pictures.len()) as u64,
-        });
-        for _ in 0..self.epochs {
-            for batch in shuffled_batches(pictures.len(), self.batch, &mut rng) {
-                let features = backbone.features(&pictures.images(&batch)?)?;
-                let loss = head.distances(&features.patches)?.mean_all()?;
-                let value = f64::from(loss.to_scalar::<f32>()?);
-                optimiser
-                    .step(&loss.backward()?, 1.0)
-                    .map_err(distill::Error::from)?;
-                observer.on(&Event::Advanced {
-                    images: batch.len() as u64,
-                    loss: Some(value),
-                });
-            }
-        }
-        observer.on(&Event::Finished { stage });
+        let loss = |batch: &[usize], _: &mut Rng| {
+            let features = backbone.features(&pictures.images(batch)?)?;
+            Ok(head.distances(&features.patches)?.mean_all()?)
+        };
+        let images = pictures.len();
+        train(
+            parameters.to_vec(),
+            images,
+            &schedule,
+            &mut rng,
+            observer,
+            &loss,
+        )?;
         Ok(Scored::boxed(teacher, backbone, head))
     }
 

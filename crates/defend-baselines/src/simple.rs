@@ -55,10 +55,21 @@ impl Default for NearestNeighbours {
     }
 }
 
-struct Nearest {
+/// Mean distance of a token to the nearest of a bank.
+pub(crate) struct Nearest {
     bank: Bank,
     neighbours: usize,
     token: Token,
+}
+
+impl Nearest {
+    pub(crate) fn new(bank: Bank, neighbours: usize, token: Token) -> Self {
+        Self {
+            bank,
+            neighbours,
+            token,
+        }
+    }
 }
 
 impl Density for Nearest {
@@ -83,11 +94,8 @@ impl System for NearestNeighbours {
             tokens.push(self.token.of(&features)?);
             Ok(())
         })?;
-        let density = Nearest {
-            bank: Bank::new(&Tensor::cat(&tokens, 0)?, Distance::Cosine)?,
-            neighbours: self.neighbours,
-            token: self.token,
-        };
+        let bank = Bank::new(&Tensor::cat(&tokens, 0)?, Distance::Cosine)?;
+        let density = Nearest::new(bank, self.neighbours, self.token);
         Ok(Scored::boxed(teacher, backbone, density))
     }
 
@@ -120,11 +128,7 @@ impl System for MeanCls {
         let backbone = teacher.backbone(1)?;
         let cls = cls_of(&*backbone, &teacher.read(normal, observer)?)?;
         let mean = l2_normalize(&cls)?.mean_keepdim(0)?;
-        let density = Nearest {
-            bank: Bank::new(&mean, Distance::Cosine)?,
-            neighbours: 1,
-            token: Token::Cls,
-        };
+        let density = Nearest::new(Bank::new(&mean, Distance::Cosine)?, 1, Token::Cls);
         Ok(Scored::boxed(teacher, backbone, density))
     }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use defend_baselines::SystemConfig;
 use defend_core::data::Fit;
+use defend_core::vit::Pretrained;
 use serde::{Deserialize, Serialize};
 
 use crate::{DataConfig, Error, ProtocolConfig};
@@ -14,7 +15,8 @@ use crate::{DataConfig, Error, ProtocolConfig};
 pub struct BenchConfig {
     /// Folder for records, splits and reports.
     pub output: PathBuf,
-    /// Weights of the teacher: a file, a folder with `config.json`, or `embedded`.
+    /// Weights of the teacher: a file, a folder with `config.json`, `embedded`, or with the feature `hub` a model id such as
+    /// `hub:timm/vit_base_patch16_224.augreg_in21k`.
     pub backbone: PathBuf,
     /// Seeds of the systems.
     #[serde(default = "one_seed")]
@@ -115,7 +117,7 @@ impl BenchConfig {
         let mut config: Self = toml::from_str(&text).map_err(|e| fault(e.to_string()))?;
         let own = path.parent().unwrap_or(Path::new("."));
         let root = root.unwrap_or(own);
-        if config.backbone != Path::new(EMBEDDED) {
+        if config.model_id().is_none() && config.backbone != Path::new(EMBEDDED) {
             config.backbone = root.join(&config.backbone);
         }
         for data in &mut config.data {
@@ -123,6 +125,25 @@ impl BenchConfig {
         }
         config.check().map_err(fault)?;
         Ok(config)
+    }
+
+    /// The model id of a backbone on the hub.
+    fn model_id(&self) -> Option<&str> {
+        let name = self.backbone.to_str()?.strip_prefix("hub:");
+        name.filter(|_| cfg!(feature = "hub"))
+    }
+
+    /// Where the teacher's weights come from.
+    pub(crate) fn weights(&self) -> Pretrained {
+        #[cfg(feature = "hub")]
+        if let Some(model) = self.model_id() {
+            return Pretrained::hub(model);
+        }
+        if self.backbone == Path::new(EMBEDDED) {
+            defend_core::embedded_backbone()
+        } else {
+            Pretrained::local(&self.backbone)
+        }
     }
 
     fn check(&self) -> Result<(), String> {
@@ -156,7 +177,7 @@ impl BenchConfig {
 }
 
 /// In place of a path: the small backbone inside the program.
-pub(crate) const EMBEDDED: &str = "embedded";
+const EMBEDDED: &str = "embedded";
 
 #[cfg(test)]
 mod tests {
@@ -204,6 +225,16 @@ mod tests {
         assert_eq!(config.systems[1].name(), "PatchCore");
         assert!(config.systems[1].runs_on("cameras", "one-vs-all"));
         assert!(!config.systems[1].runs_on("voc", "one-vs-all"));
+    }
+
+    #[cfg(feature = "hub")]
+    #[test]
+    fn a_model_id_is_no_path() {
+        let config = read(&GOOD.replace("embedded", "hub:timm/vit_base")).unwrap();
+        assert_eq!(config.backbone, Path::new("hub:timm/vit_base"));
+        assert!(
+            matches!(config.weights(), Pretrained::Hub { model, .. } if model == "timm/vit_base")
+        );
     }
 
     #[test]

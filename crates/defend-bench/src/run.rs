@@ -6,13 +6,12 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use defend_baselines::Teacher;
 use defend_core::data::Dataset;
 use defend_core::metrics::{auroc, average_precision};
-use defend_core::vit::{Backbone, CacheConfig, ImageSource, Pretrained, TrainScope};
+use defend_core::vit::{Backbone, CacheConfig, ImageSource, TrainScope};
 use defend_core::{
     Device, Error as CoreError, MapScale, Novelty, NoveltyDetector, Observer, PatchMap, Pictures,
 };
 use ndarray::ArrayView1;
 
-use crate::config::EMBEDDED;
 use crate::data::Halves;
 use crate::pixels::pixel_figures;
 use crate::protocol::Experiment;
@@ -56,11 +55,7 @@ pub fn run(
     device: &Device,
     progress: &mut dyn Progress,
 ) -> Result<(), Error> {
-    let vit = if config.backbone.as_os_str() == EMBEDDED {
-        defend_core::embedded_backbone().load(TrainScope::Frozen, device)?
-    } else {
-        Pretrained::local(&config.backbone).load(TrainScope::Frozen, device)?
-    };
+    let vit = config.weights().load(TrainScope::Frozen, device)?;
     let depth = vit.spec().architecture.depth;
     let layers = config
         .systems
