@@ -27,6 +27,9 @@ pub(crate) trait BatchLoss {
     fn loss(&self, backbone: &Vit, images: &Tensor, rng: &mut Rng) -> Result<Tensor, Error>;
 }
 
+/// The loss of a batch of images, by index.
+type Loss<'a> = dyn Fn(&[usize], &mut Rng) -> Result<Tensor, Error> + 'a;
+
 /// Trains `parameters` by AdamW over shuffled batches of images.
 pub(crate) fn train(
     parameters: Vec<(String, Var)>,
@@ -34,7 +37,7 @@ pub(crate) fn train(
     schedule: &Schedule,
     rng: &mut Rng,
     observer: &mut dyn Observer,
-    loss: &dyn Fn(&[usize], &mut Rng) -> Result<Tensor, Error>,
+    loss: &Loss<'_>,
 ) -> Result<(), Error> {
     let group = ParameterGroup {
         parameters,

@@ -98,7 +98,7 @@ impl System for OneClassHead {
             second: layer(self.output, self.hidden)?,
             centre: Tensor::zeros(self.output, DType::F32, device)?,
         };
-        head.centre = self.centre(&head, &*backbone, &pictures)?;
+        head.centre = centre(&head, &*backbone, &pictures)?;
         let parameters = [("first", &head.first), ("second", &head.second)];
         let parameters = parameters.map(|(name, var)| (name.into(), var.clone()));
         let schedule = Schedule {
@@ -133,32 +133,25 @@ impl System for OneClassHead {
     }
 }
 
-impl OneClassHead {
-    /// Mean output of the untrained head over all normal patches, the fixed centre; coordinates near zero are moved
-    /// away from it, since a zero could be reached by weights of zero (authors' code of Deep SVDD).
-    fn centre(
-        &self,
-        head: &Head,
-        backbone: &dyn Backbone,
-        images: &dyn ImageSource,
-    ) -> Result<Tensor, Error> {
-        const NEAREST: f32 = 0.1;
-        let mut sums = Vec::new();
-        crate::system::each_batch(backbone, images, |features| {
-            sums.push(head.project(&features.patches)?.mean(1)?.detach());
-            Ok(())
-        })?;
-        let mean = Tensor::cat(&sums, 0)?.mean(0)?.to_vec1::<f32>()?;
-        let away = |x: f32| {
-            if x.abs() < NEAREST {
-                NEAREST.copysign(x)
-            } else {
-                x
-            }
-        };
-        let centre: Vec<f32> = mean.into_iter().map(away).collect();
-        Ok(Tensor::new(centre, images.images(&[0])?.device())?)
-    }
+/// Mean output of the untrained head over all normal patches, the fixed centre; coordinates near zero are moved
+/// away from it, since a zero could be reached by weights of zero (authors' code of Deep SVDD).
+fn centre(head: &Head, backbone: &dyn Backbone, images: &dyn ImageSource) -> Result<Tensor, Error> {
+    const NEAREST: f32 = 0.1;
+    let mut sums = Vec::new();
+    crate::system::each_batch(backbone, images, |features| {
+        sums.push(head.project(&features.patches)?.mean(1)?.detach());
+        Ok(())
+    })?;
+    let mean = Tensor::cat(&sums, 0)?.mean(0)?.to_vec1::<f32>()?;
+    let away = |x: f32| {
+        if x.abs() < NEAREST {
+            NEAREST.copysign(x)
+        } else {
+            x
+        }
+    };
+    let centre: Vec<f32> = mean.into_iter().map(away).collect();
+    Ok(Tensor::new(centre, images.images(&[0])?.device())?)
 }
 
 #[cfg(test)]

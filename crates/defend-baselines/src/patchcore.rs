@@ -217,7 +217,9 @@ mod tests {
             .collect();
         let rows = Tensor::from_vec(values, (200, 16), &Device::Cpu).unwrap();
         let mut chosen = core_set(&rows, 4, &mut Rng::seed(3)).unwrap();
-        chosen.iter_mut().for_each(|i| *i %= 4);
+        for i in &mut chosen {
+            *i %= 4;
+        }
         chosen.sort_unstable();
         assert_eq!(chosen, [0, 1, 2, 3]);
         assert_eq!(core_set(&rows, 999, &mut Rng::seed(3)).unwrap().len(), 200);

@@ -47,19 +47,10 @@ pub(crate) fn pixel_figures(
     let (all_scores, all_masks) = (scores.concat(), masks.concat());
     let area = auroc(ArrayView1::from(&all_scores), ArrayView1::from(&all_masks))?;
     drop((all_scores, all_masks));
-    let square = |len: usize| {
-        (len == side * side)
-            .then_some((side, side))
-            .unwrap_or((1, len))
-    };
-    let scores: Vec<Array2<f64>> = scores
-        .into_iter()
-        .filter_map(|values| Array2::from_shape_vec(square(values.len()), values).ok())
-        .collect();
-    let masks: Vec<Array2<bool>> = masks
-        .into_iter()
-        .filter_map(|values| Array2::from_shape_vec(square(values.len()), values).ok())
-        .collect();
+    let square = |values: Vec<f64>| Array2::from_shape_vec((side, side), values).ok();
+    let scores: Vec<Array2<f64>> = scores.into_iter().filter_map(square).collect();
+    let square = |values: Vec<bool>| Array2::from_shape_vec((side, side), values).ok();
+    let masks: Vec<Array2<bool>> = masks.into_iter().filter_map(square).collect();
     let scores: Vec<ArrayView2<'_, f64>> = scores.iter().map(|a| a.view()).collect();
     let masks: Vec<ArrayView2<'_, bool>> = masks.iter().map(|a| a.view()).collect();
     Ok(Some(PixelFigures {

@@ -107,24 +107,21 @@ fn groups(records: &[Record]) -> Vec<Group<'_>> {
     for record in records {
         let key = &record.key;
         let known = groups
-            .iter_mut()
-            .find(|g| g.data == key.data && g.protocol == key.protocol);
-        let group = match known {
-            Some(group) => group,
-            None => {
-                groups.push(Group {
-                    data: &key.data,
-                    protocol: &key.protocol,
-                    experiments: Vec::new(),
-                    systems: Vec::new(),
-                    seeds: Vec::new(),
-                    records: Vec::new(),
-                });
-                let Some(last) = groups.last_mut() else {
-                    continue;
-                };
-                last
-            }
+            .iter()
+            .position(|g| g.data == key.data && g.protocol == key.protocol);
+        let place = known.unwrap_or(groups.len());
+        if known.is_none() {
+            groups.push(Group {
+                data: &key.data,
+                protocol: &key.protocol,
+                experiments: Vec::new(),
+                systems: Vec::new(),
+                seeds: Vec::new(),
+                records: Vec::new(),
+            });
+        }
+        let Some(group) = groups.get_mut(place) else {
+            continue;
         };
         add(&mut group.experiments, key.experiment.as_str());
         add(&mut group.seeds, key.seed);

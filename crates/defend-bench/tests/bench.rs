@@ -172,7 +172,7 @@ fn runs_goes_on_and_reports() {
 
     let report = report(&config.output).unwrap();
     let tables = fs::read_to_string(report.folder.join("tables.md")).unwrap();
-    assert!(tables.contains("stripes: across+slanted") && tables.contains("| mean CLS") == false);
+    assert!(tables.contains("stripes: across+slanted") && !tables.contains("| mean CLS"));
     assert!(tables.contains("cosine to mean CLS"), "{tables}");
     let detail = report
         .tables

@@ -275,18 +275,7 @@ impl DefendBuilder {
         let objective = self
             .objective
             .unwrap_or_else(|| Arc::new(config.distill.distance));
-        let targets: Arc<dyn Backbone> = match self.features {
-            Some((folder, precision)) => {
-                let cache = CacheConfig {
-                    // The distiller keeps them in memory itself.
-                    memory_bytes: 0,
-                    folder: Some(folder),
-                    precision,
-                };
-                Arc::new(Cached::new(Arc::clone(&teacher), cache)?)
-            }
-            None => Arc::clone(&teacher),
-        };
+        let targets = kept(&teacher, self.features)?;
         let distill = |student: &dyn Trainable, observer: &mut dyn Observer| {
             let images = config.distill.epochs_for(pictures.len()) * pictures.len();
             observed(observer, Stage::Distill, images, |on_step| {
@@ -339,6 +328,23 @@ impl DefendBuilder {
             distill,
         })
     }
+}
+
+/// The teacher, with its features kept in a folder if asked for.
+fn kept(
+    teacher: &Arc<dyn Backbone>,
+    features: Option<(PathBuf, Precision)>,
+) -> Result<Arc<dyn Backbone>, Error> {
+    let Some((folder, precision)) = features else {
+        return Ok(Arc::clone(teacher));
+    };
+    let cache = CacheConfig {
+        // The distiller keeps them in memory itself.
+        memory_bytes: 0,
+        folder: Some(folder),
+        precision,
+    };
+    Ok(Arc::new(Cached::new(Arc::clone(teacher), cache)?))
 }
 
 /// The teacher as it enters the dense stage, with the blocks trainable that this stage trains.

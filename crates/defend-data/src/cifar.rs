@@ -266,7 +266,8 @@ mod tests {
     }
 
     fn names(count: usize) -> String {
-        (0..count).map(|i| format!("class {i}\n")).collect()
+        let names: Vec<String> = (0..count).map(|i| format!("class {i}\n")).collect();
+        names.concat()
     }
 
     fn cifar10() -> TempDir {

@@ -197,12 +197,12 @@ pub enum Error {
         source: csv::Error,
     },
     /// An entry of a manifest lacks something or holds what no entry may.
-    #[error("the manifest {path:?} holds {found} in {entry}, expected {expected}")]
+    #[error("the manifest {path:?} holds {found} at {at}, expected {expected}")]
     Manifest {
         /// The manifest.
         path: PathBuf,
-        /// The line of a CSV or the entry of a JSON list, both counted from 1.
-        entry: String,
+        /// The line of a CSV or the entry of a JSON list, both counted from 1; 0 for the file's name.
+        at: usize,
         /// What stands there.
         found: String,
         /// What should.

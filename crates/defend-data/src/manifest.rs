@@ -88,9 +88,9 @@ fn read_entries(path: &Path) -> Result<Vec<Entry>, Error> {
         path: path.into(),
         source,
     })?;
-    let fault = |entry: String, found: &str, expected: &'static str| Error::Manifest {
+    let fault = |at: usize, found: &str, expected: &'static str| Error::Manifest {
         path: path.into(),
-        entry,
+        at,
         found: found.into(),
         expected,
     };
@@ -133,26 +133,24 @@ fn read_entries(path: &Path) -> Result<Vec<Entry>, Error> {
         }
         _ => {
             return Err(fault(
-                "its name".into(),
-                "another ending",
+                0,
+                "another ending of its name",
                 "a list that ends in .csv or .json",
             ));
         }
     }
     for (i, entry) in entries.iter().enumerate() {
-        let place = || match ending.as_deref() {
-            Some("csv") => format!("line {}", i + 2),
-            _ => format!("entry {}", i + 1),
+        // A CSV has its header in line 1.
+        let at = i + if ending.as_deref() == Some("csv") {
+            2
+        } else {
+            1
         };
         if entry.path.as_os_str().is_empty() {
-            return Err(fault(place(), "no path", "the path of a picture"));
+            return Err(fault(at, "no path", "the path of a picture"));
         }
         if entry.labels.iter().any(String::is_empty) {
-            return Err(fault(
-                place(),
-                "an empty label",
-                "labels apart by one ; or |",
-            ));
+            return Err(fault(at, "an empty label", "labels apart by one ; or |"));
         }
     }
     Ok(entries)
@@ -226,10 +224,10 @@ mod tests {
             let error = open(name, text, None).unwrap_err().to_string();
             assert!(error.contains(name) && error.contains(reason), "{error}");
         };
-        fails("l.csv", "path,labels\n,dog\n", "line 2");
+        fails("l.csv", "path,labels\n,dog\n", "no path at 2");
         fails("l.csv", "path,labels\na.jpg,dog;;cat\n", "empty label");
         fails("l.csv", "path,label\na.jpg,dog\n", "label");
-        fails("l.json", r#"[{"path": "a"}, {"path": ""}]"#, "entry 2");
+        fails("l.json", r#"[{"path": "a"}, {"path": ""}]"#, "no path at 2");
         fails("l.json", r#"[{"file": "a"}]"#, "file");
         fails("l.txt", "", ".csv or .json");
         fails("l.csv", "path,labels\n", "no image");
