@@ -17,7 +17,7 @@ use crate::{System, Teacher};
 pub struct Kdad {
     /// Blocks that are compared, counted from the last. Paper: four pooling layers of a VGG.
     pub layers: usize,
-    /// Weight of the directions. Authors' code: 0.5 for natural images, with the values' mean over channels.
+    /// Weight of the directions beside the mean squared difference of the values (that paper's lambda); ours.
     pub direction_weight: f64,
     /// Passes over the images.
     pub epochs: usize,
@@ -105,8 +105,8 @@ impl System for Kdad {
     }
 
     fn deviations(&self) -> &'static str {
-        "patch tokens of a ViT's last blocks, each after the final norm, in place of a VGG's pooling layers; the student \
-         has the teacher's size; AdamW with a cosine schedule; the map is the distance itself, not its input gradient"
+        "patch tokens of a ViT's last blocks, each after the final norm, in place of a VGG's pooling layers; directions of \
+         each patch, not of the whole map; the student has the teacher's size; AdamW with a cosine schedule; the map is the distance itself, not its input gradient"
     }
 }
 

@@ -94,7 +94,13 @@ impl System for PatchCore {
             kept.push(flat.index_select(&Tensor::new(rows, flat.device())?, 0)?);
             Ok(())
         })?;
-        let candidates = Tensor::cat(&kept, 0)?;
+        let mut candidates = Tensor::cat(&kept, 0)?;
+        let found = candidates.dim(0)?;
+        if found > self.candidates.max(1) {
+            let some = sample(&mut rng, found, self.candidates.max(1)).into_iter();
+            let some: Vec<u32> = some.map(|i| i as u32).collect();
+            candidates = candidates.index_select(&Tensor::new(some, candidates.device())?, 0)?;
+        }
         let size = (candidates.dim(0)? as f64 * self.share).ceil() as usize;
         let chosen = core_set(&candidates, size, &mut rng)?;
         let chosen = Tensor::new(chosen, candidates.device())?;

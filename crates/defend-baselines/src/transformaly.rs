@@ -166,7 +166,7 @@ impl System for Transformaly {
     }
 
     fn deviations(&self) -> &'static str {
-        "blocks compared after the final norm, patch tokens only; AdamW with a cosine schedule; Ledoit and Wolf's \
+        "one student from the image to the last block, not block by block on the teacher's tokens; blocks compared after the final norm, patch tokens only; AdamW with a cosine schedule; Ledoit and Wolf's \
          covariances in place of whitening"
     }
 }

@@ -1,11 +1,12 @@
 //! Where the pictures of a benchmark come from.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use defend_core::data::{
-    Cifar, CifarLabels, ClassFolder, Coco, Crowd, Dataset, Difficult, Idx, Manifest, MvtecAd,
-    Split, Voc,
+    Cifar, CifarLabels, ClassFolder, ClassId, Coco, Crowd, Dataset, Difficult, GrayImage, Idx,
+    Manifest, MvtecAd, RgbImage, Split, Voc,
 };
 use serde::{Deserialize, Serialize};
 
@@ -132,11 +133,30 @@ impl DataConfig {
         }
     }
 
-    /// Opens both halves.
+    /// Opens both halves; a class has the same number in both.
     ///
     /// # Errors
     /// [`Error::Data`], which says what to download where a file is missing.
     pub(crate) fn open(&self) -> Result<Halves, Error> {
+        let halves = self.open_each()?;
+        let names = |half: &Arc<dyn Dataset>| half.class_names().to_vec();
+        let (train, test) = (names(&halves.train), names(&halves.test));
+        if train == test {
+            return Ok(halves);
+        }
+        // Defects, and the abnormal pictures of a folder, have no pictures to train on: number all by the names of both.
+        let all: Vec<String> = test
+            .iter()
+            .chain(train.iter().filter(|name| !test.contains(name)))
+            .cloned()
+            .collect();
+        Ok(Halves {
+            train: Arc::new(Renumbered::new(halves.train, &all)),
+            test: Arc::new(Renumbered::new(halves.test, &all)),
+        })
+    }
+
+    fn open_each(&self) -> Result<Halves, Error> {
         fn halves<D: Dataset + 'static>(
             open: impl Fn(Split) -> Result<D, defend_core::data::Error>,
         ) -> Result<Halves, Error> {
@@ -211,5 +231,92 @@ impl DataConfig {
                 Manifest::open(path, Some(name))
             }),
         }
+    }
+}
+
+/// A data set whose classes have the numbers of another list of names.
+struct Renumbered {
+    inner: Arc<dyn Dataset>,
+    classes: Vec<Vec<ClassId>>,
+    class_names: Vec<String>,
+}
+
+impl Renumbered {
+    fn new(inner: Arc<dyn Dataset>, class_names: &[String]) -> Self {
+        let place = |class: &ClassId| {
+            let name = inner.class_names().get(class.0 as usize)?;
+            let place = class_names.iter().position(|known| known == name)?;
+            Some(ClassId(place as u32))
+        };
+        let classes = (0..inner.len())
+            .map(|index| {
+                let mut classes: Vec<ClassId> =
+                    inner.classes(index).iter().filter_map(place).collect();
+                classes.sort_unstable();
+                classes
+            })
+            .collect();
+        Self {
+            classes,
+            class_names: class_names.to_vec(),
+            inner,
+        }
+    }
+}
+
+impl Dataset for Renumbered {
+    fn len(&self) -> usize {
+        self.inner.len()
+    }
+
+    fn name(&self, index: usize) -> Cow<'_, str> {
+        self.inner.name(index)
+    }
+
+    fn image(&self, index: usize) -> Result<RgbImage, defend_core::data::Error> {
+        self.inner.image(index)
+    }
+
+    fn classes(&self, index: usize) -> &[ClassId] {
+        self.classes.get(index).map_or(&[], Vec::as_slice)
+    }
+
+    fn mask(&self, index: usize) -> Result<Option<GrayImage>, defend_core::data::Error> {
+        self.inner.mask(index)
+    }
+
+    fn class_names(&self) -> &[String] {
+        &self.class_names
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests may panic")]
+
+    use super::*;
+
+    #[test]
+    fn a_class_has_one_number_in_both_halves() {
+        let folder = tempfile::tempdir().unwrap();
+        for path in [
+            "train/normal/1.png",
+            "test/abnormal/1.png",
+            "test/normal/1.png",
+        ] {
+            let path = folder.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            RgbImage::new(2, 2).save(path).unwrap();
+        }
+        let source = DataConfig::ClassFolders {
+            train: folder.path().join("train"),
+            test: folder.path().join("test"),
+        };
+        let halves = source.open().unwrap();
+        let normal = halves.train.class("normal").unwrap();
+        assert_eq!(halves.train.class_names(), halves.test.class_names());
+        assert_eq!(halves.train.classes(0), [normal]);
+        assert_eq!(halves.test.classes(1), [normal]);
+        assert_ne!(halves.test.classes(0), [normal]);
     }
 }

@@ -1,6 +1,6 @@
 //! From a data set and a protocol to experiments.
 
-use defend_core::data::{AllVsOne, ClassId, Dataset, Label, MultiObject, Protocol};
+use defend_core::data::{ClassId, Dataset, Label, MultiObject, Protocol};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
@@ -16,7 +16,7 @@ pub enum ProtocolConfig {
         #[serde(default)]
         classes: Vec<String>,
     },
-    /// Multi-class: each class in turn is the abnormal one (Table 2).
+    /// Multi-class: each class in turn is the abnormal one and a picture of any other is normal (Table 2).
     AllVsOne {
         /// These classes only; all without it.
         #[serde(default)]
@@ -97,7 +97,13 @@ impl ProtocolConfig {
             Self::OneVsAll { classes } => {
                 each(classes, &|id| Box::new(MultiObject { normal: vec![id] }))
             }
-            Self::AllVsOne { classes } => each(classes, &|id| Box::new(AllVsOne { abnormal: id })),
+            // With several objects a picture, one that shows any other class is normal (METHOD.md, section 4).
+            Self::AllVsOne { classes } => each(classes, &|id| {
+                let all = (0..set.class_names().len() as u32).map(ClassId);
+                Box::new(MultiObject {
+                    normal: all.filter(|other| *other != id).collect(),
+                })
+            }),
             Self::NormalSets { sets } => sets
                 .iter()
                 .map(|names| {

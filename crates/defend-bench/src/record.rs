@@ -1,5 +1,6 @@
 //! What is kept of a run: one JSON file.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use defend_baselines::SystemConfig;
@@ -62,6 +63,8 @@ pub struct RunKey {
     pub backbone: PathBuf,
     /// How pictures became square.
     pub fit: Fit,
+    /// Hash of the pictures' positions and labels in both halves.
+    pub split: String,
     /// Seed of the system.
     pub seed: u64,
 }
@@ -208,7 +211,10 @@ impl RunKey {
 }
 
 /// A name as a file's, without what file systems or shells mind.
+///
+/// Long names, such as a normal set of forty classes, are cut and told apart by a hash.
 pub(crate) fn file_name(name: &str) -> String {
+    const LONGEST: usize = 60;
     let safe = |c: char| {
         if c.is_alphanumeric() || "+-_.".contains(c) {
             c
@@ -216,17 +222,27 @@ pub(crate) fn file_name(name: &str) -> String {
             '-'
         }
     };
-    name.chars().map(safe).collect()
+    let all: String = name.chars().map(safe).collect();
+    if all.chars().count() <= LONGEST {
+        return all;
+    }
+    let start: String = all.chars().take(LONGEST - 9).collect();
+    let hash = blake3::hash(name.as_bytes()).to_hex();
+    format!("{start}-{}", &hash[..8])
 }
 
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
     let folder = path.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).map_err(Error::io(folder, "making the folder"))?;
     let file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(path, "writing"))?;
-    serde_json::to_writer(std::io::BufWriter::new(&file), value).map_err(|e| Error::Record {
+    let mut writer = std::io::BufWriter::new(&file);
+    serde_json::to_writer(&mut writer, value).map_err(|e| Error::Record {
         path: path.into(),
         reason: e.to_string(),
     })?;
+    // A full disk shows here, not when the writer is dropped.
+    writer.flush().map_err(Error::io(path, "writing"))?;
+    drop(writer);
     file.as_file()
         .sync_all()
         .map_err(Error::io(path, "writing"))?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use defend_baselines::Teacher;
-use defend_core::data::Dataset;
+use defend_core::data::{Dataset, Fit};
 use defend_core::metrics::{auroc, average_precision};
 use defend_core::vit::{Backbone, CacheConfig, ImageSource, TrainScope};
 use defend_core::{
@@ -13,7 +13,7 @@ use defend_core::{
 use ndarray::ArrayView1;
 
 use crate::data::Halves;
-use crate::pixels::pixel_figures;
+use crate::pixels::{masks, pixel_figures};
 use crate::protocol::Experiment;
 use crate::record::{Figures, Record, RunKey, Scored, Software, Worst, file_name, write_json};
 use crate::split::{Split, Splitter};
@@ -108,6 +108,7 @@ struct Bench<'a> {
 struct TestSet<'a> {
     halves: &'a Halves,
     pictures: Pictures,
+    masks: Option<Vec<Option<Vec<bool>>>>,
 }
 
 impl Bench<'_> {
@@ -120,8 +121,14 @@ impl Bench<'_> {
     ) -> Result<(), Error> {
         let mut splitter = Splitter::new(halves, data.subset)?;
         let images = defend_core::data::Subset::new(halves.test.clone(), splitter.test().to_vec())?;
+        // Maps lie over the whole picture only when it was squashed: another fit has no figures over pixels.
+        let masks = match self.config.fit {
+            Fit::Squash => masks(&*halves.test, splitter.test())?,
+            _ => None,
+        };
         let test = TestSet {
             halves,
+            masks,
             pictures: Pictures::read(
                 Arc::new(images),
                 self.teacher.preprocess().clone(),
@@ -157,6 +164,7 @@ impl Bench<'_> {
                             settings: system.system.clone(),
                             backbone: self.config.backbone.clone(),
                             fit: self.config.fit,
+                            split: split.fingerprint(),
                             seed,
                         };
                         let order = [*place, system_place];
@@ -246,7 +254,7 @@ impl Bench<'_> {
         let values: Vec<f64> = scores.iter().map(|s| f64::from(s.score)).collect();
         let (values, truth) = (ArrayView1::from(&values), ArrayView1::from(&split.abnormal));
         let maps: Vec<Option<&PatchMap>> = novelties.iter().map(|n| n.map.as_ref()).collect();
-        let pixels = pixel_figures(&*test.halves.test, &split.test, &maps)?;
+        let pixels = pixel_figures(test.masks.as_deref(), &maps)?;
         Ok(Record {
             figures: Figures {
                 auroc: auroc(values, truth)?,

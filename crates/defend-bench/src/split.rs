@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use defend_core::data::{ClassId, ContentHash, Dataset, content_hashes};
 use defend_core::nn::Rng;
+use rand::RngExt;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +23,22 @@ pub struct Split {
     pub abnormal: Vec<bool>,
     /// Training pictures left out since the same picture is in the test half.
     pub leaks: Vec<usize>,
+}
+
+impl Split {
+    /// Short hash of positions and labels: another list of pictures, part or protocol is another split.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for list in [&self.train, &self.test] {
+            hasher.update(&(list.len() as u64).to_le_bytes());
+            for &index in list {
+                hasher.update(&(index as u64).to_le_bytes());
+            }
+        }
+        let labels: Vec<u8> = self.abnormal.iter().map(|&a| a.into()).collect();
+        hasher.update(&labels);
+        hasher.finalize().to_hex()[..16].to_owned()
+    }
 }
 
 /// Makes splits of one data set; hashes each picture once.
@@ -98,12 +115,19 @@ fn sample(set: &dyn Dataset, indices: Vec<usize>, count: Option<usize>, seed: u6
         groups.entry(set.classes(index)).or_default().push(index);
     }
     let mut rng = Rng::seed(seed);
+    let mut rare = Rng::stream(seed, 1);
     let mut ranked = Vec::with_capacity(indices.len());
     for group in groups.values_mut() {
         group.shuffle(&mut rng);
         let size = group.len() as f64;
+        // A combination of classes too rare for one whole picture is drawn by chance: without that, one that comes once
+        // would be in the middle of the order, always or never drawn.
+        let start = match size * (count as f64) < indices.len() as f64 {
+            true => rare.random::<f64>(),
+            false => 0.5,
+        };
         // The k-th of a group comes at its share of the group: any first part of the order has the groups' proportions.
-        let at = |(k, &index): (usize, &usize)| ((k as f64 + 0.5) / size, index);
+        let at = |(k, &index): (usize, &usize)| ((k as f64 + start) / size, index);
         ranked.extend(group.iter().enumerate().map(at));
     }
     ranked.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
@@ -159,6 +183,30 @@ mod tests {
         assert_eq!(chosen, sample(&*set, all.clone(), Some(20), 1));
         assert_ne!(chosen, sample(&*set, all.clone(), Some(20), 2));
         assert_eq!(sample(&*set, all.clone(), Some(500), 1), all);
+    }
+
+    #[test]
+    fn what_comes_once_is_drawn_as_often_as_the_rest() {
+        // 160 pictures of one class and forty combinations that come once: a quarter of each is asked for.
+        let mut set = Memory::new((0..40).map(|i| format!("{i}")).collect());
+        for i in 0..200 {
+            let classes = if i < 160 {
+                vec![ClassId(0)]
+            } else {
+                vec![ClassId(0), ClassId(i - 160 + 1)]
+            };
+            set.push(format!("{i}"), RgbImage::new(1, 1), classes);
+        }
+        let rare = |seed| {
+            let chosen = sample(&set, (0..200).collect(), Some(50), seed);
+            assert_eq!(chosen.len(), 50);
+            chosen.into_iter().filter(|i| *i >= 160).count()
+        };
+        let found: usize = (0..40).map(rare).sum();
+        assert!(
+            (340..460).contains(&found),
+            "{found} of 1600, expected about 400"
+        );
     }
 
     #[test]

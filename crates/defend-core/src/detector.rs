@@ -62,6 +62,41 @@ pub struct PatchMap {
     pub values: Vec<f32>,
 }
 
+impl PatchMap {
+    /// The values at another size, row-major, bilinear as PyTorch's `interpolate(align_corners=False)`, of any magnitude;
+    /// `None` when their number does not fit the grid.
+    pub fn resized(&self, width: usize, height: usize) -> Option<Vec<f32>> {
+        let Grid { rows, columns } = self.grid;
+        if rows == 0 || columns == 0 || self.values.len() != rows * columns {
+            return None;
+        }
+        /// The two neighbours of a target position and the share of the second.
+        fn neighbours(target: usize, from: usize, to: usize) -> (usize, usize, f32) {
+            let at = (target as f32 + 0.5) * from as f32 / to as f32 - 0.5;
+            let at = at.clamp(0.0, (from - 1) as f32);
+            let first = at as usize;
+            (first, (first + 1).min(from - 1), at - first as f32)
+        }
+        let across: Vec<_> = (0..width).map(|x| neighbours(x, columns, width)).collect();
+        let mut values = Vec::with_capacity(width * height);
+        for y in 0..height {
+            let (top, bottom, down) = neighbours(y, rows, height);
+            let (top, bottom) = (top * columns, bottom * columns);
+            let between = |a: f32, b: f32, share: f32| a + (b - a) * share;
+            values.extend(across.iter().map(|&(left, right, share)| {
+                let upper = between(self.values[top + left], self.values[top + right], share);
+                let lower = between(
+                    self.values[bottom + left],
+                    self.values[bottom + right],
+                    share,
+                );
+                between(upper, lower, down)
+            }));
+        }
+        Some(values)
+    }
+}
+
 /// The threshold of a detector and where it comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -1,8 +1,7 @@
 //! Heat maps over pictures.
 
 use defend_data::RgbImage;
-use image::imageops::FilterType;
-use image::{ImageBuffer, Luma, Rgb};
+use image::{ImageBuffer, Rgb};
 
 use crate::{MapScale, PatchMap};
 
@@ -15,19 +14,21 @@ const OPACITY: f32 = 0.65;
 /// fit its grid or the scale leaves the picture as it is.
 pub fn overlay(picture: &RgbImage, map: &PatchMap, scale: &MapScale) -> RgbImage {
     let (width, height) = picture.dimensions();
-    let (columns, rows) = (map.grid.columns as u32, map.grid.rows as u32);
     if map.values.len() != scale.usual.len() {
         return picture.clone();
     }
     let pairs = map.values.iter().zip(&scale.usual);
-    let above = pairs.map(|(value, usual)| value - usual).collect();
-    let Some(heat) = ImageBuffer::<Luma<f32>, Vec<f32>>::from_raw(columns, rows, above) else {
+    let above = PatchMap {
+        grid: map.grid,
+        values: pairs.map(|(value, usual)| value - usual).collect(),
+    };
+    let Some(heat) = above.resized(width as usize, height as usize) else {
         return picture.clone();
     };
     let span = scale.span.max(f32::EPSILON);
-    let heat = image::imageops::resize(&heat, width, height, FilterType::Triangle);
     ImageBuffer::from_fn(width, height, |x, y| {
-        let level = (heat.get_pixel(x, y).0[0] / span).clamp(0.0, 1.0);
+        let value = heat.get(y as usize * width as usize + x as usize);
+        let level = (value.copied().unwrap_or(0.0) / span).clamp(0.0, 1.0);
         let colour = colorous::INFERNO.eval_continuous(f64::from(0.25 + 0.75 * level));
         let Rgb(pixel) = *picture.get_pixel(x, y);
         let alpha = OPACITY * level;
@@ -46,6 +47,42 @@ pub fn overlay(picture: &RgbImage, map: &PatchMap, scale: &MapScale) -> RgbImage
 mod tests {
     use super::*;
     use defend_vit::Grid;
+
+    #[test]
+    fn values_of_any_magnitude_are_interpolated() {
+        let grid = Grid {
+            rows: 1,
+            columns: 2,
+        };
+        let map = PatchMap {
+            grid,
+            values: vec![-20.0, 60.0],
+        };
+        // Centres of four targets lie at -0.25, 0.25, 0.75 and 1.25 of the two sources.
+        assert_eq!(map.resized(4, 1).unwrap(), [-20.0, 0.0, 40.0, 60.0]);
+        assert_eq!(map.resized(2, 2).unwrap(), [-20.0, 60.0, -20.0, 60.0]);
+        let values = vec![0.0; 3];
+        assert!(PatchMap { grid, values }.resized(4, 1).is_none());
+    }
+
+    #[test]
+    fn large_values_get_the_colour_of_their_place_in_the_scale() {
+        let picture = RgbImage::from_pixel(2, 1, Rgb([0; 3]));
+        let grid = Grid {
+            rows: 1,
+            columns: 2,
+        };
+        let shown = |values: Vec<f32>| {
+            let scale = MapScale {
+                usual: vec![100.0; 2],
+                span: 80.0,
+            };
+            overlay(&picture, &PatchMap { grid, values }, &scale)
+        };
+        let (half, full) = (shown(vec![140.0, 100.0]), shown(vec![180.0, 100.0]));
+        assert!(full.get_pixel(0, 0)[0] > half.get_pixel(0, 0)[0] + 40);
+        assert_eq!(full.get_pixel(1, 0), &Rgb([0; 3]));
+    }
 
     #[test]
     fn colour_appears_where_the_map_is_high() {
