@@ -276,6 +276,16 @@ impl<'a> Group<'a> {
         if system == first {
             return Ok(none());
         }
+        // Records of other parts of a data set, or of an older list of it, are no pairs.
+        let same = |a: &Record, b: &Record| {
+            let pictures = |r: &Record| -> Vec<(usize, bool)> {
+                r.scores.iter().map(|s| (s.index, s.abnormal)).collect()
+            };
+            pictures(a) == pictures(b)
+        };
+        if !own.iter().zip(&others).all(|(a, b)| same(a, b)) {
+            return Ok(none());
+        }
         let own: Vec<_> = own.iter().map(|record| values(record)).collect();
         let others: Vec<_> = others.iter().map(|record| values(record)).collect();
         let pairs: Vec<_> = own

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use roxmltree::{Document, Node};
 
 use crate::published::read_picture;
-use crate::{ClassId, Dataset, Error, dataset::sample, read_image};
+use crate::{ClassId, Dataset, Error, dataset::sample};
 
 /// The classes of PASCAL VOC since 2007; the position is the [`ClassId`].
 pub const VOC_CLASSES: [&str; 20] = [
@@ -36,9 +36,9 @@ pub const VOC_CLASSES: [&str; 20] = [
     "tvmonitor",
 ];
 
-const MISSING: &str = "download the train/val archive of PASCAL VOC (VOCtrainval_11-May-2012.tar) from \
-    the challenge's own page and unpack it, so that the folder VOCdevkit/VOC2012 which you open holds \
-    ImageSets/Main, Annotations and JPEGImages";
+const MISSING: &str = "download the train/val archive of PASCAL VOC (VOCtrainval_11-May-2012.tar, or \
+    VOCtrainval_06-Nov-2007.tar) from the challenge's own page and unpack it, so that the folder VOCdevkit/VOC2012 \
+    (or VOC2007) which you open holds ImageSets, Annotations, JPEGImages and SegmentationClass";
 
 /// Whether objects that VOC marks as difficult to recognise count.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -136,7 +136,7 @@ impl Dataset for Voc {
     }
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
-        read_image(&sample(&self.samples, index)?.0)
+        read_picture(&sample(&self.samples, index)?.0, MISSING)
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {
