@@ -124,7 +124,7 @@ impl Bench<'_> {
         // Maps lie over the whole picture only when it was squashed: another fit has no figures over pixels.
         let masks = match self.config.fit {
             Fit::Squash => masks(&*halves.test, splitter.test())?,
-            _ => None,
+            Fit::CenterCrop { .. } => None,
         };
         let test = TestSet {
             halves,

@@ -122,9 +122,10 @@ fn sample(set: &dyn Dataset, indices: Vec<usize>, count: Option<usize>, seed: u6
         let size = group.len() as f64;
         // A combination of classes too rare for one whole picture is drawn by chance: without that, one that comes once
         // would be in the middle of the order, always or never drawn.
-        let start = match size * (count as f64) < indices.len() as f64 {
-            true => rare.random::<f64>(),
-            false => 0.5,
+        let start = if size * (count as f64) < indices.len() as f64 {
+            rare.random::<f64>()
+        } else {
+            0.5
         };
         // The k-th of a group comes at its share of the group: any first part of the order has the groups' proportions.
         let at = |(k, &index): (usize, &usize)| ((k as f64 + start) / size, index);

@@ -62,6 +62,14 @@ pub struct PatchMap {
     pub values: Vec<f32>,
 }
 
+/// The two neighbours of a target position and the share of the second.
+fn neighbours(target: usize, from: usize, to: usize) -> (usize, usize, f32) {
+    let at = (target as f32 + 0.5) * from as f32 / to as f32 - 0.5;
+    let at = at.clamp(0.0, (from - 1) as f32);
+    let first = at as usize;
+    (first, (first + 1).min(from - 1), at - first as f32)
+}
+
 impl PatchMap {
     /// The values at another size, row-major, bilinear as PyTorch's `interpolate(align_corners=False)`, of any magnitude;
     /// `None` when their number does not fit the grid.
@@ -69,13 +77,6 @@ impl PatchMap {
         let Grid { rows, columns } = self.grid;
         if rows == 0 || columns == 0 || self.values.len() != rows * columns {
             return None;
-        }
-        /// The two neighbours of a target position and the share of the second.
-        fn neighbours(target: usize, from: usize, to: usize) -> (usize, usize, f32) {
-            let at = (target as f32 + 0.5) * from as f32 / to as f32 - 0.5;
-            let at = at.clamp(0.0, (from - 1) as f32);
-            let first = at as usize;
-            (first, (first + 1).min(from - 1), at - first as f32)
         }
         let across: Vec<_> = (0..width).map(|x| neighbours(x, columns, width)).collect();
         let mut values = Vec::with_capacity(width * height);
