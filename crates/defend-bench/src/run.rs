@@ -14,7 +14,6 @@ use ndarray::ArrayView1;
 
 use crate::data::Halves;
 use crate::pixels::{masks, pixel_figures};
-use crate::protocol::Experiment;
 use crate::record::{Figures, Record, RunKey, Scored, Software, Worst, file_name, write_json};
 use crate::split::{Split, Splitter};
 use crate::{BenchConfig, DataEntry, Error, SystemEntry};
@@ -141,6 +140,7 @@ impl Bench<'_> {
         for protocol in &data.protocols {
             for experiment in protocol.experiments(&data.name, &*halves.train)? {
                 let split = splitter.split(&experiment)?;
+                let fingerprint = split.fingerprint();
                 let name = format!(
                     "{}-{}-{}.json",
                     file_name(&data.name),
@@ -164,11 +164,11 @@ impl Bench<'_> {
                             settings: system.system.clone(),
                             backbone: self.config.backbone.clone(),
                             fit: self.config.fit,
-                            split: split.fingerprint(),
+                            split: fingerprint.clone(),
                             seed,
                         };
                         let order = [*place, system_place];
-                        self.run(key, order, &experiment, system, &split, &test, progress)?;
+                        self.run(key, order, system, &split, &test, progress)?;
                     }
                 }
                 *place += 1;
@@ -177,12 +177,10 @@ impl Bench<'_> {
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments, reason = "a run is one of each of these")]
     fn run(
         &mut self,
         key: RunKey,
         order: [usize; 2],
-        experiment: &Experiment,
         system: &SystemEntry,
         split: &Split,
         test: &TestSet<'_>,
@@ -202,7 +200,6 @@ impl Bench<'_> {
             }
             (record, true)
         } else {
-            debug_assert_eq!(key.experiment, experiment.name);
             let record = self.fit_and_score(key, order, system, split, test, progress)?;
             record.write(&path)?;
             (record, false)
@@ -254,6 +251,7 @@ impl Bench<'_> {
         let values: Vec<f64> = scores.iter().map(|s| f64::from(s.score)).collect();
         let (values, truth) = (ArrayView1::from(&values), ArrayView1::from(&split.abnormal));
         let maps: Vec<Option<&PatchMap>> = novelties.iter().map(|n| n.map.as_ref()).collect();
+        let all_maps: Option<Vec<&PatchMap>> = maps.iter().copied().collect();
         let pixels = pixel_figures(test.masks.as_deref(), &maps)?;
         Ok(Record {
             figures: Figures {
@@ -263,7 +261,7 @@ impl Bench<'_> {
                 pro: pixels.map(|p| p.pro),
             },
             worst: worst(&scores, &novelties),
-            map_scale: map_scale(&maps),
+            map_scale: all_maps.map(|maps| MapScale::of(&maps, 1.0)),
             deviations: system.deviations().into(),
             software: Software::this(),
             finished: SystemTime::now()
@@ -307,26 +305,4 @@ fn worst(scores: &[Scored], novelties: &[Novelty]) -> Vec<Worst> {
         .chain(misses.take(WORST))
         .map(kept)
         .collect()
-}
-
-/// The median of each patch over the test images, and the distance above it that gets the full colour.
-fn map_scale(maps: &[Option<&PatchMap>]) -> Option<MapScale> {
-    let maps: Vec<&PatchMap> = maps.iter().copied().collect::<Option<_>>()?;
-    let quantile = |mut values: Vec<f32>, share: f64| {
-        values.sort_by(f32::total_cmp);
-        let at = (share * values.len().saturating_sub(1) as f64).round() as usize;
-        values.get(at).copied().unwrap_or(0.0)
-    };
-    let patches = maps.first()?.values.len();
-    let column = |i: usize| {
-        maps.iter()
-            .filter_map(|map| map.values.get(i).copied())
-            .collect()
-    };
-    let usual: Vec<f32> = (0..patches).map(|i| quantile(column(i), 0.5)).collect();
-    let above = maps
-        .iter()
-        .flat_map(|map| map.values.iter().zip(&usual).map(|(v, u)| v - u));
-    let span = quantile(above.collect(), 0.99);
-    Some(MapScale { usual, span })
 }

@@ -1,6 +1,6 @@
 //! Which pictures train and which test: seeded, free of leaks, written down.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use defend_core::data::{ClassId, ContentHash, Dataset, content_hashes};
 use defend_core::nn::Rng;
@@ -46,7 +46,7 @@ pub(crate) struct Splitter<'a> {
     halves: &'a Halves,
     subset: Subset,
     test: Vec<usize>,
-    tested: HashMap<ContentHash, usize>,
+    tested: HashSet<ContentHash>,
     trained: HashMap<usize, ContentHash>,
 }
 
@@ -54,8 +54,7 @@ impl<'a> Splitter<'a> {
     pub(crate) fn new(halves: &'a Halves, subset: Subset) -> Result<Self, Error> {
         let all: Vec<usize> = (0..halves.test.len()).collect();
         let test = sample(&*halves.test, all, subset.test, subset.seed);
-        let hashes = content_hashes(&*halves.test, &test)?;
-        let tested = hashes.into_iter().zip(test.iter().copied()).collect();
+        let tested = content_hashes(&*halves.test, &test)?.into_iter().collect();
         Ok(Self {
             halves,
             subset,
@@ -83,7 +82,7 @@ impl<'a> Splitter<'a> {
         self.trained.extend(unknown.into_iter().zip(hashes));
         let is_tested = |index: &usize| {
             let hash = self.trained.get(index);
-            hash.is_some_and(|hash| self.tested.contains_key(hash))
+            hash.is_some_and(|hash| self.tested.contains(hash))
         };
         let (leaks, train): (Vec<usize>, Vec<usize>) = chosen.into_iter().partition(is_tested);
         let abnormal = experiment.labels(&*self.halves.test, &self.test);

@@ -14,7 +14,7 @@ use defend_vit::{
 
 use crate::observer::{Event, Observer, Stage};
 use crate::scan::{Skipped, preprocess_of};
-use crate::{DefendConfig, Detector, Error, MapScale, NoveltyDetector, Pictures};
+use crate::{DefendConfig, Detector, Error, MapScale, NoveltyDetector, PatchMap, Pictures};
 
 /// Entry to the library.
 #[derive(Debug, Clone, Copy)]
@@ -419,27 +419,10 @@ fn map_scale(detector: &Detector, pictures: &Pictures) -> Result<MapScale, Error
     let mut maps = Vec::new();
     for batch in indices.chunks(detector.batch()) {
         for novelty in detector.score(&pictures.images(batch)?)? {
-            maps.extend(novelty.map.map(|map| map.values));
+            maps.extend(novelty.map);
         }
     }
-    let patches = maps.first().map_or(0, Vec::len);
-    let usual: Vec<f32> = (0..patches)
-        .map(|i| {
-            let values = maps.iter().filter_map(|map| map.get(i).copied());
-            quantile(values.collect(), 0.5)
-        })
-        .collect();
-    let above = |map: &Vec<f32>| -> Vec<f32> {
-        let pairs = map.iter().zip(&usual);
-        pairs.map(|(value, usual)| value - usual).collect()
-    };
-    let span = 2.0 * quantile(maps.iter().flat_map(above).collect(), 0.99);
-    Ok(MapScale { usual, span })
-}
-
-/// The value at a share of the order, 0 without any.
-fn quantile(mut values: Vec<f32>, share: f64) -> f32 {
-    values.sort_by(f32::total_cmp);
-    let at = (share * values.len().saturating_sub(1) as f64).round() as usize;
-    values.get(at).copied().unwrap_or(0.0)
+    let maps: Vec<&PatchMap> = maps.iter().collect();
+    // The training images are what is usual: new ones may lie twice as far above it before the colour is full.
+    Ok(MapScale::of(&maps, 2.0))
 }

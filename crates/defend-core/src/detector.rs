@@ -123,6 +123,32 @@ pub struct MapScale {
     pub span: f32,
 }
 
+impl MapScale {
+    /// The median of each patch over `maps` of one grid, and `headroom` times the 99th percentile of what lies above it.
+    pub fn of(maps: &[&PatchMap], headroom: f32) -> Self {
+        let patches = maps.first().map_or(0, |map| map.values.len());
+        let usual: Vec<f32> = (0..patches)
+            .map(|i| {
+                let values = maps.iter().filter_map(|map| map.values.get(i).copied());
+                quantile(values.collect(), 0.5)
+            })
+            .collect();
+        let above = maps.iter().flat_map(|map| {
+            let pairs = map.values.iter().zip(&usual);
+            pairs.map(|(value, usual)| value - usual)
+        });
+        let span = headroom * quantile(above.collect(), 0.99);
+        Self { usual, span }
+    }
+}
+
+/// The value at a share of the order, 0 without any.
+fn quantile(mut values: Vec<f32>, share: f64) -> f32 {
+    values.sort_by(f32::total_cmp);
+    let at = (share * values.len().saturating_sub(1) as f64).round() as usize;
+    values.get(at).copied().unwrap_or(0.0)
+}
+
 /// The method's detector (section 3.3): an image is as novel as the student's prediction of the
 /// teacher's features is wrong.
 pub struct Detector {

@@ -2,14 +2,13 @@
 
 use std::borrow::Cow;
 use std::collections::HashSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use image::RgbImage;
 use rayon::prelude::*;
 use roxmltree::{Document, Node};
 
-use crate::published::read_picture;
+use crate::published::{read_picture, read_text};
 use crate::{ClassId, Dataset, Error, dataset::sample};
 
 /// The classes of PASCAL VOC since 2007; the position is the [`ClassId`].
@@ -68,7 +67,7 @@ impl Voc {
         let root = root.as_ref();
         Self::listed(root, "Main", split, |id| {
             let annotation = root.join("Annotations").join(format!("{id}.xml"));
-            classes_in(&read(&annotation)?, &annotation, difficult)
+            classes_in(&read_text(&annotation, MISSING)?, &annotation, difficult)
         })
     }
 
@@ -97,7 +96,7 @@ impl Voc {
             .join("ImageSets")
             .join(kind)
             .join(format!("{split}.txt"));
-        let text = read(&list)?;
+        let text = read_text(&list, MISSING)?;
         // The class lists of VOC ("dog_train.txt") have a second column.
         let ids: Vec<&str> = text
             .lines()
@@ -146,19 +145,6 @@ impl Dataset for Voc {
     fn class_names(&self) -> &[String] {
         &self.class_names
     }
-}
-
-fn read(path: &Path) -> Result<String, Error> {
-    fs::read_to_string(path).map_err(|source| match source.kind() {
-        std::io::ErrorKind::NotFound => Error::Missing {
-            path: path.into(),
-            help: MISSING,
-        },
-        _ => Error::Read {
-            path: path.into(),
-            source,
-        },
-    })
 }
 
 /// Classes of the objects in an annotation, each once, ascending.
@@ -242,6 +228,8 @@ fn text_of<'a>(object: Node<'a, '_>, tag: &str) -> Option<&'a str> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
