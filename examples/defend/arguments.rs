@@ -43,6 +43,9 @@ pub(crate) struct Bench {
     /// Folder for records and report, in place of the configuration's.
     #[arg(long)]
     pub(crate) out: Option<PathBuf>,
+    /// Output folder of another benchmark, whose records the report has as well. May be given several times.
+    #[arg(long)]
+    pub(crate) with: Vec<PathBuf>,
     /// Makes the report from the records that are there, and runs nothing.
     #[arg(long)]
     pub(crate) report_only: bool,

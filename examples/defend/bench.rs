@@ -1,5 +1,7 @@
 //! `defend bench`: data sets, protocols and systems to tables.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use defend_bench::{BenchConfig, Progress, RunState};
 use defend_core::{Event, Observer, ProgressBar};
@@ -24,7 +26,9 @@ pub(crate) fn run(arguments: &Bench) -> Result<()> {
         };
         defend_bench::run(&config, &device, &mut progress)?;
     }
-    let report = defend_bench::report(&config.output)?;
+    let mut outputs = vec![config.output.as_path()];
+    outputs.extend(arguments.with.iter().map(PathBuf::as_path));
+    let report = defend_bench::report(&outputs, &config.root)?;
     for table in &report.tables {
         println!("{}", table.markdown());
     }

@@ -11,18 +11,54 @@ pub(crate) struct Gaussian {
     factor: Cholesky<f64, Dyn>,
 }
 
-/// What is added to a sample's covariance, so that few vectors of many values have an inverse.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Regularization {
-    /// Towards a multiple of the identity by the share that minimises the expected error (Ledoit and Wolf, 2004).
-    LedoitWolf,
-    /// This much on the diagonal.
-    Diagonal(f64),
+/// Sums over vectors that come one after the other, for distributions of more vectors than memory holds.
+#[derive(Debug, Clone)]
+pub(crate) struct Moments {
+    count: usize,
+    /// The first vector: sums are of differences to it, which lose no digits to a mean far from zero.
+    origin: DVector<f64>,
+    sum: DVector<f64>,
+    products: DMatrix<f64>,
+}
+
+impl Moments {
+    /// Of one vector.
+    pub(crate) fn new(first: &[f32]) -> Self {
+        let width = first.len();
+        Self {
+            count: 1,
+            origin: DVector::from_iterator(width, first.iter().map(|x| f64::from(*x))),
+            sum: DVector::zeros(width),
+            products: DMatrix::zeros(width, width),
+        }
+    }
+
+    /// One more vector of the same length.
+    pub(crate) fn add(&mut self, row: &[f32]) {
+        let values = row.iter().zip(&self.origin);
+        let values = values.map(|(x, origin)| f64::from(*x) - origin);
+        let shifted = DVector::from_iterator(self.origin.len(), values);
+        self.count += 1;
+        self.sum += &shifted;
+        self.products.ger(1.0, &shifted, &shifted, 1.0);
+    }
+
+    /// With `regularization` added to the diagonal of the covariance.
+    pub(crate) fn gaussian(&self, regularization: f64) -> Result<Gaussian, Error> {
+        let n = self.count as f64;
+        let shift = &self.sum / n;
+        let mut covariance = &self.products / n - &shift * shift.transpose();
+        for i in 0..shift.len() {
+            covariance[(i, i)] += regularization;
+        }
+        Gaussian::of(&self.origin + shift, covariance, self.count)
+    }
 }
 
 impl Gaussian {
-    /// From rows of equal length.
-    pub(crate) fn fit(rows: &[Vec<f32>], regularization: Regularization) -> Result<Self, Error> {
+    /// From rows of equal length; the covariance is drawn towards a multiple of the identity by the share that
+    /// minimises the expected error (Ledoit and Wolf, 2004), so that few vectors of many values have an inverse.
+    pub(crate) fn fit(rows: &[Vec<f32>]) -> Result<Self, Error> {
         let (n, d) = (rows.len(), rows.first().map_or(0, Vec::len));
         if n == 0 || d == 0 {
             return Err(Error::NoImages {
@@ -34,17 +70,17 @@ impl Gaussian {
         let mean = values.row_mean().transpose();
         let centred = DMatrix::from_fn(n, d, |i, j| values[(i, j)] - mean[j]);
         let mut covariance = centred.tr_mul(&centred) / n as f64;
-        match regularization {
-            Regularization::LedoitWolf => shrink(&mut covariance, &centred),
-            Regularization::Diagonal(value) => {
-                for i in 0..d {
-                    covariance[(i, i)] += value;
-                }
-            }
-        }
+        shrink(&mut covariance, &centred);
+        Self::of(mean, covariance, n)
+    }
+
+    fn of(mean: DVector<f64>, covariance: DMatrix<f64>, count: usize) -> Result<Self, Error> {
         let factor = Cholesky::new(covariance).ok_or_else(|| Error::Config {
             field: "features",
-            value: format!("{n} vectors of {d} values without an invertible covariance"),
+            value: format!(
+                "{count} vectors of {} values without an invertible covariance",
+                mean.len()
+            ),
             expected: "finite features that are not all equal".into(),
         })?;
         Ok(Self { mean, factor })
@@ -94,14 +130,19 @@ mod tests {
 
     #[test]
     fn distances_of_a_known_distribution() {
-        // Variances 4 and 1, no correlation.
-        let rows: Vec<Vec<f32>> = [[2.0, 1.0], [2.0, -1.0], [-2.0, 1.0], [-2.0, -1.0]]
-            .iter()
-            .map(|row| row.to_vec())
-            .collect();
-        let gaussian = Gaussian::fit(&rows, Regularization::Diagonal(0.0)).unwrap();
-        assert!((gaussian.distance(&[4.0, 0.0]) - 4.0).abs() < 1e-6);
-        assert!((gaussian.distance(&[0.0, 3.0]) - 9.0).abs() < 1e-6);
+        // Variances 4 and 1 about a mean far from zero, no correlation.
+        let rows = [[2.0, 1.0], [2.0, -1.0], [-2.0, 1.0], [-2.0, -1.0]];
+        let far = |row: [f32; 2]| row.map(|x| x + 1000.0);
+        let mut moments = Moments::new(&far(rows[0]));
+        for row in &rows[1..] {
+            moments.add(&far(*row));
+        }
+        let gaussian = moments.gaussian(0.0).unwrap();
+        assert!((gaussian.distance(&far([4.0, 0.0])) - 4.0).abs() < 1e-6);
+        assert!((gaussian.distance(&far([0.0, 3.0])) - 9.0).abs() < 1e-6);
+        let wider = moments.gaussian(5.0).unwrap();
+        assert!((wider.distance(&far([3.0, 0.0])) - 1.0).abs() < 1e-6);
+        assert!(Moments::new(&[1.0, 2.0]).gaussian(0.0).is_err());
     }
 
     #[test]
@@ -139,12 +180,12 @@ mod tests {
         let rows: Vec<Vec<f32>> = (0..3)
             .map(|i| (0..8).map(|j| ((i * 8 + j) as f32 * 0.7).sin()).collect())
             .collect();
-        let gaussian = Gaussian::fit(&rows, Regularization::LedoitWolf).unwrap();
+        let gaussian = Gaussian::fit(&rows).unwrap();
         assert!(gaussian.distance(&rows[0]).is_finite());
         let equal = vec![vec![1.0; 4]; 5];
-        let gaussian = Gaussian::fit(&equal, Regularization::LedoitWolf).unwrap();
+        let gaussian = Gaussian::fit(&equal).unwrap();
         assert!(gaussian.distance(&equal[0]).abs() < 1e-9);
-        assert!(Gaussian::fit(&vec![vec![f32::NAN; 2]; 3], Regularization::LedoitWolf).is_err());
-        assert!(Gaussian::fit(&[], Regularization::LedoitWolf).is_err());
+        assert!(Gaussian::fit(&vec![vec![f32::NAN; 2]; 3]).is_err());
+        assert!(Gaussian::fit(&[]).is_err());
     }
 }

@@ -11,7 +11,7 @@ use rand::seq::index::sample;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::gaussian::{Gaussian, Regularization};
+use crate::gaussian::{Gaussian, Moments};
 use crate::middle::{layers_needed, middle_patches};
 use crate::scored::{Density, Pool, Scored, mapped};
 use crate::system::each_batch;
@@ -75,7 +75,7 @@ impl System for Padim {
         let depth = teacher.depth();
         let backbone = teacher.backbone(layers_needed(depth))?;
         let pictures = teacher.read(normal, observer)?;
-        let mut rows: Vec<Vec<Vec<f32>>> = Vec::new();
+        let mut positions: Vec<Moments> = Vec::new();
         let mut channels = None;
         each_batch(&*backbone, &pictures, |features| {
             let patches = middle_patches(&features, depth)?;
@@ -83,17 +83,20 @@ impl System for Padim {
                 Some(chosen) => Tensor::clone(chosen),
                 None => self.choose(&patches, seed)?,
             };
-            rows.extend(patches.index_select(&chosen, 2)?.to_vec3()?);
+            for image in patches.index_select(&chosen, 2)?.to_vec3::<f32>()? {
+                if positions.is_empty() {
+                    positions = image.iter().map(|row| Moments::new(row)).collect();
+                } else {
+                    let pairs = positions.par_iter_mut().zip(&image);
+                    pairs.for_each(|(moments, row)| moments.add(row));
+                }
+            }
             channels = Some(chosen);
             Ok(())
         })?;
-        let positions = rows.first().map_or(0, Vec::len);
-        let gaussians = (0..positions)
-            .into_par_iter()
-            .map(|i| {
-                let here: Vec<Vec<f32>> = rows.iter().map(|image| image[i].clone()).collect();
-                Gaussian::fit(&here, Regularization::Diagonal(self.regularization))
-            })
+        let gaussians = positions
+            .par_iter()
+            .map(|moments| moments.gaussian(self.regularization))
             .collect::<Result<_, _>>()?;
         let density = Positions {
             gaussians,

@@ -9,7 +9,7 @@ use defend_core::vit::Features;
 use defend_core::{Error, Novelty, NoveltyDetector, Observer};
 use serde::{Deserialize, Serialize};
 
-use crate::gaussian::{Gaussian, Regularization};
+use crate::gaussian::Gaussian;
 use crate::neighbours::{Bank, Distance};
 use crate::scored::{Density, Pool, Scored, mapped, unmapped};
 use crate::system::{cls_of, each_batch};
@@ -167,7 +167,7 @@ impl System for Mahalanobis {
     ) -> Result<Box<dyn NoveltyDetector>, Error> {
         let backbone = teacher.backbone(1)?;
         let rows = cls_of(&*backbone, &teacher.read(normal, observer)?)?.to_vec2()?;
-        let density = GaussianCls(Gaussian::fit(&rows, Regularization::LedoitWolf)?);
+        let density = GaussianCls(Gaussian::fit(&rows)?);
         Ok(Scored::boxed(teacher, backbone, density))
     }
 

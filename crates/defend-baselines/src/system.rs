@@ -75,6 +75,11 @@ impl Teacher {
         &self.vit
     }
 
+    /// The backbone, shared.
+    pub(crate) fn shared_vit(&self) -> Arc<Vit> {
+        Arc::clone(&self.vit)
+    }
+
     /// Number of blocks.
     pub fn depth(&self) -> usize {
         self.vit.spec().architecture.depth

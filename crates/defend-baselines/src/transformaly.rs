@@ -2,23 +2,21 @@
 
 use std::sync::Arc;
 
-use candle_core::{D, Device, Tensor};
+use candle_core::{D, Device, Tensor, Var};
 use defend_core::data::{Dataset, Preprocess};
-use defend_core::distill::{
-    DistillConfig, Distiller, FeatureDistance, FeatureNorm, Mask, NormalizedSide, Penalty,
-};
 use defend_core::nn::Rng;
-use defend_core::vit::{Backbone, Features, TrainScope, Vit};
-use defend_core::{Error, Event, Novelty, NoveltyDetector, Observer, Stage};
+use defend_core::vit::{Backbone, ImageSource, TrainScope, Trainable, Vit};
+use defend_core::{Error, Novelty, NoveltyDetector, Observer};
 use serde::{Deserialize, Serialize};
 
-use crate::gaussian::{Gaussian, Regularization};
+use crate::adapted::{Schedule, train};
+use crate::gaussian::Gaussian;
 use crate::scored::unmapped;
 use crate::system::BATCH;
 use crate::{System, Teacher};
 
-/// A student that sees whole images learns the teacher's last blocks; the score is the sum of two squared
-/// Mahalanobis distances, of the pretrained CLS token and of the blocks' errors.
+/// Each block of a student learns what the teacher's block makes of the same tokens, on whole images; the score is the
+/// sum of two squared Mahalanobis distances, of the pretrained CLS token and of the blocks' errors.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Transformaly {
@@ -28,7 +26,7 @@ pub struct Transformaly {
     pub epochs: usize,
     /// Images a step.
     pub batch: usize,
-    /// Peak learning rate.
+    /// Learning rate.
     pub learning_rate: f64,
 }
 
@@ -44,24 +42,48 @@ impl Default for Transformaly {
 }
 
 struct TwoSpaces {
-    teacher: Arc<dyn Backbone>,
-    student: Vit,
-    layers: usize,
+    pair: Pair,
+    /// The teacher by its features, which are computed once an image.
+    features: Arc<dyn Backbone>,
     pretrained: Gaussian,
     errors: Gaussian,
     preprocess: Preprocess,
     device: Device,
 }
 
-/// Mean squared difference of teacher and student in each block, `[B, L]`.
-fn block_errors(teacher: &Features, student: &Features, layers: usize) -> Result<Tensor, Error> {
-    let error = |t: &Tensor, s: &Tensor| (t - s)?.sqr()?.mean((1, 2));
-    let mut errors = vec![error(&teacher.patches, &student.patches)?];
-    let earlier = teacher.earlier.iter().zip(&student.earlier);
-    for (t, s) in earlier.take(layers - 1) {
-        errors.push(error(&t.patches, &s.patches)?);
+/// A teacher and a student that takes its blocks' places one at a time.
+struct Pair {
+    teacher: Arc<Vit>,
+    student: Vit,
+    /// Blocks that are compared, counted from the last.
+    layers: usize,
+}
+
+impl Pair {
+    /// Mean squared difference of teacher and student after each block, from the teacher's tokens before it: `[B, L]`.
+    fn errors(&self, images: &Tensor) -> Result<Tensor, Error> {
+        let tokens = self.teacher.block_tokens(images, self.layers)?;
+        let first = self.student.spec().architecture.depth - self.layers;
+        let pairs = tokens.iter().zip(tokens.iter().skip(1));
+        let errors = pairs.enumerate().map(|(i, (before, after))| {
+            let guess = self.student.run_block(first + i, before)?;
+            Ok((guess - after)?.sqr()?.mean((1, 2))?)
+        });
+        Ok(Tensor::stack(
+            &errors.collect::<Result<Vec<_>, Error>>()?,
+            D::Minus1,
+        )?)
     }
-    Ok(Tensor::stack(&errors, D::Minus1)?.detach())
+
+    /// The student's parameters that the errors depend on.
+    fn parameters(&self) -> Vec<(String, Var)> {
+        let blocks = |(name, _): &(String, Var)| name.starts_with("blocks.");
+        self.student
+            .parameters()
+            .into_iter()
+            .filter(blocks)
+            .collect()
+    }
 }
 
 impl NoveltyDetector for TwoSpaces {
@@ -74,14 +96,12 @@ impl NoveltyDetector for TwoSpaces {
     }
 
     fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {
-        let features = self.teacher.features(images)?;
-        let errors = block_errors(&features, &self.student.features(images)?, self.layers)?;
-        let rows = errors.to_vec2::<f32>()?.into_iter();
-        let pairs = features.cls.to_vec2::<f32>()?.into_iter().zip(rows);
+        let cls = self.features.features(images)?.cls.to_vec2::<f32>()?;
+        let errors = self.pair.errors(images)?.to_vec2::<f32>()?;
         let score = |(cls, errors): (Vec<f32>, Vec<f32>)| {
             self.pretrained.distance(&cls) + self.errors.distance(&errors)
         };
-        Ok(unmapped(pairs.map(score).collect()))
+        Ok(unmapped(cls.into_iter().zip(errors).map(score).collect()))
     }
 }
 
@@ -93,72 +113,47 @@ impl System for Transformaly {
         seed: u64,
         observer: &mut dyn Observer,
     ) -> Result<Box<dyn NoveltyDetector>, Error> {
-        let layers = self.layers.min(teacher.depth());
-        let backbone = teacher.backbone(layers)?;
         let pictures = teacher.read(normal, observer)?;
-        let images = defend_core::vit::ImageSource::len(&pictures);
-        let config = DistillConfig {
+        let mut rng = Rng::seed(seed);
+        let spec = teacher.vit().spec().clone();
+        let mut pair = Pair {
+            student: Vit::random(spec, 0.0, &mut rng, teacher.device())?,
+            teacher: teacher.shared_vit(),
+            layers: self.layers.clamp(1, teacher.depth()),
+        };
+        let schedule = Schedule {
+            blocks: pair.layers,
             epochs: self.epochs,
             batch: self.batch,
-            mask: Mask::None,
-            layers,
-            cls_weight: 0.0,
             learning_rate: self.learning_rate,
-            distance: FeatureDistance {
-                norm: FeatureNorm::None,
-                side: NormalizedSide::Both,
-                penalty: Penalty::Squared,
-            },
-            ..DistillConfig::default()
+            weight_decay: 0.0,
         };
-        let mut rng = Rng::seed(seed);
-        let spec = backbone.spec().clone();
-        let student = Vit::random(spec, config.drop_path, &mut rng, teacher.device())?;
-        let (mask, distance) = (config.mask, config.distance);
-        let stage = Stage::Distill;
-        observer.on(&Event::Started {
-            stage,
-            images: (config.epochs_for(images) * images) as u64,
-        });
-        Distiller::new(config)?.distill(
-            &*backbone,
-            &student,
-            &mask,
-            &distance,
-            &pictures,
+        train(
+            pair.parameters(),
+            pictures.len(),
+            &schedule,
             &mut rng,
-            &mut |step| {
-                observer.on(&Event::Advanced {
-                    images: step.images as u64,
-                    loss: Some(step.loss),
-                });
-            },
+            observer,
+            &|batch, _| Ok(pair.errors(&pictures.images(batch)?)?.mean_all()?),
         )?;
-        observer.on(&Event::Finished { stage });
-        let student = student.copy(TrainScope::Frozen)?.with_layers(layers)?;
+        pair.student = pair.student.copy(TrainScope::Frozen)?;
 
+        let features = teacher.backbone(1)?;
         let (mut cls, mut errors) = (Vec::new(), Vec::new());
-        let indices: Vec<usize> = (0..images).collect();
+        let indices: Vec<usize> = (0..pictures.len()).collect();
         for batch in indices.chunks(BATCH) {
-            let batch = defend_core::vit::ImageSource::images(&pictures, batch)?;
-            let features = backbone.features(&batch)?;
-            let found = block_errors(&features, &student.features(&batch)?, layers)?;
-            errors.extend(found.to_vec2::<f32>()?);
-            cls.extend(features.cls.to_vec2::<f32>()?);
+            let batch = pictures.images(batch)?;
+            errors.extend(pair.errors(&batch)?.to_vec2::<f32>()?);
+            cls.extend(features.features(&batch)?.cls.to_vec2::<f32>()?);
         }
         Ok(Box::new(TwoSpaces {
-            pretrained: Gaussian::fit(&cls, Regularization::LedoitWolf)?,
-            errors: Gaussian::fit(&errors, Regularization::LedoitWolf)?,
-            teacher: backbone,
-            student,
-            layers,
+            pretrained: Gaussian::fit(&cls)?,
+            errors: Gaussian::fit(&errors)?,
+            pair,
+            features,
             preprocess: teacher.preprocess().clone(),
             device: teacher.device().clone(),
         }))
-    }
-
-    fn layers(&self, depth: usize) -> usize {
-        self.layers.min(depth)
     }
 
     fn name(&self) -> String {
@@ -166,7 +161,6 @@ impl System for Transformaly {
     }
 
     fn deviations(&self) -> &'static str {
-        "one student from the image to the last block, not block by block on the teacher's tokens; blocks compared after the final norm, patch tokens only; AdamW with a cosine schedule; Ledoit and Wolf's \
-         covariances in place of whitening"
+        "AdamW at a constant learning rate; Ledoit and Wolf's covariances in place of whitening"
     }
 }

@@ -13,6 +13,9 @@ use crate::{DataConfig, Error, ProtocolConfig};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BenchConfig {
+    /// Folder that relative paths of data sets and weights begin in; records name them without it.
+    #[serde(skip)]
+    pub root: PathBuf,
     /// Folder for records, splits and reports.
     pub output: PathBuf,
     /// Weights of the teacher: a file, a folder with `config.json`, `embedded`, or with the feature `hub` a model id such as
@@ -116,21 +119,15 @@ impl BenchConfig {
         };
         let mut config: Self = toml::from_str(&text).map_err(|e| fault(e.to_string()))?;
         let own = path.parent().unwrap_or(Path::new("."));
-        let root = root.unwrap_or(own);
-        if config.model_id().is_none() && config.backbone != Path::new(EMBEDDED) {
-            config.backbone = root.join(&config.backbone);
-        }
-        for data in &mut config.data {
-            data.source.relative_to(root);
-        }
+        root.unwrap_or(own).clone_into(&mut config.root);
         config.check().map_err(fault)?;
         Ok(config)
     }
 
     /// The model id of a backbone on the hub.
+    #[cfg(feature = "hub")]
     fn model_id(&self) -> Option<&str> {
-        let name = self.backbone.to_str()?.strip_prefix("hub:");
-        name.filter(|_| cfg!(feature = "hub"))
+        self.backbone.to_str()?.strip_prefix("hub:")
     }
 
     /// Where the teacher's weights come from.
@@ -142,7 +139,7 @@ impl BenchConfig {
         if self.backbone == Path::new(EMBEDDED) {
             defend_core::embedded_backbone()
         } else {
-            Pretrained::local(&self.backbone)
+            Pretrained::local(self.root.join(&self.backbone))
         }
     }
 
@@ -181,7 +178,7 @@ const EMBEDDED: &str = "embedded";
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may panic")]
+    #![allow(clippy::unwrap_used, reason = "tests may panic")]
 
     use super::*;
 
@@ -207,10 +204,7 @@ mod tests {
         let path = folder.path().join("bench.toml");
         std::fs::write(&path, text).unwrap();
         let config = BenchConfig::read(&path, None)?;
-        let DataConfig::ClassFolders { train, .. } = &config.data[0].source else {
-            panic!("{:?}", config.data[0].source);
-        };
-        assert_eq!(*train, folder.path().join("a/train"));
+        assert_eq!(config.root, folder.path());
         Ok(config)
     }
 

@@ -104,9 +104,10 @@ pub(crate) struct Halves {
 }
 
 impl DataConfig {
-    /// Takes relative paths as relative to `folder`.
-    pub(crate) fn relative_to(&mut self, folder: &Path) {
-        let paths: Vec<&mut PathBuf> = match self {
+    /// The same with its relative paths below `root`.
+    fn below(&self, root: &Path) -> Self {
+        let mut placed = self.clone();
+        let paths: Vec<&mut PathBuf> = match &mut placed {
             Self::Cifar10 { path }
             | Self::Cifar100 { path, .. }
             | Self::Mnist { path }
@@ -129,16 +130,17 @@ impl DataConfig {
             Self::ClassFolders { train, test } => vec![train, test],
         };
         for path in paths {
-            *path = folder.join(&*path);
+            *path = root.join(&*path);
         }
+        placed
     }
 
-    /// Opens both halves; a class has the same number in both.
+    /// Opens both halves, relative paths below `root`; a class has the same number in both.
     ///
     /// # Errors
     /// [`Error::Data`], which says what to download where a file is missing.
-    pub(crate) fn open(&self) -> Result<Halves, Error> {
-        let halves = self.open_each()?;
+    pub(crate) fn open(&self, root: &Path) -> Result<Halves, Error> {
+        let halves = self.below(root).open_each()?;
         let names = |half: &Arc<dyn Dataset>| half.class_names().to_vec();
         let (train, test) = (names(&halves.train), names(&halves.test));
         if train == test {
@@ -309,10 +311,10 @@ mod tests {
             RgbImage::new(2, 2).save(path).unwrap();
         }
         let source = DataConfig::ClassFolders {
-            train: folder.path().join("train"),
-            test: folder.path().join("test"),
+            train: "train".into(),
+            test: "test".into(),
         };
-        let halves = source.open().unwrap();
+        let halves = source.open(folder.path()).unwrap();
         let normal = halves.train.class("normal").unwrap();
         assert_eq!(halves.train.class_names(), halves.test.class_names());
         assert_eq!(halves.train.classes(0), [normal]);

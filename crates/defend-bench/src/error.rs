@@ -25,8 +25,8 @@ pub enum Error {
         /// The parser's reason, with line and column.
         reason: String,
     },
-    /// A record of a run is not what this version writes.
-    #[error("{} is no record of a run: {reason}", path.display())]
+    /// A record of a run is not what this version writes, or is of another run than it should be.
+    #[error("{}: {reason}", path.display())]
     Record {
         /// The file.
         path: PathBuf,

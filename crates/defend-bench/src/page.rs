@@ -9,7 +9,7 @@ use defend_core::data::Dataset;
 use defend_core::overlay;
 use image::imageops::{FilterType, resize};
 
-use crate::report::{Group, histogram_name, plot_name};
+use crate::report::{Group, histogram_name, plot_name, run_name};
 use crate::{Error, Record, Table};
 
 /// Side of a picture on the page, pixels.
@@ -21,6 +21,7 @@ const STYLE: &str = "body{font-family:sans-serif;margin:2em;max-width:80em}table
 
 pub(crate) fn write_page(
     folder: &Path,
+    root: &Path,
     tables: &[Table],
     groups: &[Group<'_>],
 ) -> Result<PathBuf, Error> {
@@ -45,21 +46,23 @@ pub(crate) fn write_page(
                 escape(experiment),
                 escape(&plot_name(group, experiment)),
             );
-            let Some(record) = group.of_experiment(experiment).next() else {
-                continue;
-            };
-            let _ = writeln!(
-                html,
-                "<img class=\"plot\" src=\"plots/{}\" alt=\"scores\">",
-                escape(&histogram_name(record))
-            );
-            // Opened once for all experiments; a data set that is gone leaves the page without pictures.
-            let set = sources.entry(record.key.data.clone()).or_insert_with(|| {
-                let halves = record.key.source.open().ok();
-                halves.map(|halves| halves.test)
-            });
-            if let Some(set) = set {
-                html += &worst_errors(folder, &plot_name(group, experiment), record, set)?;
+            for (i, record) in group.of_experiment(experiment).enumerate() {
+                let _ = writeln!(
+                    html,
+                    "<details{}><summary>{}</summary>\n<img class=\"plot\" src=\"plots/{}\" alt=\"scores\">",
+                    if i == 0 { " open" } else { "" },
+                    escape(&record.key.system),
+                    escape(&histogram_name(record))
+                );
+                // Opened once for all experiments; a data set that is gone leaves the page without pictures.
+                let set = sources.entry(record.key.data.clone()).or_insert_with(|| {
+                    let halves = record.source.open(root).ok();
+                    halves.map(|halves| halves.test)
+                });
+                if let Some(set) = set {
+                    html += &worst_errors(folder, record, set)?;
+                }
+                html += "</details>\n";
             }
         }
     }
@@ -83,19 +86,13 @@ fn table_html(table: &Table) -> String {
 }
 
 /// Pictures with their maps: false alarms, then misses.
-fn worst_errors(
-    folder: &Path,
-    name: &str,
-    record: &Record,
-    set: &Arc<dyn Dataset>,
-) -> Result<String, Error> {
+fn worst_errors(folder: &Path, record: &Record, set: &Arc<dyn Dataset>) -> Result<String, Error> {
     let pictures = folder.join("pictures");
     std::fs::create_dir_all(&pictures).map_err(Error::io(&pictures, "making the folder"))?;
-    let mut html = format!(
-        "<p>Worst errors of {}: normal images with the highest scores, then abnormal ones with the lowest.</p>\
-         <div class=\"worst\">\n",
-        escape(&record.key.system)
+    let mut html = String::from(
+        "<p>Normal images with the highest scores, then abnormal ones with the lowest.</p>\n<div class=\"worst\">\n",
     );
+    let name = run_name(record);
     for (i, worst) in record.worst.iter().enumerate() {
         let Some(scored) = record.scores.get(worst.place) else {
             continue;

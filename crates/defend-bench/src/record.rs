@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use defend_baselines::SystemConfig;
 use defend_core::data::Fit;
 use defend_core::vit::Grid;
-use defend_core::{MapScale, PatchMap};
+use defend_core::{Device, MapScale, PatchMap};
 use serde::{Deserialize, Serialize};
 
 use crate::{DataConfig, Error, Subset};
@@ -16,11 +16,15 @@ use crate::{DataConfig, Error, Subset};
 pub struct Record {
     /// What was run; equal for equal runs.
     pub key: RunKey,
+    /// Where the data set was, below the root of the configuration.
+    pub source: DataConfig,
+    /// Where the teacher's weights were, likewise.
+    pub backbone: PathBuf,
     /// Place of the experiment and of the system in the configuration, for the order in tables.
     pub order: [usize; 2],
     /// What differs from the system's paper.
     pub deviations: String,
-    /// Version and commit of this software, and the machine's architecture.
+    /// Version and commit of this software, and what it ran on.
     pub software: Software,
     /// When the run ended, seconds since 1970.
     pub finished: u64,
@@ -45,8 +49,6 @@ pub struct Record {
 pub struct RunKey {
     /// Name of the data set.
     pub data: String,
-    /// Where it came from.
-    pub source: DataConfig,
     /// Name of the protocol.
     pub protocol: String,
     /// Name of the experiment.
@@ -59,11 +61,11 @@ pub struct RunKey {
     pub system: String,
     /// Its settings.
     pub settings: SystemConfig,
-    /// The teacher's weights.
-    pub backbone: PathBuf,
+    /// Hash of the teacher's architecture and weights.
+    pub weights: String,
     /// How pictures became square.
     pub fit: Fit,
-    /// Hash of the pictures' positions and labels in both halves.
+    /// [`crate::Split::fingerprint`].
     pub split: String,
     /// Seed of the system.
     pub seed: u64,
@@ -78,14 +80,25 @@ pub struct Software {
     pub commit: String,
     /// Architecture and operating system.
     pub platform: String,
+    /// `cpu`, `cuda` or `metal`.
+    pub device: String,
+    /// Threads of the processor.
+    pub threads: usize,
 }
 
 impl Software {
-    pub(crate) fn this() -> Self {
+    pub(crate) fn this(device: &Device) -> Self {
         Self {
             version: env!("CARGO_PKG_VERSION").into(),
             commit: env!("DEFEND_COMMIT").into(),
             platform: format!("{} {}", std::env::consts::ARCH, std::env::consts::OS),
+            device: match device {
+                Device::Cpu => "cpu",
+                Device::Cuda(_) => "cuda",
+                Device::Metal(_) => "metal",
+            }
+            .into(),
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
         }
     }
 }
@@ -143,7 +156,7 @@ impl Record {
         let bytes = std::fs::read(path).map_err(Error::io(path, "reading"))?;
         serde_json::from_slice(&bytes).map_err(|e| Error::Record {
             path: path.into(),
-            reason: e.to_string(),
+            reason: format!("no record of a run: {e}"),
         })
     }
 
@@ -152,25 +165,43 @@ impl Record {
         write_json(path, self)
     }
 
-    /// All records under a folder, in the order of their configuration; damaged ones are an error.
+    /// All records of some benchmarks' output folders, in the order of the folders and of their configurations. A run
+    /// that several have counts once.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Record`], [`Error::NoRuns`].
-    pub fn read_all(folder: &Path) -> Result<Vec<Self>, Error> {
-        let mut paths = Vec::new();
-        list(&folder.join(RUNS), &mut paths)?;
-        paths.sort_unstable();
-        let mut records = paths
-            .iter()
-            .map(|path| Self::read(path))
-            .collect::<Result<Vec<_>, _>>()?;
-        if records.is_empty() {
-            return Err(Error::NoRuns {
-                path: folder.into(),
-            });
+    /// [`Error::Io`]; [`Error::Record`] for a damaged record, or two of one name with other settings;
+    /// [`Error::NoRuns`] for a folder without any.
+    pub fn read_all(outputs: &[&Path]) -> Result<Vec<Self>, Error> {
+        let mut all: Vec<Self> = Vec::new();
+        for output in outputs {
+            let mut paths = Vec::new();
+            list(&output.join(RUNS), &mut paths)?;
+            paths.sort_unstable();
+            let read = |path: PathBuf| Self::read(&path).map(|record| (path, record));
+            let mut records = paths.into_iter().map(read).collect::<Result<Vec<_>, _>>()?;
+            if records.is_empty() {
+                return Err(Error::NoRuns {
+                    path: (*output).into(),
+                });
+            }
+            records.sort_by_key(|(_, record)| (record.order, record.key.seed));
+            for (path, record) in records {
+                let same = |known: &&Self| known.key.name() == record.key.name();
+                match all.iter().find(same) {
+                    None => all.push(record),
+                    Some(known) if known.key == record.key => {}
+                    Some(_) => {
+                        return Err(Error::Record {
+                            path,
+                            reason: "another folder has a run of the same name with other settings: give \
+                                     the system another label or the data set another name"
+                                .into(),
+                        });
+                    }
+                }
+            }
         }
-        records.sort_by_key(|record| (record.order, record.key.seed));
-        Ok(records)
+        Ok(all)
     }
 }
 
@@ -195,6 +226,17 @@ fn list(folder: &Path, paths: &mut Vec<PathBuf>) -> Result<(), Error> {
 }
 
 impl RunKey {
+    /// What tables and files call the run.
+    fn name(&self) -> (&str, &str, &str, &str, u64) {
+        (
+            &self.data,
+            &self.protocol,
+            &self.experiment,
+            &self.system,
+            self.seed,
+        )
+    }
+
     /// Where the record of this run belongs.
     pub(crate) fn path(&self, output: &Path) -> PathBuf {
         let folder = output

@@ -28,16 +28,17 @@ pub struct Report {
     pub page: PathBuf,
 }
 
-/// Makes tables (`tables.md`, a CSV and a LaTeX file each), plots and `index.html` in the folder `report` of a
-/// benchmark's output, from the records that are there.
+/// Makes tables (`tables.md`, a CSV and a LaTeX file each), plots and `index.html` in the folder `report` of the first
+/// of some benchmarks' outputs, from the records that are in any of them.
 ///
-/// The page shows pictures of the first system's worst errors; data sets that cannot be opened any more go without.
+/// The page shows pictures of every system's worst errors; data sets that cannot be opened below `root` go without.
+///
 /// # Errors
-/// [`Error::NoRuns`], [`Error::Record`], [`Error::Io`], [`Error::Plot`], [`Error::Metrics`].
-pub fn report(output: &Path) -> Result<Report, Error> {
-    let records = Record::read_all(output)?;
+/// Those of [`Record::read_all`], [`Error::Io`], [`Error::Plot`], [`Error::Metrics`].
+pub fn report(outputs: &[&Path], root: &Path) -> Result<Report, Error> {
+    let records = Record::read_all(outputs)?;
     let groups = groups(&records);
-    let folder = output.join("report");
+    let folder = outputs.first().unwrap_or(&Path::new("")).join("report");
     let plots = folder.join("plots");
     std::fs::create_dir_all(&plots).map_err(Error::io(&plots, "making the folder"))?;
 
@@ -66,7 +67,7 @@ pub fn report(output: &Path) -> Result<Report, Error> {
             }
         }
     }
-    let page = write_page(&folder, &tables, &groups)?;
+    let page = write_page(&folder, root, &tables, &groups)?;
     Ok(Report {
         tables,
         folder,
@@ -91,10 +92,14 @@ pub(crate) fn plot_name(group: &Group<'_>, experiment: &str) -> String {
 }
 
 pub(crate) fn histogram_name(record: &Record) -> String {
+    run_name(record) + "-scores.svg"
+}
+
+pub(crate) fn run_name(record: &Record) -> String {
     let key = &record.key;
     let parts =
         [&key.data, &key.protocol, &key.experiment, &key.system].map(|part| file_name(part));
-    format!("{}-seed{}-scores.svg", parts.join("-"), key.seed)
+    format!("{}-seed{}", parts.join("-"), key.seed)
 }
 
 fn groups(records: &[Record]) -> Vec<Group<'_>> {
@@ -128,9 +133,7 @@ fn groups(records: &[Record]) -> Vec<Group<'_>> {
         group.records.push(record);
     }
     for group in &mut groups {
-        let mut by_system: Vec<&Record> = group.records.clone();
-        by_system.sort_by_key(|record| record.order[1]);
-        for record in by_system {
+        for record in &group.records {
             add(&mut group.systems, record.key.system.as_str());
         }
     }
@@ -196,7 +199,7 @@ impl<'a> Group<'a> {
         let images = first.map_or(0, |r| r.scores.len());
         let train: Vec<usize> = self.records.iter().map(|r| r.train_images).collect();
         let backbone = first.map_or_else(String::new, |r| {
-            let name = r.key.backbone.file_name();
+            let name = r.backbone.file_name();
             name.map(|name| name.to_string_lossy().into_owned())
                 .unwrap_or_default()
         });
@@ -383,9 +386,10 @@ fn summaries(groups: &[Group<'_>]) -> Vec<Table> {
                     });
                 }
             }
-            row(format!("{}, mean", group.data), &|system| {
-                group.mean(system).map_or_else(|| NONE.into(), percent)
-            });
+            row(
+                format!("{}, mean of {}", group.data, group.experiments.len()),
+                &|system| group.mean(system).map_or_else(|| NONE.into(), percent),
+            );
         }
         let mut header = vec!["data".to_owned()];
         header.extend(systems.iter().map(ToString::to_string));

@@ -6,7 +6,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use defend_baselines::Teacher;
 use defend_core::data::{Dataset, Fit};
 use defend_core::metrics::{auroc, average_precision};
-use defend_core::vit::{Backbone, CacheConfig, ImageSource, TrainScope};
+use defend_core::vit::{Backbone, CacheConfig, ImageSource, TrainScope, weights_hash};
 use defend_core::{
     Device, Error as CoreError, MapScale, Novelty, NoveltyDetector, Observer, PatchMap, Pictures,
 };
@@ -16,7 +16,7 @@ use crate::data::Halves;
 use crate::pixels::{masks, pixel_figures};
 use crate::record::{Figures, Record, RunKey, Scored, Software, Worst, file_name, write_json};
 use crate::split::{Split, Splitter};
-use crate::{BenchConfig, DataEntry, Error, SystemEntry};
+use crate::{BenchConfig, DataConfig, DataEntry, Error, SystemEntry};
 
 /// Errors of each kind whose maps are kept.
 const WORST: usize = 6;
@@ -56,6 +56,7 @@ pub fn run(
 ) -> Result<(), Error> {
     let vit = config.weights().load(TrainScope::Frozen, device)?;
     let depth = vit.spec().architecture.depth;
+    let weights = weights_hash(&vit)?;
     let layers = config
         .systems
         .iter()
@@ -67,6 +68,7 @@ pub fn run(
     };
     let mut bench = Bench {
         config,
+        weights,
         teacher: Teacher::new(vit, layers.max().unwrap_or(1), config.fit, device, cache)?,
         start: Instant::now(),
         done: 0,
@@ -75,7 +77,7 @@ pub fn run(
     let halves = config
         .data
         .iter()
-        .map(|data| data.source.open())
+        .map(|data| data.source.open(&config.root))
         .collect::<Result<Vec<_>, _>>()?;
     // Names are checked and runs are counted before hours of work.
     for (data, halves) in config.data.iter().zip(&halves) {
@@ -97,6 +99,7 @@ pub fn run(
 
 struct Bench<'a> {
     config: &'a BenchConfig,
+    weights: String,
     teacher: Teacher,
     start: Instant,
     done: usize,
@@ -105,6 +108,7 @@ struct Bench<'a> {
 
 /// The test pictures of a data set, resized once for all runs.
 struct TestSet<'a> {
+    source: &'a DataConfig,
     halves: &'a Halves,
     pictures: Pictures,
     masks: Option<Vec<Option<Vec<bool>>>>,
@@ -126,6 +130,7 @@ impl Bench<'_> {
             Fit::CenterCrop { .. } => None,
         };
         let test = TestSet {
+            source: &data.source,
             halves,
             masks,
             pictures: Pictures::read(
@@ -140,7 +145,6 @@ impl Bench<'_> {
         for protocol in &data.protocols {
             for experiment in protocol.experiments(&data.name, &*halves.train)? {
                 let split = splitter.split(&experiment)?;
-                let fingerprint = split.fingerprint();
                 let name = format!(
                     "{}-{}-{}.json",
                     file_name(&data.name),
@@ -155,16 +159,15 @@ impl Bench<'_> {
                     for &seed in &self.config.seeds {
                         let key = RunKey {
                             data: data.name.clone(),
-                            source: data.source.clone(),
                             protocol: protocol.name().into(),
                             experiment: experiment.name.clone(),
                             classes: experiment.classes.clone(),
                             subset: data.subset,
                             system: system.name(),
                             settings: system.system.clone(),
-                            backbone: self.config.backbone.clone(),
+                            weights: self.weights.clone(),
                             fit: self.config.fit,
-                            split: fingerprint.clone(),
+                            split: split.fingerprint.clone(),
                             seed,
                         };
                         let order = [*place, system_place];
@@ -189,7 +192,7 @@ impl Bench<'_> {
         let path = key.path(&self.config.output);
         self.done += 1;
         let (record, known) = if path.exists() {
-            let record = Record::read(&path)?;
+            let mut record = Record::read(&path)?;
             if record.key != key {
                 return Err(Error::Record {
                     path,
@@ -197,6 +200,11 @@ impl Bench<'_> {
                              another output folder"
                         .into(),
                 });
+            }
+            // Data sets or systems came before it in the configuration: tables follow the new order.
+            if record.order != order {
+                record.order = order;
+                record.write(&path)?;
             }
             (record, true)
         } else {
@@ -263,7 +271,9 @@ impl Bench<'_> {
             worst: worst(&scores, &novelties),
             map_scale: all_maps.map(|maps| MapScale::of(&maps, 1.0)),
             deviations: system.deviations().into(),
-            software: Software::this(),
+            source: test.source.clone(),
+            backbone: self.config.backbone.clone(),
+            software: Software::this(self.teacher.device()),
             finished: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |time| time.as_secs()),

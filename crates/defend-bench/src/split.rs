@@ -23,22 +23,28 @@ pub struct Split {
     pub abnormal: Vec<bool>,
     /// Training pictures left out since the same picture is in the test half.
     pub leaks: Vec<usize>,
+    /// Short hash of the pictures' pixels and labels, wherever their files are: other pictures, another part or another
+    /// protocol is another split.
+    pub fingerprint: String,
 }
 
-impl Split {
-    /// Short hash of positions and labels: another list of pictures, part or protocol is another split.
-    pub fn fingerprint(&self) -> String {
-        let mut hasher = blake3::Hasher::new();
-        for list in [&self.train, &self.test] {
-            hasher.update(&(list.len() as u64).to_le_bytes());
-            for &index in list {
-                hasher.update(&(index as u64).to_le_bytes());
-            }
-        }
-        let labels: Vec<u8> = self.abnormal.iter().map(|&a| a.into()).collect();
-        hasher.update(&labels);
-        hasher.finalize().to_hex()[..16].to_owned()
+fn fingerprint<'a>(
+    train: impl Iterator<Item = &'a ContentHash>,
+    test: &[ContentHash],
+    abnormal: &[bool],
+) -> String {
+    let mut hasher = blake3::Hasher::new();
+    let mut count = 0u64;
+    for hash in train {
+        hasher.update(hash.as_bytes());
+        count += 1;
     }
+    hasher.update(&count.to_le_bytes());
+    for (hash, &abnormal) in test.iter().zip(abnormal) {
+        hasher.update(hash.as_bytes());
+        hasher.update(&[abnormal.into()]);
+    }
+    hasher.finalize().to_hex()[..16].to_owned()
 }
 
 /// Makes splits of one data set; hashes each picture once.
@@ -46,6 +52,7 @@ pub(crate) struct Splitter<'a> {
     halves: &'a Halves,
     subset: Subset,
     test: Vec<usize>,
+    test_hashes: Vec<ContentHash>,
     tested: HashSet<ContentHash>,
     trained: HashMap<usize, ContentHash>,
 }
@@ -54,12 +61,13 @@ impl<'a> Splitter<'a> {
     pub(crate) fn new(halves: &'a Halves, subset: Subset) -> Result<Self, Error> {
         let all: Vec<usize> = (0..halves.test.len()).collect();
         let test = sample(&*halves.test, all, subset.test, subset.seed);
-        let tested = content_hashes(&*halves.test, &test)?.into_iter().collect();
+        let test_hashes = content_hashes(&*halves.test, &test)?;
         Ok(Self {
             halves,
             subset,
             test,
-            tested,
+            tested: test_hashes.iter().copied().collect(),
+            test_hashes,
             trained: HashMap::new(),
         })
     }
@@ -95,7 +103,9 @@ impl<'a> Splitter<'a> {
                 abnormal: novel,
             });
         }
+        let hashes = train.iter().filter_map(|index| self.trained.get(index));
         Ok(Split {
+            fingerprint: fingerprint(hashes, &self.test_hashes, &abnormal),
             train,
             test: self.test.clone(),
             abnormal,
@@ -220,6 +230,23 @@ mod tests {
         let split = splitter.split(&experiment(0)).unwrap();
         assert_eq!((split.train, split.leaks), (vec![0, 2], vec![3, 4]));
         assert_eq!(split.abnormal, [false, false, true, true]);
+
+        // The same pictures elsewhere are the same split; one other picture or label is another.
+        let fingerprint = |train: &[u32], shade, test: &[u32]| {
+            let halves = Halves {
+                train: set(train, shade),
+                test: set(test, 3),
+            };
+            let mut splitter = Splitter::new(&halves, Subset::default()).unwrap();
+            splitter.split(&experiment(0)).unwrap().fingerprint
+        };
+        let same = fingerprint(&[0, 1, 0], 0, &[0, 0, 1, 1]);
+        assert_eq!(split.fingerprint, same);
+        assert_ne!(
+            split.fingerprint,
+            fingerprint(&[0, 1, 0], 100, &[0, 0, 1, 1])
+        );
+        assert_ne!(split.fingerprint, fingerprint(&[0, 1, 0], 0, &[0, 1, 1, 1]));
         assert!(matches!(
             splitter.split(&experiment(2)),
             Err(Error::EmptySplit {

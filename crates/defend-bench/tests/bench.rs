@@ -147,7 +147,7 @@ fn runs_goes_on_and_reports() {
     // One-vs-all: 2 classes, 2 systems, 2 seeds; one normal set and the defects: 1 system, 2 seeds.
     assert_eq!((counter.known, counter.fresh, counter.total), (4, 8, 12));
 
-    let records = Record::read_all(&config.output).unwrap();
+    let records = Record::read_all(&[&config.output]).unwrap();
     assert_eq!(records.len(), 12);
     let first = &records[0];
     assert_eq!(
@@ -170,7 +170,7 @@ fn runs_goes_on_and_reports() {
         fs::read_to_string(config.output.join("splits/stripes-one-vs-all-across.json")).unwrap();
     assert!(split.contains("\"leaks\":[3]"), "{split}");
 
-    let report = report(&config.output).unwrap();
+    let report = report(&[&config.output], folder.path()).unwrap();
     let tables = fs::read_to_string(report.folder.join("tables.md")).unwrap();
     assert!(tables.contains("stripes: across+slanted") && !tables.contains("| mean CLS"));
     assert!(tables.contains("cosine to mean CLS"), "{tables}");
@@ -194,12 +194,82 @@ fn runs_goes_on_and_reports() {
     .unwrap();
     assert!(roc.starts_with("<svg") && roc.contains("cosine to mean CLS"));
     let page = fs::read_to_string(&report.page).unwrap();
-    assert!(page.contains("pictures/stripes-one-vs-all-across-0.png"));
-    assert!(
-        report
-            .folder
-            .join("pictures/stripes-one-vs-all-across-0.png")
-            .is_file()
+    for system in ["constant-student", "cosine-to-mean-CLS"] {
+        let picture = format!("pictures/stripes-one-vs-all-across-{system}-seed0-0.png");
+        assert!(page.contains(&picture), "{picture}");
+        assert!(report.folder.join(picture).is_file());
+    }
+}
+
+#[test]
+fn one_report_of_two_benchmarks_on_copies_of_the_pictures() {
+    let report_of = |with: &str| {
+        let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for folder in [&first, &second] {
+            make(folder.path());
+        }
+        let only = CONFIG.replace("kind = \"mean-cls\"\nonly = [\"one-vs-all\"]", "");
+        let only = only.replace("[[systems]]\n\n", "");
+        let first_config = read(
+            first.path(),
+            only.trim_end().trim_end_matches("[[systems]]"),
+        );
+        let first_config = first_config.unwrap();
+        let second_config = read(second.path(), &CONFIG.replace("constant-student", with)).unwrap();
+        for config in [&first_config, &second_config] {
+            run(config, &Device::Cpu, &mut Counter::default()).unwrap();
+        }
+        report(&[&first_config.output, &second_config.output], first.path())
+    };
+    // The constant student's runs are the same in both and count once.
+    for (with, systems) in [("constant-student", 2), ("mahalanobis", 3)] {
+        let tables = report_of(with).unwrap().tables;
+        let detail = tables
+            .iter()
+            .find(|t| t.name == "stripes-one-vs-all")
+            .unwrap();
+        assert_eq!(detail.rows.len(), systems, "{with}");
+        assert_eq!(detail.rows[0][0], "constant student");
+        assert!(detail.rows.iter().all(|row| row[1] != "–"), "{detail:?}");
+    }
+    let clash = report_of("mahalanobis\"\nlabel = \"constant student").unwrap_err();
+    assert!(clash.to_string().contains("other settings"), "{clash}");
+}
+
+#[test]
+fn a_new_first_system_takes_its_place_in_the_tables() {
+    let folder = tempfile::tempdir().unwrap();
+    make(folder.path());
+    let all = CONFIG.replace("only = [\"one-vs-all\"]", "");
+    run(
+        &read(folder.path(), &all).unwrap(),
+        &Device::Cpu,
+        &mut Counter::default(),
+    )
+    .unwrap();
+    let moved = all.replace(
+        "[[systems]]\nkind = \"constant-student\"",
+        "[[systems]]\nkind = \"mahalanobis\"\n[[systems]]\nkind = \"constant-student\"",
+    );
+    run(
+        &read(folder.path(), &moved).unwrap(),
+        &Device::Cpu,
+        &mut Counter::default(),
+    )
+    .unwrap();
+    let records = Record::read_all(&[&folder.path().join("out")]).unwrap();
+    let order = |name: &str| {
+        let mut orders = records
+            .iter()
+            .filter(|r| r.key.system.contains(name))
+            .map(|r| r.order[1]);
+        let first = orders.next().unwrap();
+        assert!(orders.all(|order| order == first));
+        first
+    };
+    assert_eq!(
+        [order("Mahalanobis"), order("constant"), order("mean CLS")],
+        [0, 1, 2]
     );
 }
 
@@ -217,7 +287,7 @@ fn other_settings_do_not_replace_a_record() {
         &mut Counter::default(),
     )
     .unwrap();
-    let before = Record::read_all(&folder.path().join("out")).unwrap();
+    let before = Record::read_all(&[&folder.path().join("out")]).unwrap();
     let other = text.replace("label = \"k-NN\"", "label = \"k-NN\"\nneighbours = 2");
     let error = run(
         &read(folder.path(), &other).unwrap(),
@@ -230,7 +300,7 @@ fn other_settings_do_not_replace_a_record() {
         "{error}"
     );
     assert_eq!(
-        Record::read_all(&folder.path().join("out")).unwrap(),
+        Record::read_all(&[&folder.path().join("out")]).unwrap(),
         before
     );
 }
@@ -250,7 +320,7 @@ fn faults_come_before_the_work() {
     assert!(matches!(error, Error::UnknownClass { .. }), "{error}");
     assert_eq!(counter.fresh, 0);
     assert!(matches!(
-        report(&folder.path().join("out")),
+        report(&[&folder.path().join("out")], folder.path()),
         Err(Error::NoRuns { .. })
     ));
 }

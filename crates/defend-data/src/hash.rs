@@ -13,6 +13,13 @@ use crate::{Dataset, Error};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ContentHash([u8; 32]);
 
+impl ContentHash {
+    /// The hash's bytes.
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
 /// The hash of a decoded picture.
 pub fn content_hash(picture: &RgbImage) -> ContentHash {
     let mut hasher = blake3::Hasher::new();

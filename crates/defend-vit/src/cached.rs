@@ -85,7 +85,9 @@ impl Cached {
                     Precision::Full => "",
                     Precision::Half => "-f16",
                 };
-                let folder = folder.join(fingerprint(&*inner)? + precision);
+                let weights = weights_hash(&*inner)?;
+                let layers = inner.spec().layers;
+                let folder = folder.join(format!("{weights}-{layers}{precision}"));
                 std::fs::create_dir_all(&folder).map_err(|source| Error::Io {
                     path: folder.clone(),
                     source,
@@ -327,16 +329,19 @@ fn hash_values(hasher: &mut blake3::Hasher, values: &[f32]) {
     }
 }
 
-/// Name for a backbone's features: a hash of its weights and of what it returns.
-fn fingerprint(backbone: &dyn Backbone) -> Result<String, Error> {
+/// Short hash of a backbone's architecture and weights: what its features depend on, wherever its file is.
+///
+/// # Errors
+/// [`Error::Config`] for a backbone that does not show its tensors.
+pub fn weights_hash(backbone: &dyn Backbone) -> Result<String, Error> {
     let spec = backbone.spec();
     let tensors = backbone.tensors()?.ok_or_else(|| Error::Config {
         origin: spec.name.clone(),
-        reason: "its features cannot be cached in a folder because it does not show its tensors"
+        reason: "it does not show its tensors, so that its features could be taken for another's"
             .into(),
     })?;
     let mut hasher = blake3::Hasher::new();
-    hasher.update(format!("{:?} {}", spec.architecture, spec.layers).as_bytes());
+    hasher.update(format!("{:?}", spec.architecture).as_bytes());
     let mut names: Vec<&String> = tensors.keys().collect();
     names.sort_unstable();
     for name in names {

@@ -37,7 +37,7 @@ mod variants;
 mod vit;
 mod weights;
 
-pub use cached::{CacheConfig, Cached, Precision};
+pub use cached::{CacheConfig, Cached, Precision, weights_hash};
 pub use checkpoint::{Family, Pretrained};
 pub use error::Error;
 pub use features::{Backbone, Features, Grid, ImageSource, Layer, Prefix, TokenSet, Trainable};

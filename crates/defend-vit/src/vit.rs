@@ -322,6 +322,45 @@ impl Vit {
         }
     }
 
+    /// The tokens that enter each of the last `blocks` blocks and those that leave the last one, before the final norm:
+    /// `blocks + 1` times `[B, 1 + E + N, D]` with E extra tokens.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for more blocks than there are, [`Error::Input`] for images that do not fit.
+    pub fn block_tokens(&self, images: &Tensor, blocks: usize) -> Result<Vec<Tensor>, Error> {
+        let Some(first) = self.blocks.len().checked_sub(blocks) else {
+            return Err(self.no_block(blocks));
+        };
+        let (tokens, _) = self.embed(images, None)?;
+        let mut all = vec![through(&self.blocks[..first], tokens)?];
+        for block in &self.blocks[first..] {
+            let last = all.last().map(|tokens| block.forward(tokens, None));
+            all.extend(last.transpose()?);
+        }
+        Ok(all)
+    }
+
+    /// One block alone, as at test time: `[B, T, D]` to `[B, T, D]`, with gradients to its parameters where it trains.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a block that there is not, [`Error::Candle`] for tokens of another width.
+    pub fn run_block(&self, index: usize, tokens: &Tensor) -> Result<Tensor, Error> {
+        match self.blocks.get(index) {
+            Some(block) => Ok(block.forward(tokens, None)?),
+            None => Err(self.no_block(index + 1)),
+        }
+    }
+
+    fn no_block(&self, asked: usize) -> Error {
+        Error::Config {
+            origin: self.spec.name.clone(),
+            reason: format!(
+                "{asked} blocks were asked for, there are {}",
+                self.blocks.len()
+            ),
+        }
+    }
+
     /// All parameters by timm's names, in timm's shapes, for saving.
     ///
     /// # Errors
