@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor, Var};
-use defend_nn::ops::{self, BlockParameters};
+use defend_nn::ops::{self, BlockParameters, Prepared};
 use defend_nn::{Rng, normal, xavier_uniform};
 
 use crate::block::{Block, Linear, Norm};
@@ -124,6 +124,7 @@ impl Assembly<'_, '_> {
             },
             heads: arch.heads,
             eps: arch.layer_norm_eps,
+            prepared: Prepared::default(),
         })
     }
 }
@@ -498,7 +499,8 @@ impl Vit {
         let first_patch = 1 + self.spec.architecture.extra_tokens();
         let patches = tokens.dim(1)? - first_patch;
         Ok(Layer {
-            cls: tokens.narrow(1, 0, 1)?.squeeze(1)?,
+            // candle multiplies no rows with gaps on CUDA.
+            cls: tokens.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?,
             patches: tokens.narrow(1, first_patch, patches)?.contiguous()?,
         })
     }

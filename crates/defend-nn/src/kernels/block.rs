@@ -7,8 +7,9 @@ use rayon::prelude::*;
 
 use super::attention::Heads;
 use super::math::{self, vectorised};
+use super::packed::{Packed, Start, product};
 use super::pool::Buffer;
-use super::product::{Into, MatRef, affine, product};
+use super::product::{self, Into, MatRef};
 use super::{column_sums, norm};
 
 /// Rows of an image that a task handles at most.
@@ -23,6 +24,42 @@ pub(crate) struct Weights<'a> {
     pub(crate) norm2: [&'a [f32]; 2],
     pub(crate) fc1: [&'a [f32]; 2],
     pub(crate) fc2: [&'a [f32]; 2],
+}
+
+/// The four matrices of a block, laid out for the rows that they are multiplied with.
+#[derive(Debug)]
+pub(crate) struct Matrices {
+    qkv: Packed,
+    projection: Packed,
+    fc1: Packed,
+    fc2: Packed,
+}
+
+impl Matrices {
+    /// For [`forward`]: `W^T`.
+    pub(crate) fn forward(weights: &Weights<'_>) -> Self {
+        let pack = |[matrix, bias]: [&[f32]; 2]| {
+            Packed::transposed(matrix, matrix.len() / bias.len(), bias.len())
+        };
+        Self::of(weights, pack)
+    }
+
+    /// For the gradients of the maps' inputs: `W`.
+    fn backward(weights: &Weights<'_>) -> Self {
+        let pack = |[matrix, bias]: [&[f32]; 2]| {
+            Packed::new(matrix, bias.len(), matrix.len() / bias.len())
+        };
+        Self::of(weights, pack)
+    }
+
+    fn of(weights: &Weights<'_>, pack: impl Fn([&[f32]; 2]) -> Packed) -> Self {
+        Self {
+            qkv: pack(weights.qkv),
+            projection: pack(weights.projection),
+            fc1: pack(weights.fc1),
+            fc2: pack(weights.fc2),
+        }
+    }
 }
 
 /// Extents of a block's input and what is constant in a call.
@@ -97,8 +134,8 @@ impl Shape<'_> {
 }
 
 /// `out = x + factor (y W^T + b)`.
-fn residual(out: &mut [f32], x: &[f32], y: &[f32], [weight, bias]: [&[f32]; 2], factor: f32) {
-    let (outputs, inputs) = (bias.len(), weight.len() / bias.len());
+fn residual(out: &mut [f32], x: &[f32], y: &[f32], weight: &Packed, bias: &[f32], factor: f32) {
+    let outputs = bias.len();
     if factor == 0.0 {
         out.copy_from_slice(x);
         return;
@@ -108,13 +145,16 @@ fn residual(out: &mut [f32], x: &[f32], y: &[f32], [weight, bias]: [&[f32]; 2], 
             *o = x + factor * b;
         }
     }
-    let y = MatRef::dense(y, y.len() / inputs, inputs);
-    let weight = MatRef::dense(weight, outputs, inputs).transposed();
-    product(out, outputs, Into::Accumulate, y, weight, factor, 1);
+    product(out, Start::Kept, y, weight, factor);
 }
 
 /// The packed queries, keys and values of all rows, `[B T, 3 D]`.
-fn queries_keys_values(shape: &Shape<'_>, weights: &Weights<'_>, x: &[f32]) -> Buffer {
+fn queries_keys_values(
+    shape: &Shape<'_>,
+    weights: &Weights<'_>,
+    matrices: &Matrices,
+    x: &[f32],
+) -> Buffer {
     let (n, d, rows) = (shape.tokens, shape.width, shape.rows());
     let piece = shape.piece();
     let mut qkv = Buffer::stale(rows * 3 * d);
@@ -127,7 +167,7 @@ fn queries_keys_values(shape: &Shape<'_>, weights: &Weights<'_>, x: &[f32]) -> B
                 let z = &mut z[..rows * d];
                 let x = &x[(image * n + first) * d..][..rows * d];
                 norm::forward(z, x, weights.norm1, shape.eps);
-                affine(qkv, z, weights.qkv, 1);
+                product(qkv, Start::Bias(weights.qkv[1]), z, &matrices.qkv, 1.0);
             },
         );
     qkv
@@ -138,12 +178,13 @@ fn queries_keys_values(shape: &Shape<'_>, weights: &Weights<'_>, x: &[f32]) -> B
 pub(crate) fn forward(
     shape: Shape<'_>,
     weights: Weights<'_>,
+    matrices: &Matrices,
     x: &[f32],
     cls_attention: Option<&mut [f32]>,
     save: bool,
 ) -> (Vec<f32>, Option<Saved>) {
     let (n, d, rows) = (shape.tokens, shape.width, shape.rows());
-    let qkv = queries_keys_values(&shape, &weights, x);
+    let qkv = queries_keys_values(&shape, &weights, matrices, x);
     let mut out = vec![0f32; rows * d];
     // Without a backward pass these live in each task's scratch memory.
     let kept = |columns: usize| Buffer::stale(if save { rows * columns } else { 0 });
@@ -196,23 +237,38 @@ pub(crate) fn forward(
                     middle,
                     x,
                     attended,
-                    weights.projection,
+                    &matrices.projection,
+                    weights.projection[1],
                     shape.factor(0, image),
                 );
                 let z = &mut scratch.normed[..rows * d];
                 norm::forward(z, middle, weights.norm2, shape.eps);
                 let activated = &mut scratch.activated[..rows * shape.hidden];
                 if let Some(hidden) = hidden {
-                    affine(hidden, z, weights.fc1, 1);
+                    product(hidden, Start::Bias(weights.fc1[1]), z, &matrices.fc1, 1.0);
                     vectorised(|| {
                         let pairs = activated.iter_mut().zip(&*hidden);
                         pairs.for_each(|(a, &h)| *a = math::gelu(h));
                     });
                 } else {
-                    affine(activated, z, weights.fc1, 1);
+                    product(
+                        activated,
+                        Start::Bias(weights.fc1[1]),
+                        z,
+                        &matrices.fc1,
+                        1.0,
+                    );
                     vectorised(|| activated.iter_mut().for_each(|a| *a = math::gelu(*a)));
                 }
-                residual(out, middle, activated, weights.fc2, shape.factor(1, image));
+                let factor = shape.factor(1, image);
+                residual(
+                    out,
+                    middle,
+                    activated,
+                    &matrices.fc2,
+                    weights.fc2[1],
+                    factor,
+                );
             },
         );
     let saved = save.then_some(Saved {
@@ -257,6 +313,7 @@ pub(crate) fn backward(
     with_parameters: bool,
 ) -> (Vec<f32>, Option<Gradients>) {
     let (n, d, h, rows) = (shape.tokens, shape.width, shape.hidden, shape.rows());
+    let matrices = Matrices::backward(&weights);
     let mut dx = vec![0f32; rows * d];
     let buffer = |columns: usize| Buffer::stale(rows * columns);
     // Inputs of the four products and gradients of their outputs, whole, for the weights' gradients.
@@ -292,9 +349,7 @@ pub(crate) fn backward(
                     |rows| -> std::ops::Range<usize> { image * n * rows..(image + 1) * n * rows };
                 let (norm1, norm2) = norms.split_at_mut(2 * d);
                 // MLP.
-                let g2 = MatRef::dense(&g2[of(d)], n, d);
-                let fc2 = MatRef::dense(weights.fc2[0], d, h);
-                product(dhidden, h, Into::Overwrite, g2, fc2, 1.0, 1);
+                product(dhidden, Start::Zero, &g2[of(d)], &matrices.fc2, 1.0);
                 vectorised(|| {
                     let hidden = &saved.hidden[of(h)];
                     for ((dh, a), &x) in dhidden.iter_mut().zip(activated).zip(hidden) {
@@ -303,9 +358,7 @@ pub(crate) fn backward(
                         *dh *= derivative;
                     }
                 });
-                let fc1 = MatRef::dense(weights.fc1[0], h, d);
-                let dhidden = MatRef::dense(dhidden, n, h);
-                product(dz, d, Into::Overwrite, dhidden, fc1, 1.0, 1);
+                product(dz, Start::Zero, dhidden, &matrices.fc1, 1.0);
                 dx.copy_from_slice(&g[of(d)]);
                 let middle = &saved.middle[of(d)];
                 norm::backward(dx, z2, norm2, middle, dz, weights.norm2, shape.eps);
@@ -314,28 +367,10 @@ pub(crate) fn backward(
                 g1.iter_mut()
                     .zip(&*dx)
                     .for_each(|(g, &dx)| *g = factor * dx);
-                let projection = MatRef::dense(weights.projection[0], d, d);
-                product(
-                    dz,
-                    d,
-                    Into::Overwrite,
-                    MatRef::dense(g1, n, d),
-                    projection,
-                    1.0,
-                    1,
-                );
+                product(dz, Start::Zero, g1, &matrices.projection, 1.0);
                 let packed = &saved.qkv[of(3 * d)];
                 shape.heads().backward(dqkv, packed, dz, p, dp);
-                let qkv = MatRef::dense(weights.qkv[0], 3 * d, d);
-                product(
-                    dz,
-                    d,
-                    Into::Overwrite,
-                    MatRef::dense(dqkv, n, 3 * d),
-                    qkv,
-                    1.0,
-                    1,
-                );
+                product(dz, Start::Zero, dqkv, &matrices.qkv, 1.0);
                 norm::backward(dx, z1, norm1, &x[of(d)], dz, weights.norm1, shape.eps);
             },
         );
@@ -393,7 +428,7 @@ fn weight_gradients(maps: [Products<'_>; 4], rows: usize) -> [Vec<f32>; 4] {
         }
     }
     tasks.into_par_iter().for_each(|(part, g, x, inputs)| {
-        product(part, inputs, Into::Overwrite, g.transposed(), x, 1.0, 1);
+        product::product(part, inputs, Into::Overwrite, g.transposed(), x, 1.0, 1);
     });
     gradients
 }

@@ -10,6 +10,7 @@ pub(crate) mod attention;
 pub(crate) mod block;
 pub(crate) mod math;
 pub(crate) mod norm;
+pub(crate) mod packed;
 pub(crate) mod pool;
 #[allow(unsafe_code)]
 pub(crate) mod product;

@@ -1,14 +1,16 @@
 //! A whole pre-norm transformer block as one operation.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{
+    CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, TensorId, bail,
+};
 
 use super::{
     attention, cls_attention, from_vec, is_fast, layer_norm, linear, linear_gelu, slice,
     with_slices,
 };
-use crate::kernels::block::{self as kernel, Saved};
+use crate::kernels::block::{self as kernel, Matrices, Saved};
 
 /// Parameters of a pre-norm transformer block; matrices are `[O, I]`, vectors `[O]`.
 #[derive(Debug, Clone)]
@@ -31,9 +33,34 @@ pub struct BlockParameters {
     pub heads: usize,
     /// Added to the variance in both LayerNorms.
     pub eps: f64,
+    /// Frozen matrices as the kernel wants them, from the first call on.
+    pub prepared: Prepared,
 }
 
+/// A frozen block's matrices in the layout of the CPU kernel; `default()` until the first call.
+///
+/// Clones share it. It is used with the tensors that it was made of and no others. Matrices that train are laid out anew
+/// in every call.
+#[derive(Debug, Clone, Default)]
+pub struct Prepared(Arc<OnceLock<([TensorId; 4], Arc<Matrices>)>>);
+
 impl BlockParameters {
+    /// The matrices for a forward pass.
+    fn matrices(&self, weights: &kernel::Weights<'_>) -> Arc<Matrices> {
+        let of = [&self.qkv, &self.projection, &self.fc1, &self.fc2].map(|[matrix, _]| matrix);
+        if of.iter().any(|matrix| matrix.track_op()) {
+            return Arc::new(Matrices::forward(weights));
+        }
+        let ids = of.map(Tensor::id);
+        let make = || (ids, Arc::new(Matrices::forward(weights)));
+        let (made_of, matrices) = self.prepared.0.get_or_init(make);
+        if *made_of == ids {
+            Arc::clone(matrices)
+        } else {
+            make().1
+        }
+    }
+
     /// All but LayerScale's, in the kernel's order.
     fn tensors(&self) -> [&Tensor; 12] {
         let groups = [
@@ -252,7 +279,8 @@ impl CustomOp2 for Block {
         let save = call.tracked.contains(&true);
         let (out, saved) = call.with_weights(|weights| {
             let attention = call.with_cls_attention.then_some(&mut attention[..]);
-            kernel::forward(call.shape(dims), weights, xs, attention, save)
+            let matrices = call.parameters.matrices(&weights);
+            kernel::forward(call.shape(dims), weights, &matrices, xs, attention, save)
         })?;
         *lock(&call.saved) = saved;
         *lock(&call.cls_attention) = attention;
@@ -367,6 +395,7 @@ mod tests {
             scales: None,
             heads: 3,
             eps: 1e-6,
+            prepared: Prepared::default(),
         }
     }
 
@@ -402,6 +431,28 @@ mod tests {
         let whole = run(&t, None)?;
         t[0] = t[0].narrow(0, 3, 1)?;
         assert_eq!(distance(&run(&t, None)?, &whole.narrow(0, 3, 1)?), 0.0);
+        Ok(())
+    }
+
+    #[test]
+    fn other_tensors_are_never_taken_for_the_prepared_ones() -> Result<()> {
+        let t = inputs(2, 5);
+        let mut p = parameters(&t);
+        let first = transformer_block(&t[0], &p, None, false)?.0;
+        let shared = p.clone();
+        p.fc1[0] = (&t[9] * 2.0)?.detach();
+        let other = transformer_block(&t[0], &p, None, false)?.0;
+        assert!(distance(&other, &composed(&t[0], &p, None, false)?.0) < 1e-5);
+        let again = transformer_block(&t[0], &shared, None, false)?.0;
+        assert_eq!(distance(&first, &again), 0.0);
+        // A variable changes in place, under the same name.
+        let var = candle_core::Var::from_tensor(&t[3])?;
+        p.qkv[0] = var.as_tensor().clone();
+        let before = transformer_block(&t[0], &p, None, false)?.0;
+        var.set(&(&t[3] * 3.0)?)?;
+        let after = transformer_block(&t[0], &p, None, false)?.0;
+        assert!(distance(&before, &after) > 1e-3);
+        assert!(distance(&after, &composed(&t[0], &p, None, false)?.0) < 1e-5);
         Ok(())
     }
 

@@ -13,7 +13,7 @@ mod linear;
 mod normalize;
 
 pub use attention::{attention, cls_attention};
-pub use block::{BlockParameters, transformer_block};
+pub use block::{BlockParameters, Prepared, transformer_block};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::{linear, linear_gelu};
