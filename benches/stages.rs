@@ -7,14 +7,14 @@
 
 use std::io::Cursor;
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Tensor, Var};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use defend_data::{Preprocess, RgbImage, decode_image};
 use defend_dense::{CropBox, DenseConfig, DenseObjective, PrototypeObjective};
 use defend_distill::{DistillObjective, FeatureDistance};
-use defend_nn::{Rng, normal};
+use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng, normal};
 use defend_ot::{Assigner, SinkhornKnopp};
-use defend_vit::Grid;
+use defend_vit::{Architecture, Backbone, BackboneSpec, Grid, TrainScope, Trainable, Vit};
 use image::{ImageFormat, Rgb};
 
 fn noise(shape: &[usize]) -> Tensor {
@@ -88,5 +88,113 @@ fn pictures(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, sinkhorn, dense_loss, distance, pictures);
+/// Floating-point operations a second (an "element" is one): a block of ViT-S against what the multipliers can do.
+fn products(c: &mut Criterion) {
+    let arch = Architecture {
+        depth: 1,
+        ..Architecture::vit_small()
+    };
+    let (d, hidden, batch) = (arch.width, arch.mlp_width, 8);
+    let tokens = arch.grid().patches() + 1;
+    let maps = 2 * tokens * d * (4 * d + 2 * hidden);
+    let attention = 4 * tokens * tokens * d;
+    let patches = 2 * arch.grid().patches() * d * arch.patch_values();
+    let vit = Vit::random(
+        BackboneSpec::new(arch),
+        0.0,
+        &mut Rng::seed(0),
+        &Device::Cpu,
+    )
+    .and_then(|vit| vit.copy(TrainScope::Frozen))
+    .expect("a backbone");
+    let images = noise(&[batch, 3, 224, 224]);
+    let mut group = c.benchmark_group("floating-point operations");
+    group.throughput(Throughput::Elements(
+        (batch * (maps + attention + patches)) as u64,
+    ));
+    group.bench_function(
+        "one block of ViT-S with its patch embedding, batch 8",
+        |b| {
+            b.iter(|| vit.features(&images).expect("features"));
+        },
+    );
+    group.throughput(Throughput::Elements(
+        rayon::current_num_threads() as u64 * Peak::operations(),
+    ));
+    group.bench_function("peak of all threads", |b| {
+        b.iter(|| rayon::broadcast(|_| pulp::Arch::new().dispatch(Peak)));
+    });
+    group.finish();
+}
+
+/// Independent multiply-adds in registers, enough of them to hide their latency.
+struct Peak;
+
+impl Peak {
+    const ROUNDS: u64 = 1_000_000;
+    const CHAINS: usize = 10;
+
+    fn operations() -> u64 {
+        struct Lanes;
+        impl pulp::WithSimd for Lanes {
+            type Output = u64;
+            fn with_simd<S: pulp::Simd>(self, _: S) -> u64 {
+                S::F32_LANES as u64
+            }
+        }
+        2 * Self::ROUNDS * Self::CHAINS as u64 * pulp::Arch::new().dispatch(Lanes)
+    }
+}
+
+impl pulp::WithSimd for Peak {
+    type Output = f32;
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, simd: S) -> f32 {
+        let (factor, one) = (simd.splat_f32s(0.999), simd.splat_f32s(1.0));
+        let mut sums = [one; Self::CHAINS];
+        for _ in 0..Self::ROUNDS {
+            for sum in &mut sums {
+                *sum = simd.mul_add_f32s(*sum, factor, one);
+            }
+        }
+        let total = sums.into_iter().fold(one, |a, b| simd.add_f32s(a, b));
+        simd.reduce_sum_f32s(total)
+    }
+}
+
+/// One update of all parameters of ViT-S, and candle's.
+fn adamw(c: &mut Criterion) {
+    let spec = BackboneSpec::new(Architecture::vit_small());
+    let vit = Vit::random(spec, 0.0, &mut Rng::seed(0), &Device::Cpu).expect("a backbone");
+    let variables: Vec<Var> = vit.parameters().into_iter().map(|(_, var)| var).collect();
+    let squares = variables.iter().map(|var| var.sqr()?.sum_all());
+    let loss = squares
+        .collect::<Result<Vec<_>, _>>()
+        .and_then(|all| Tensor::stack(&all, 0)?.sum_all());
+    let grads = loss.and_then(|loss| loss.backward()).expect("gradients");
+    let mut group = c.benchmark_group("AdamW, ViT-S");
+    let parameters = ParameterGroup {
+        parameters: vit.parameters(),
+        learning_rate: 1e-6,
+        weight_decay: 0.05,
+    };
+    let mut ours = AdamW::new(vec![parameters], AdamWConfig::default()).expect("an optimiser");
+    group.bench_function("defend-nn", |b| {
+        b.iter(|| ours.step(&grads, 1.0).expect("a step"));
+    });
+    let parameters = candle_nn::ParamsAdamW {
+        lr: 1e-6,
+        ..candle_nn::ParamsAdamW::default()
+    };
+    let mut theirs = <candle_nn::AdamW as candle_nn::Optimizer>::new(variables, parameters).expect("an optimiser");
+    group.bench_function("candle-nn", |b| {
+        b.iter(|| candle_nn::Optimizer::step(&mut theirs, &grads).expect("a step"));
+    });
+    group.finish();
+}
+
+criterion_group!(
+    benches, sinkhorn, dense_loss, distance, pictures, products, adamw
+);
 criterion_main!(benches);

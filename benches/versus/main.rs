@@ -11,6 +11,7 @@
     reason = "a benchmark, not an interface"
 )]
 
+mod candle;
 mod rows;
 mod theirs;
 
@@ -85,6 +86,7 @@ fn compare(row: Row, arguments: &Arguments) {
         .iter()
         .map(|engine| Theirs::start(&arguments.python, arguments.threads, &request, engine))
         .collect();
+    theirs.extend(work.candle.take().map(|work| Theirs::here(*work)));
     for other in &theirs {
         for (a, b) in ours_check.iter().zip(&other.check) {
             let error = (a - b).abs() / b.abs().max(1.0);

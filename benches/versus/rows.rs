@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, IndexOp, Tensor};
 use defend_data::{Fit, Interpolation, Preprocess, decode_image};
 use defend_dense::{CropSampler, DenseConfig, DenseObjective, PrototypeObjective, extract};
 use defend_distill::{DistillObjective, FeatureDistance};
@@ -15,6 +16,8 @@ use defend_vit::{
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
+use crate::candle;
+
 const GRID: Grid = Grid {
     rows: 14,
     columns: 14,
@@ -24,6 +27,8 @@ const GRID: Grid = Grid {
 pub(crate) struct Work {
     pub(crate) run: Box<dyn FnMut()>,
     pub(crate) check: Box<dyn FnMut() -> Vec<f64>>,
+    /// The same by candle's own operations.
+    pub(crate) candle: Option<Box<Work>>,
 }
 
 type Prepare = dyn FnOnce(&Path) -> (Value, Work);
@@ -103,11 +108,13 @@ fn forward(timm: &'static str, name: &'static str, arch: Architecture, batch: us
             vit.copy(TrainScope::Frozen).expect("a copy"),
             images.clone(),
         );
+        let plain = candle_forward(&vit, arch, &images);
         let work = Work {
             run: Box::new(move || {
                 vit.features(&images).expect("features");
             }),
             check: Box::new(move || first(&again.features(&same).expect("features").cls)),
+            candle: Some(Box::new(plain)),
         };
         (request, work)
     };
@@ -119,6 +126,52 @@ fn forward(timm: &'static str, name: &'static str, arch: Architecture, batch: us
     }
 }
 
+/// The forward pass by candle's own operations.
+fn candle_forward(vit: &Vit, architecture: Architecture, images: &Tensor) -> Work {
+    let state = vit.state().expect("weights");
+    let plain = candle::Vit::new(state, architecture, false).expect("a backbone");
+    let (plain, images) = (Rc::new(plain), images.clone());
+    let (again, same) = (Rc::clone(&plain), images.clone());
+    let cls = move || {
+        again
+            .tokens(&same, None)
+            .and_then(|tokens| tokens.i((.., 0)))
+    };
+    Work {
+        run: Box::new(move || {
+            plain.tokens(&images, None).expect("tokens");
+        }),
+        check: Box::new(move || first(&cls().expect("tokens"))),
+        candle: None,
+    }
+}
+
+/// The student's step by candle's own operations and its AdamW, on the same kept patches of every image.
+fn candle_step(
+    vit: &Vit,
+    architecture: Architecture,
+    images: Tensor,
+    kept: Vec<u32>,
+    target: Tensor,
+) -> Work {
+    let state = vit.state().expect("weights");
+    let plain = Rc::new(candle::Vit::new(state, architecture, true).expect("a backbone"));
+    let mut optimiser = plain.optimiser().expect("an optimiser");
+    let loss = move || {
+        let tokens = plain.tokens(&images, Some(&kept)).expect("tokens");
+        let patches = tokens.narrow(1, 1, kept.len()).expect("patches");
+        let patches = patches.contiguous().expect("patches");
+        let distances = FeatureDistance::default().distances(&target, &patches);
+        distances.and_then(|d| Ok(d.mean_all()?)).expect("a loss")
+    };
+    let check = loss.clone();
+    Work {
+        run: Box::new(move || candle::step(&mut optimiser, &loss()).expect("a step")),
+        check: Box::new(move || first(&check())),
+        candle: None,
+    }
+}
+
 fn student_step(timm: &'static str, name: &'static str, architecture: Architecture) -> Row {
     let batch = 32;
     let prepare = move |folder: &Path| {
@@ -126,13 +179,21 @@ fn student_step(timm: &'static str, name: &'static str, architecture: Architectu
         let images = noise(&[batch, 3, 224, 224], 1);
         let target = noise(&[batch, 98, architecture.width], 2);
         let kept: Vec<u32> = (0..98).map(|i| 2 * i).collect();
-        let keep = TokenSet::from_rows(&vec![kept; batch], GRID, &Device::Cpu).expect("tokens");
+        let keep =
+            TokenSet::from_rows(&vec![kept.clone(); batch], GRID, &Device::Cpu).expect("tokens");
         let tensors = HashMap::from([
             ("images", images.clone()),
             ("target", target.clone()),
             ("keep", keep.indices().clone()),
         ]);
         let request = request("student_step", folder, Some((timm, &vit)), &tensors);
+        let plain = candle_step(
+            &vit,
+            architecture.clone(),
+            images.clone(),
+            kept,
+            target.clone(),
+        );
         let parameters = ParameterGroup {
             parameters: vit.parameters(),
             learning_rate: 1e-6,
@@ -143,8 +204,8 @@ fn student_step(timm: &'static str, name: &'static str, architecture: Architectu
             ..AdamWConfig::default()
         };
         let mut optimiser = AdamW::new(vec![parameters], config).expect("an optimiser");
-        let vit = std::rc::Rc::new(vit);
-        let same = std::rc::Rc::clone(&vit);
+        let vit = Rc::new(vit);
+        let same = Rc::clone(&vit);
         let loss = move |vit: &Vit| {
             let features = vit
                 .training_features(&images, Some(&keep), &mut Rng::seed(0))
@@ -161,6 +222,7 @@ fn student_step(timm: &'static str, name: &'static str, architecture: Architectu
                 optimiser.step(&grads, 1.0).expect("a step");
             }),
             check: Box::new(move || first(&check(&same))),
+            candle: Some(Box::new(plain)),
         };
         (request, work)
     };
@@ -206,6 +268,7 @@ fn dense_step() -> Row {
         let work = Work {
             run: Box::new(move || run().expect("a step")),
             check: Box::new(Vec::new),
+            candle: None,
         };
         (request, work)
     };
@@ -229,6 +292,7 @@ fn sinkhorn(prototypes: usize) -> Row {
                 assign(&scores);
             }),
             check: Box::new(move || first(&assign(&same))),
+            candle: None,
         };
         (request, work)
     };
@@ -273,6 +337,7 @@ fn pictures(folder: &Path) -> Row {
                 assert_eq!(pictures.len(), items);
             }),
             check: Box::new(move || again.iter().map(&mean).collect()),
+            candle: None,
         };
         (request, work)
     };

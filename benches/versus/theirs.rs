@@ -1,16 +1,30 @@
-//! The Python process of one engine.
+//! The engines that this workspace is compared with: Python processes, and candle's own operations.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Instant;
 
 use serde_json::{Value, json};
 
-/// A prepared row in another process, idle until it is asked to run.
+use crate::rows::Work;
+
+/// A prepared row, idle until it is asked to run.
 pub(crate) struct Theirs {
     pub(crate) engine: &'static str,
     /// Numbers that ours should agree with.
     pub(crate) check: Vec<f64>,
+    place: Place,
+}
+
+enum Place {
+    Python(Process),
+    Here(Box<dyn FnMut()>),
+}
+
+/// A Python process.
+struct Process {
+    engine: &'static str,
     child: Child,
     requests: ChildStdin,
     answers: BufReader<ChildStdout>,
@@ -33,27 +47,49 @@ impl Theirs {
             .expect("Python starts");
         let requests = child.stdin.take().expect("a pipe");
         let answers = BufReader::new(child.stdout.take().expect("a pipe"));
-        let mut theirs = Self {
+        let mut process = Process {
             engine,
-            check: Vec::new(),
             child,
             requests,
             answers,
         };
         let mut request = request.clone();
         request["engine"] = engine.into();
-        let answer = theirs.ask(&request);
+        let answer = process.ask(&request);
         let check = answer["check"].as_array().expect("numbers to check");
-        theirs.check = check.iter().filter_map(Value::as_f64).collect();
-        theirs
+        Self {
+            engine,
+            check: check.iter().filter_map(Value::as_f64).collect(),
+            place: Place::Python(process),
+        }
+    }
+
+    /// candle's own operations, in this process.
+    pub(crate) fn here(mut work: Work) -> Self {
+        Self {
+            engine: "candle",
+            check: (work.check)(),
+            place: Place::Here(work.run),
+        }
     }
 
     /// Seconds for `times` repetitions.
     pub(crate) fn run(&mut self, times: usize) -> f64 {
-        let answer = self.ask(&json!({ "run": times }));
-        answer["seconds"].as_f64().expect("seconds")
+        match &mut self.place {
+            Place::Python(process) => {
+                let answer = process.ask(&json!({ "run": times }));
+                answer["seconds"].as_f64().expect("seconds")
+            }
+            Place::Here(run) => {
+                let start = Instant::now();
+                (0..times).for_each(|_| run());
+                start.elapsed().as_secs_f64()
+            }
+        }
     }
+}
 
+impl Process {
     fn ask(&mut self, request: &Value) -> Value {
         writeln!(self.requests, "{request}").expect("Python listens");
         let mut line = String::new();
@@ -63,7 +99,7 @@ impl Theirs {
     }
 }
 
-impl Drop for Theirs {
+impl Drop for Process {
     fn drop(&mut self) {
         // It only waits for a request; nothing is lost, and there is nobody to tell of a failure.
         let _ = self.child.kill();

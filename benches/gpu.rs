@@ -1,0 +1,270 @@
+//! Images per second on a graphics card, and the card's peak: the Rust half of `tools/gpu.sh`.
+//!
+//! `cargo bench -p defend-benches --features cuda --bench gpu -- [--smoke] [--seconds 2]`
+//!
+//! Prints one JSON object a line: `{"work", "precision", "images", "seconds", "flop"}`, where `seconds` and `flop` are
+//! of one repetition. `--smoke` runs tiny settings, on any device.
+#![allow(
+    missing_docs,
+    clippy::expect_used,
+    reason = "a benchmark, not an interface"
+)]
+
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use clap::Parser;
+use defend_distill::{DistillObjective, FeatureDistance};
+use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng, normal};
+use defend_vit::{
+    Architecture, Backbone, BackboneSpec, Grid, TokenSet, TrainScope, Trainable, Vit, Weights,
+};
+use serde_json::json;
+
+/// Times forward passes, student steps and a large product on the best device.
+#[derive(Parser)]
+struct Arguments {
+    /// Tiny settings that run anywhere.
+    #[arg(long)]
+    smoke: bool,
+    /// Length of a measurement; each is the median of three.
+    #[arg(long, default_value_t = 2.0)]
+    seconds: f64,
+    /// Given by cargo.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+struct Settings {
+    models: Vec<(&'static str, Architecture)>,
+    batches: Vec<usize>,
+    /// Side of the matrices whose product gives the peak.
+    side: usize,
+}
+
+impl Settings {
+    fn new(smoke: bool) -> Self {
+        if !smoke {
+            return Self {
+                models: vec![
+                    ("ViT-S", Architecture::vit_small()),
+                    ("ViT-B", Architecture::vit_base()),
+                ],
+                batches: vec![32, 128],
+                side: 8192,
+            };
+        }
+        let smallest = Architecture {
+            image_size: 32,
+            patch_size: 8,
+            width: 64,
+            depth: 2,
+            heads: 2,
+            mlp_width: 256,
+            ..Architecture::vit_tiny()
+        };
+        Self {
+            models: vec![("smallest", smallest)],
+            batches: vec![2, 4],
+            side: 256,
+        }
+    }
+}
+
+/// What a product of matrices is computed in.
+#[derive(Clone, Copy, PartialEq)]
+enum Precision {
+    F32,
+    /// `f32` tensors, products with 10 bits of mantissa.
+    Tf32,
+    Bf16,
+}
+
+impl Precision {
+    fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Tf32 => "TF32",
+            Self::Bf16 => "bf16",
+        }
+    }
+
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 | Self::Tf32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+
+    /// candle multiplies no `bf16` matrices on the CPU, and TF32 is NVIDIA's.
+    fn runs_on(self, device: &Device) -> bool {
+        match self {
+            Self::F32 => true,
+            Self::Tf32 => device.is_cuda(),
+            Self::Bf16 => !device.is_cpu(),
+        }
+    }
+}
+
+fn noise(shape: &[usize], seed: u64, device: &Device, dtype: DType) -> Tensor {
+    let noise = normal(shape, 1.0, &mut Rng::seed(seed), device).expect("a tensor");
+    noise.to_dtype(dtype).expect("a tensor")
+}
+
+fn vit(architecture: &Architecture, scope: TrainScope, device: &Device, dtype: DType) -> Vit {
+    let spec = BackboneSpec::new(architecture.clone());
+    let random =
+        Vit::random(spec.clone(), 0.0, &mut Rng::seed(0), &Device::Cpu).expect("a backbone");
+    let state = random.state().expect("weights").into_iter();
+    let state = state
+        .map(|(name, tensor)| (name, tensor.to_dtype(dtype).expect("a tensor")))
+        .collect();
+    let weights = Weights::from_tensors(state, "random");
+    Vit::load(spec, weights, scope, device).expect("a backbone")
+}
+
+/// Multiplications and additions of the blocks, and of the patch embedding, for an image of `patches` patches.
+fn flop(architecture: &Architecture, patches: usize) -> [f64; 2] {
+    let (t, d) = ((patches + 1) as f64, architecture.width as f64);
+    let products = 2.0 * t * d * (4.0 * d + 2.0 * architecture.mlp_width as f64);
+    let attention = 4.0 * t * t * d;
+    let values = (3 * architecture.patch_size * architecture.patch_size) as f64;
+    [
+        architecture.depth as f64 * (products + attention),
+        2.0 * patches as f64 * values * d,
+    ]
+}
+
+/// Seconds of one repetition: the median of three measurements.
+fn seconds(device: &Device, length: f64, mut work: impl FnMut()) -> f64 {
+    let mut timed = |times: usize| {
+        device.synchronize().expect("the device answers");
+        let start = Instant::now();
+        for _ in 0..times {
+            work();
+        }
+        device.synchronize().expect("the device answers");
+        start.elapsed().as_secs_f64() / times as f64
+    };
+    timed(3);
+    let times = (length / timed(3)).ceil().clamp(1.0, 10_000.0) as usize;
+    let mut each = [timed(times), timed(times), timed(times)];
+    each.sort_by(f64::total_cmp);
+    each[1]
+}
+
+fn report(work: &str, precision: Precision, images: usize, seconds: f64, flop: f64) {
+    let precision = precision.name();
+    let line = json!({
+        "work": work, "precision": precision, "images": images, "seconds": seconds, "flop": flop,
+    });
+    println!("{line}");
+}
+
+fn peak(device: &Device, length: f64, side: usize, precision: Precision) {
+    let dtype = precision.dtype();
+    let (a, b) = (
+        noise(&[side, side], 1, device, dtype),
+        noise(&[side, side], 2, device, dtype),
+    );
+    let time = seconds(device, length, || {
+        a.matmul(&b).expect("a product");
+    });
+    report("peak", precision, 0, time, 2.0 * (side as f64).powi(3));
+}
+
+fn forward(
+    device: &Device,
+    length: f64,
+    (name, arch): &(&str, Architecture),
+    batch: usize,
+    precision: Precision,
+) {
+    let dtype = precision.dtype();
+    let vit = vit(arch, TrainScope::Frozen, device, dtype);
+    let images = noise(
+        &[batch, 3, arch.image_size, arch.image_size],
+        1,
+        device,
+        dtype,
+    );
+    let time = seconds(device, length, || {
+        vit.features(&images).expect("features");
+    });
+    let [blocks, embedding] = flop(arch, arch.grid().patches());
+    let work = format!("forward, {name}, batch {batch}");
+    report(
+        &work,
+        precision,
+        batch,
+        time,
+        batch as f64 * (blocks + embedding),
+    );
+}
+
+fn student_step(
+    device: &Device,
+    length: f64,
+    (name, arch): &(&str, Architecture),
+    batch: usize,
+    precision: Precision,
+) {
+    let dtype = precision.dtype();
+    let student = vit(arch, TrainScope::All, device, dtype);
+    let Grid { rows, columns } = arch.grid();
+    let kept = rows * columns / 2;
+    let side = arch.image_size;
+    let images = noise(&[batch, 3, side, side], 1, device, dtype);
+    let target = noise(&[batch, kept, arch.width], 2, device, dtype);
+    let row: Vec<u32> = (0..kept as u32).map(|i| 2 * i).collect();
+    let keep = TokenSet::from_rows(&vec![row; batch], arch.grid(), device).expect("tokens");
+    // The positional embedding is fixed, as the method's is.
+    let mut parameters = student.parameters();
+    parameters.retain(|(name, _)| name != "pos_embed");
+    let group = ParameterGroup {
+        parameters,
+        learning_rate: 1e-6,
+        weight_decay: 0.05,
+    };
+    let config = AdamWConfig {
+        beta2: 0.95,
+        ..AdamWConfig::default()
+    };
+    let mut optimiser = AdamW::new(vec![group], config).expect("an optimiser");
+    let time = seconds(device, length, || {
+        let found = student
+            .training_features(&images, Some(&keep), &mut Rng::seed(0))
+            .expect("features");
+        let distances = FeatureDistance::default().distances(&target, &found.patches);
+        let loss = distances.expect("distances").mean_all().expect("a loss");
+        let grads = loss.backward().expect("gradients");
+        optimiser.step(&grads, 1.0).expect("a step");
+    });
+    // Backwards twice the products, but none to the pixels.
+    let [blocks, embedding] = flop(arch, kept);
+    let work = format!("student step, {name}, {} tokens, batch {batch}", kept + 1);
+    let flop = batch as f64 * (3.0 * blocks + 2.0 * embedding);
+    report(&work, precision, batch, time, flop);
+}
+
+fn main() {
+    let arguments = Arguments::parse();
+    let gpu = Device::new_cuda(0).or_else(|_| Device::new_metal(0));
+    let (device, length) = (gpu.unwrap_or(Device::Cpu), arguments.seconds);
+    let settings = Settings::new(arguments.smoke);
+    eprintln!("this workspace on {:?}", device.location());
+    for precision in [Precision::F32, Precision::Tf32, Precision::Bf16] {
+        if !precision.runs_on(&device) {
+            eprintln!("{} is left out on this device", precision.name());
+            continue;
+        }
+        candle_core::cuda::set_gemm_reduced_precision_f32(precision == Precision::Tf32);
+        peak(&device, length, settings.side, precision);
+        for model in &settings.models {
+            for &batch in &settings.batches {
+                forward(&device, length, model, batch, precision);
+                student_step(&device, length, model, batch, precision);
+            }
+        }
+    }
+}
