@@ -74,6 +74,7 @@ impl Assigner for SinkhornKnopp {
         if !scores
             .sqr()?
             .sum_all()?
+            .to_device(&candle_core::Device::Cpu)? // Metal has no f64
             .to_dtype(DType::F64)?
             .to_scalar::<f64>()?
             .is_finite()
