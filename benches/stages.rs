@@ -187,7 +187,8 @@ fn adamw(c: &mut Criterion) {
         lr: 1e-6,
         ..candle_nn::ParamsAdamW::default()
     };
-    let mut theirs = <candle_nn::AdamW as candle_nn::Optimizer>::new(variables, parameters).expect("an optimiser");
+    let mut theirs = <candle_nn::AdamW as candle_nn::Optimizer>::new(variables, parameters)
+        .expect("an optimiser");
     group.bench_function("candle-nn", |b| {
         b.iter(|| candle_nn::Optimizer::step(&mut theirs, &grads).expect("a step"));
     });

@@ -38,6 +38,10 @@ struct Arguments {
     /// Folder of JPEG photos for decoding and resizing; that row is left out without it.
     #[arg(long)]
     photos: Option<PathBuf>,
+    /// A library to preload into one more PyTorch, whose MKL takes the processor for one of Intel's:
+    /// `echo 'int mkl_serv_intel_cpu_true(void){return 1;}' | cc -shared -fPIC -x c - -o unlock.so`.
+    #[arg(long)]
+    unlock: Option<PathBuf>,
     /// Rounds of A, B, A, B.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -82,10 +86,18 @@ fn compare(row: Row, arguments: &Arguments) {
     let folder = tempfile::tempdir().expect("a folder");
     let (request, mut work) = prepare(folder.path());
     let ours_check = (work.check)();
-    let mut theirs: Vec<Theirs> = engines
-        .iter()
-        .map(|engine| Theirs::start(&arguments.python, arguments.threads, &request, engine))
-        .collect();
+    let start = |engine, preload: Option<&PathBuf>| {
+        let Arguments {
+            python, threads, ..
+        } = arguments;
+        Theirs::start(python, *threads, &request, engine, preload)
+    };
+    let mut theirs: Vec<Theirs> = engines.iter().map(|engine| start(engine, None)).collect();
+    if engines.contains(&"torch")
+        && let Some(library) = &arguments.unlock
+    {
+        theirs.push(start("torch", Some(library)));
+    }
     theirs.extend(work.candle.take().map(|work| Theirs::here(*work)));
     for other in &theirs {
         for (a, b) in ours_check.iter().zip(&other.check) {

@@ -1,7 +1,7 @@
 //! The engines that this workspace is compared with: Python processes, and candle's own operations.
 
 use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
@@ -36,9 +36,14 @@ impl Theirs {
         threads: usize,
         request: &Value,
         engine: &'static str,
+        preload: Option<&PathBuf>,
     ) -> Self {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/versus/theirs.py");
-        let mut child = Command::new(python)
+        let mut command = Command::new(python);
+        if let Some(library) = preload {
+            command.env("LD_PRELOAD", library);
+        }
+        let mut child = command
             .arg(script)
             .env("VERSUS_THREADS", threads.to_string())
             .stdin(Stdio::piped())
@@ -58,7 +63,11 @@ impl Theirs {
         let answer = process.ask(&request);
         let check = answer["check"].as_array().expect("numbers to check");
         Self {
-            engine,
+            engine: if preload.is_some() {
+                "torch, MKL unlocked"
+            } else {
+                engine
+            },
             check: check.iter().filter_map(Value::as_f64).collect(),
             place: Place::Python(process),
         }

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 const PANEL_VECTORS: usize = 2;
 /// Rows that a tile handles at most.
 const TILE_ROWS: usize = 6;
-/// Inner indices handled in one go: a panel's part and the rows' parts stay in the nearest cache.
-const DEPTH: usize = 384;
+/// Bytes of a panel that are handled in one go: with the rows' parts they stay in the nearest cache.
+const PANEL_BYTES: usize = 24 * 1024;
 
 /// A matrix of `depth` rows and `columns` columns as panels of a few columns each, `[panels, depth, panel width]`,
 /// filled up with zeros.
@@ -130,7 +130,7 @@ impl WithSimd for Product<'_> {
         let tiles = self.rows.div_ceil(TILE_ROWS);
         let mut from = 0;
         while from < depth {
-            let part = DEPTH.min(depth - from);
+            let part = (PANEL_BYTES / (4 * width)).min(depth - from);
             let panels = self.matrix.values.chunks_exact(depth * width);
             for (i, panel) in panels.enumerate() {
                 let (panel, _) = S::as_simd_f32s(&panel[from * width..][..part * width]);
