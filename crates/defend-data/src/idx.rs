@@ -2,11 +2,13 @@
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::{BufReader, Read, Seek};
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use flate2::read::MultiGzDecoder;
 use image::RgbImage;
+use tempfile::{NamedTempFile, TempPath};
 
 use crate::{ClassId, Dataset, Error, Split};
 
@@ -38,15 +40,44 @@ const MAX_BYTES: u64 = 1 << 32;
 
 const GZIP: [u8; 2] = [0x1F, 0x8B];
 
-/// Grey pictures with one label each from a pair of idx files, all held in memory.
+/// Grey pictures with one label each from a pair of idx files, read one by one when they are asked for; those of a gzipped
+/// file from an unzipped temporary one.
 #[derive(Debug, Clone)]
 pub struct Idx {
     name: String,
-    pixels: Vec<u8>,
+    pixels: Pixels,
     width: u32,
     height: u32,
     labels: Vec<ClassId>,
     class_names: Vec<String>,
+}
+
+/// Where the pictures' bytes lie one after the other.
+#[derive(Debug, Clone)]
+enum Pixels {
+    /// The data set's own file, behind its header.
+    Own { path: PathBuf, start: u64 },
+    /// A file that goes when the last clone does.
+    Unzipped(Arc<TempPath>),
+}
+
+impl Pixels {
+    fn read(&self, at: u64, into: &mut [u8]) -> Result<(), Error> {
+        let (path, start) = match self {
+            Self::Own { path, start } => (path.as_path(), *start),
+            Self::Unzipped(path) => (&***path, 0),
+        };
+        // Opened anew each time: a shared handle has one position for all threads.
+        let mut read = || {
+            let mut file = File::open(path)?;
+            file.seek(SeekFrom::Start(start + at))?;
+            file.read_exact(into)
+        };
+        read().map_err(|source| Error::Read {
+            path: path.into(),
+            source,
+        })
+    }
 }
 
 impl Idx {
@@ -78,8 +109,12 @@ impl Idx {
         class_names: Vec<String>,
     ) -> Result<Self, Error> {
         let (images, labels) = (images.as_ref(), labels.as_ref());
-        let ([count, height, width], pixels) = read_idx::<3>(images)?;
-        let ([label_count], label_bytes) = read_idx::<1>(labels)?;
+        let pictures = Opened::<3>::open(images)?;
+        let [count, height, width] = pictures.dimensions;
+        let pixels = pictures.place()?;
+        let labelled = Opened::<1>::open(labels)?;
+        let [label_count] = labelled.dimensions;
+        let label_bytes = labelled.read()?;
         let fault = |path: &Path, found: String, expected: String| {
             Err(Error::Idx {
                 path: path.into(),
@@ -131,13 +166,15 @@ impl Dataset for Idx {
     }
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
-        let size = self.width as usize * self.height as usize;
-        let Some(grey) = self.pixels.chunks_exact(size).nth(index) else {
+        if index >= self.len() {
             return Err(Error::Index {
                 index,
                 len: self.len(),
             });
-        };
+        }
+        let mut grey = vec![0; self.width as usize * self.height as usize];
+        self.pixels
+            .read(index as u64 * grey.len() as u64, &mut grey)?;
         Ok(RgbImage::from_fn(self.width, self.height, |x, y| {
             image::Rgb([grey[y as usize * self.width as usize + x as usize]; 3])
         }))
@@ -188,74 +225,140 @@ impl Files {
     }
 }
 
-/// Dimensions and content of an idx file of bytes with `N` dimensions.
-fn read_idx<const N: usize>(path: &Path) -> Result<([u32; N], Vec<u8>), Error> {
-    let io = |source| Error::Read {
-        path: path.into(),
-        source,
-    };
-    let fault = |found: String, expected: String| {
-        Err(Error::Idx {
-            path: path.into(),
-            found,
-            expected,
-        })
-    };
-    let mut file = BufReader::new(File::open(path).map_err(io)?);
-    let mut start = [0; 2];
-    let zipped = file.read(&mut start).map_err(io)? == 2 && start == GZIP;
-    file.rewind().map_err(io)?;
-    let mut reader: Box<dyn Read> = if zipped {
-        Box::new(MultiGzDecoder::new(file))
-    } else {
-        Box::new(file)
-    };
+/// An idx file of bytes with `N` dimensions, read up to its content.
+struct Opened<'a, const N: usize> {
+    path: &'a Path,
+    dimensions: [u32; N],
+    /// Bytes of content that the header promises.
+    declared: u64,
+    content: Content,
+}
 
-    let mut word = || -> Result<[u8; 4], Error> {
-        let mut word = [0; 4];
-        reader.read_exact(&mut word).map_err(io)?;
-        Ok(word)
-    };
-    let magic = word()?;
-    if magic != [0, 0, 8, N as u8] {
-        return fault(
-            format!("the magic number {:#010x}", u32::from_be_bytes(magic)),
-            format!("0x0000080{N}: bytes with {N} dimensions"),
-        );
+enum Content {
+    Plain(BufReader<File>),
+    Zipped(Box<MultiGzDecoder<BufReader<File>>>),
+}
+
+impl Read for Content {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        match self {
+            Self::Plain(file) => file.read(into),
+            Self::Zipped(decoder) => decoder.read(into),
+        }
     }
-    let mut dimensions = [0; N];
-    for dimension in &mut dimensions {
-        *dimension = u32::from_be_bytes(word()?);
+}
+
+impl<'a, const N: usize> Opened<'a, N> {
+    fn open(path: &'a Path) -> Result<Self, Error> {
+        let io = |source| Error::Read {
+            path: path.into(),
+            source,
+        };
+        let fault = |found: String, expected: String| {
+            Err(Error::Idx {
+                path: path.into(),
+                found,
+                expected,
+            })
+        };
+        let mut file = BufReader::new(File::open(path).map_err(io)?);
+        let mut start = [0; 2];
+        let zipped = file.read(&mut start).map_err(io)? == 2 && start == GZIP;
+        file.rewind().map_err(io)?;
+        let mut content = if zipped {
+            Content::Zipped(Box::new(MultiGzDecoder::new(file)))
+        } else {
+            Content::Plain(file)
+        };
+        let mut word = || -> Result<[u8; 4], Error> {
+            let mut word = [0; 4];
+            content.read_exact(&mut word).map_err(io)?;
+            Ok(word)
+        };
+        let magic = word()?;
+        if magic != [0, 0, 8, N as u8] {
+            return fault(
+                format!("the magic number {:#010x}", u32::from_be_bytes(magic)),
+                format!("0x0000080{N}: bytes with {N} dimensions"),
+            );
+        }
+        let mut dimensions = [0; N];
+        for dimension in &mut dimensions {
+            *dimension = u32::from_be_bytes(word()?);
+        }
+        let declared = dimensions
+            .iter()
+            .try_fold(1_u64, |product, &d| product.checked_mul(d.into()))
+            .filter(|&bytes| bytes <= MAX_BYTES);
+        let Some(declared) = declared else {
+            return fault(
+                format!("a header with {dimensions:?} bytes"),
+                format!("at most {MAX_BYTES}"),
+            );
+        };
+        Ok(Self {
+            path,
+            dimensions,
+            declared,
+            content,
+        })
     }
-    let declared = dimensions
-        .iter()
-        .try_fold(1_u64, |product, &d| product.checked_mul(d.into()))
-        .filter(|&bytes| bytes <= MAX_BYTES);
-    let Some(declared) = declared else {
-        return fault(
-            format!("a header with {dimensions:?} bytes"),
-            format!("at most {MAX_BYTES}"),
-        );
-    };
-    let mut content = Vec::new();
-    // One more than declared, to see whether the file goes on.
-    reader
-        .take(declared + 1)
-        .read_to_end(&mut content)
-        .map_err(io)?;
-    if content.len() as u64 != declared {
-        let longer = content.len() as u64 > declared;
-        let found = if longer {
+
+    fn io(&self, source: std::io::Error) -> Error {
+        Error::Read {
+            path: self.path.into(),
+            source,
+        }
+    }
+
+    /// Whether there are as many bytes as the header promises.
+    fn check(&self, found: u64) -> Result<(), Error> {
+        if found == self.declared {
+            return Ok(());
+        }
+        let found = if found > self.declared {
             "more bytes".into()
         } else {
-            format!("{} bytes", content.len())
+            format!("{found} bytes")
         };
-        return fault(
+        let (declared, dimensions) = (self.declared, self.dimensions);
+        Err(Error::Idx {
+            path: self.path.into(),
             found,
-            format!("{declared} after a header with {dimensions:?}"),
-        );
+            expected: format!("{declared} after a header with {dimensions:?}"),
+        })
     }
-    Ok((dimensions, content))
+
+    /// The content in memory.
+    fn read(mut self) -> Result<Vec<u8>, Error> {
+        let mut content = Vec::new();
+        // One more than declared, to see whether the file goes on.
+        let mut rest = (&mut self.content).take(self.declared + 1);
+        let found = rest.read_to_end(&mut content);
+        let found = found.map_err(|e| self.io(e))?;
+        self.check(found as u64)?;
+        Ok(content)
+    }
+
+    /// The content in a file, which it is copied to when this one is gzipped.
+    fn place(mut self) -> Result<Pixels, Error> {
+        if let Content::Plain(file) = &self.content {
+            let bytes = file.get_ref().metadata().map_err(|e| self.io(e))?.len();
+            let start = 4 + 4 * N as u64;
+            self.check(bytes.saturating_sub(start))?;
+            let path = self.path.into();
+            return Ok(Pixels::Own { path, start });
+        }
+        let copy = |content: &mut dyn Read, declared| {
+            let mut file = NamedTempFile::new()?;
+            let found = std::io::copy(&mut content.take(declared + 1), &mut file)?;
+            Ok((file, found))
+        };
+        let copied = copy(&mut self.content, self.declared);
+        let (file, found) = copied.map_err(|e| self.io(e))?;
+        self.check(found)?;
+        Ok(Pixels::Unzipped(Arc::new(file.into_temp_path())))
+    }
 }
 
 #[cfg(test)]
@@ -269,12 +372,12 @@ mod tests {
     ];
     const LABELS: &[u8] = &[0, 0, 8, 1, 0, 0, 0, 2, 1, 0];
 
-    fn open(images: &[u8], labels: &[u8]) -> Result<Idx, Error> {
+    fn open(images: &[u8], labels: &[u8]) -> Result<(Idx, tempfile::TempDir), Error> {
         let folder = tempfile::tempdir().unwrap();
         let (i, l) = (folder.path().join("images"), folder.path().join("labels"));
         std::fs::write(&i, images).unwrap();
         std::fs::write(&l, labels).unwrap();
-        Idx::open(i, l, vec!["a".into(), "b".into()])
+        Ok((Idx::open(i, l, vec!["a".into(), "b".into()])?, folder))
     }
 
     fn check(found: &Idx) {
@@ -290,20 +393,34 @@ mod tests {
 
     #[test]
     fn plain_and_gzipped_files_are_one() {
-        check(&open(IMAGES, LABELS).unwrap());
+        let (plain, folder) = open(IMAGES, LABELS).unwrap();
+        check(&plain);
+        drop(folder);
+        assert!(matches!(plain.image(0), Err(Error::Read { .. })));
         let zip = |bytes: &[u8]| {
             let mut encoder =
                 flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
             encoder.write_all(bytes).unwrap();
             encoder.finish().unwrap()
         };
-        check(&open(&zip(IMAGES), &zip(LABELS)).unwrap());
+        let (unzipped, folder) = open(&zip(IMAGES), &zip(LABELS)).unwrap();
+        drop(folder);
+        check(&unzipped);
+        let Pixels::Unzipped(path) = &unzipped.pixels else {
+            unreachable!("the file was gzipped")
+        };
+        let path = path.to_path_buf();
+        assert!(path.is_file());
+        drop(unzipped);
+        assert!(!path.exists(), "the temporary file stays behind");
+        let cut = zip(&IMAGES[..19]);
+        assert!(matches!(open(&cut, LABELS), Err(Error::Idx { .. })));
     }
 
     #[test]
     fn faults_name_their_file() {
         let fails = |images: &[u8], labels: &[u8], file: &str| {
-            let error = open(images, labels).unwrap_err();
+            let error = open(images, labels).map(|_| ()).unwrap_err();
             assert!(error.to_string().contains(file), "{error}");
             error
         };
