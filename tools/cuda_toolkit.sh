@@ -3,7 +3,7 @@
 #
 #     tools/cuda_toolkit.sh VENV [COMPUTE_CAPABILITY]
 #
-# Makes the Python environment VENV, installs NVIDIA's compiler and libraries into it (0.6 GB to download), links what the
+# Makes the Python environment VENV, installs NVIDIA's compiler and libraries into it (1.2 GB), links what the
 # linker looks for, and makes a stub of the driver's library. Prints the `export` lines that the build needs and nothing
 # else on standard output: `eval "$(tools/cuda_toolkit.sh VENV)"`. The capability defaults to 90 (Hopper).
 set -euo pipefail
