@@ -72,6 +72,7 @@ fn every_system_tells_textures_apart_and_repeats() {
             "dense": {"epochs": 1, "batch": 8, "crop_size": 16, "head_hidden": [16], "head_output": 8},
             "distill": {"epochs": 40, "batch": 8}}},
         {"kind": "defend", "dense": false, "settings": {"distill": {"epochs": 40, "batch": 8}}},
+        {"kind": "defend", "dense": false, "whitened": true, "settings": {"distill": {"epochs": 40, "batch": 8}}},
         {"kind": "nearest-neighbours"},
         {"kind": "nearest-neighbours", "token": "mean-patch"},
         {"kind": "mean-cls"},

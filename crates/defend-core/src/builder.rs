@@ -371,7 +371,7 @@ fn load_teacher(
             });
         }
         Some(Source::Own(own)) => return Ok(Teacher::Own(own)),
-        Some(Source::Vit(vit)) => vit.copy(scope)?,
+        Some(Source::Vit(vit)) => vit.copy_to(scope, device)?,
         Some(Source::Pretrained(source)) => source.load(scope, device)?,
         #[cfg(feature = "embedded")]
         None => crate::embedded_backbone().load(scope, device)?,

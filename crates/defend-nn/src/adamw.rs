@@ -110,6 +110,30 @@ impl AdamW {
         })
     }
 
+    /// The first parameter whose gradient is not finite.
+    fn first_not_finite(&self, grads: &GradStore) -> CandleResult<Option<&Slot>> {
+        let (mut slots, mut squares) = (Vec::new(), Vec::new());
+        for slot in self.groups.iter().flat_map(|g| &g.slots) {
+            let Some(grad) = grads.get(&slot.var) else {
+                continue;
+            };
+            if !is_fast(&[grad]) {
+                slots.push(slot);
+                squares.push(grad.to_dtype(DType::F32)?.sqr()?.sum_all()?);
+            } else if !is_finite(grad)? {
+                return Ok(Some(slot));
+            }
+        }
+        if squares.is_empty() {
+            return Ok(None);
+        }
+        // Read at once: a GPU is waited for once a step, not once a parameter.
+        let squares = Tensor::stack(&squares, 0)?.to_vec1::<f32>()?;
+        let found = slots.into_iter().zip(squares);
+        let mut wrong = found.filter(|(_, square)| !square.is_finite());
+        Ok(wrong.next().map(|(slot, _)| slot))
+    }
+
     /// Steps taken so far.
     pub fn steps(&self) -> usize {
         self.steps
@@ -135,15 +159,11 @@ impl AdamW {
     /// # Errors
     /// [`Error::NonFiniteGradient`] before anything is changed; [`Error::Candle`] when candle fails.
     pub fn step(&mut self, grads: &GradStore, multiplier: f64) -> Result<(), Error> {
-        for slot in self.groups.iter().flat_map(|g| &g.slots) {
-            if let Some(grad) = grads.get(&slot.var)
-                && !is_finite(grad)?
-            {
-                return Err(Error::NonFiniteGradient {
-                    parameter: slot.name.clone(),
-                    step: self.steps,
-                });
-            }
+        if let Some(slot) = self.first_not_finite(grads)? {
+            return Err(Error::NonFiniteGradient {
+                parameter: slot.name.clone(),
+                step: self.steps,
+            });
         }
         self.steps += 1;
         let t = self.steps as f64;
@@ -184,20 +204,12 @@ fn check_decay(decay: f64) -> Result<(), Error> {
     check("weight_decay", decay, ok, "zero or a positive number")
 }
 
-/// Whether all values are finite: a sum of squares is not when one of them is not.
-fn is_finite(t: &Tensor) -> CandleResult<bool> {
-    if is_fast(&[t]) {
-        return with_slices("AdamW", [t], |[values]| {
-            let chunks = values.par_chunks(ELEMENTS_PER_TASK);
-            Ok(chunks.all(|part| vectorised(|| math::dot(part, part)).is_finite()))
-        });
-    }
-    let total = t
-        .to_dtype(DType::F32)?
-        .sqr()?
-        .sum_all()?
-        .to_scalar::<f32>()?;
-    Ok(total.is_finite())
+/// Whether all values of a gradient on the CPU are finite: a sum of squares is not when one of them is not.
+fn is_finite(grad: &Tensor) -> CandleResult<bool> {
+    with_slices("AdamW", [grad], |[values]| {
+        let chunks = values.par_chunks(ELEMENTS_PER_TASK);
+        Ok(chunks.all(|part| vectorised(|| math::dot(part, part)).is_finite()))
+    })
 }
 
 #[derive(Clone, Copy)]

@@ -196,10 +196,14 @@ impl Backbone for Cached {
         if keys.is_empty() {
             return self.inner.features(images);
         }
-        let mut entries: Vec<Option<Entry>> = keys
-            .par_iter()
-            .map(|key| self.store.get(key, images.device()))
-            .collect();
+        let device = images.device();
+        let get = |key| self.store.get(key, device);
+        // On a GPU what another thread uploads is not ordered with what this one computes.
+        let mut entries: Vec<Option<Entry>> = if device.is_cpu() {
+            keys.par_iter().map(get).collect()
+        } else {
+            keys.iter().map(get).collect()
+        };
         let missing: Vec<usize> = (0..keys.len()).filter(|&i| entries[i].is_none()).collect();
         if !missing.is_empty() {
             for (&i, entry) in missing.iter().zip(self.compute(images, &missing)?) {

@@ -1,6 +1,6 @@
 //! The same backbone with something changed.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::pos_embed::Bicubic;
 use crate::{BackboneSpec, Error, TrainScope, Vit, Weights, pos_embed};
@@ -21,7 +21,15 @@ impl Vit {
     /// # Errors
     /// As [`Vit::load`].
     pub fn copy(&self, scope: TrainScope) -> Result<Self, Error> {
-        self.changed(self.spec.clone(), scope, |_, tensor| tensor.copy())
+        self.copy_to(scope, self.pos_embed.device())
+    }
+
+    /// As [`Vit::copy`], on another device.
+    ///
+    /// # Errors
+    /// As [`Vit::load`].
+    pub fn copy_to(&self, scope: TrainScope, device: &Device) -> Result<Self, Error> {
+        self.changed(self.spec.clone(), scope, device, |_, tensor| tensor.copy())
     }
 
     /// A shallower backbone of some of this one's blocks, everything trainable: the start of a distillation
@@ -75,7 +83,7 @@ impl Vit {
         let patches = all.narrow(0, first, from.patches())?;
         let patches = pos_embed::resize(&patches, from, to, Bicubic::of(&spec.architecture))?;
         let positions = Tensor::cat(&[all.narrow(0, 0, first)?, patches], 0)?.unsqueeze(0)?;
-        self.changed(spec, scope, |name, tensor| match name {
+        self.changed(spec, scope, all.device(), |name, tensor| match name {
             "pos_embed" => Ok(positions.clone()),
             _ => tensor.copy(),
         })
@@ -87,14 +95,20 @@ impl Vit {
     /// # Errors
     /// [`Error::Candle`] for a type that is not floating-point on this device.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self, Error> {
-        let on_cpu = self.pos_embed.device().is_cpu();
-        self.changed(self.spec.clone(), TrainScope::Frozen, |_, tensor| {
-            let rounded = tensor.to_dtype(dtype)?;
-            if on_cpu {
-                return rounded.to_dtype(DType::F32);
-            }
-            Ok(rounded)
-        })
+        let device = self.pos_embed.device();
+        let on_cpu = device.is_cpu();
+        self.changed(
+            self.spec.clone(),
+            TrainScope::Frozen,
+            device,
+            |_, tensor| {
+                let rounded = tensor.to_dtype(dtype)?;
+                if on_cpu {
+                    return rounded.to_dtype(DType::F32);
+                }
+                Ok(rounded)
+            },
+        )
     }
 
     /// A copy with another spec and changed parameters.
@@ -102,6 +116,7 @@ impl Vit {
         &self,
         spec: BackboneSpec,
         scope: TrainScope,
+        device: &Device,
         change: impl Fn(&str, Tensor) -> candle_core::Result<Tensor>,
     ) -> Result<Self, Error> {
         let tensors = self
@@ -113,7 +128,7 @@ impl Vit {
             })
             .collect::<Result<_, Error>>()?;
         let weights = Weights::from_tensors(tensors, &self.spec.name);
-        Self::load(spec, weights, scope, self.pos_embed.device())
+        Self::load(spec, weights, scope, device)
     }
 }
 
@@ -121,7 +136,6 @@ impl Vit {
 mod tests {
     use super::*;
     use crate::{Architecture, Backbone};
-    use candle_core::Device;
     use defend_nn::Rng;
     use defend_testing::{assert_close, largest};
 
