@@ -187,6 +187,14 @@ impl Record {
             records.sort_by_key(|(_, record)| (record.order, record.key.seed));
             for (path, record) in records {
                 let same = |known: &&Self| known.key.name() == record.key.name();
+                if all.iter().any(|known| !known.key.fits_beside(&record.key)) {
+                    return Err(Error::Record {
+                        path,
+                        reason: "another run of this experiment has other pictures, other weights or another fit: \
+                                 give the data set another name"
+                            .into(),
+                    });
+                }
                 match all.iter().find(same) {
                     None => all.push(record),
                     Some(known) if known.key == record.key => {}
@@ -194,7 +202,7 @@ impl Record {
                         return Err(Error::Record {
                             path,
                             reason: "another folder has a run of the same name with other settings: give \
-                                     the system another label or the data set another name"
+                                     the system another label"
                                 .into(),
                         });
                     }
@@ -235,6 +243,14 @@ impl RunKey {
             &self.system,
             self.seed,
         )
+    }
+
+    /// Whether both may stand in one table: another experiment, or the same pictures, teacher and fit.
+    fn fits_beside(&self, other: &Self) -> bool {
+        let experiment = (&self.data, &self.protocol, &self.experiment);
+        let basis = (&self.split, &self.weights, self.fit);
+        experiment != (&other.data, &other.protocol, &other.experiment)
+            || basis == (&other.split, &other.weights, other.fit)
     }
 
     /// Where the record of this run belongs.

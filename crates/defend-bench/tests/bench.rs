@@ -203,7 +203,7 @@ fn runs_goes_on_and_reports() {
 
 #[test]
 fn one_report_of_two_benchmarks_on_copies_of_the_pictures() {
-    let report_of = |with: &str| {
+    let report_of = |with: &str, images: &str| {
         let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         for folder in [&first, &second] {
             make(folder.path());
@@ -215,7 +215,9 @@ fn one_report_of_two_benchmarks_on_copies_of_the_pictures() {
             only.trim_end().trim_end_matches("[[systems]]"),
         );
         let first_config = first_config.unwrap();
-        let second_config = read(second.path(), &CONFIG.replace("constant-student", with)).unwrap();
+        let text = CONFIG.replace("constant-student", with);
+        let text = text.replace("train = 5", images);
+        let second_config = read(second.path(), &text).unwrap();
         for config in [&first_config, &second_config] {
             run(config, &Device::Cpu, &mut Counter::default()).unwrap();
         }
@@ -223,7 +225,7 @@ fn one_report_of_two_benchmarks_on_copies_of_the_pictures() {
     };
     // The constant student's runs are the same in both and count once.
     for (with, systems) in [("constant-student", 2), ("mahalanobis", 3)] {
-        let tables = report_of(with).unwrap().tables;
+        let tables = report_of(with, "train = 5").unwrap().tables;
         let detail = tables
             .iter()
             .find(|t| t.name == "stripes-one-vs-all")
@@ -232,8 +234,10 @@ fn one_report_of_two_benchmarks_on_copies_of_the_pictures() {
         assert_eq!(detail.rows[0][0], "constant student");
         assert!(detail.rows.iter().all(|row| row[1] != "–"), "{detail:?}");
     }
-    let clash = report_of("mahalanobis\"\nlabel = \"constant student").unwrap_err();
+    let clash = report_of("mahalanobis\"\nlabel = \"constant student", "train = 5").unwrap_err();
     assert!(clash.to_string().contains("other settings"), "{clash}");
+    let clash = report_of("mahalanobis", "train = 4").unwrap_err();
+    assert!(clash.to_string().contains("other pictures"), "{clash}");
 }
 
 #[test]
