@@ -16,9 +16,7 @@ use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use defend_distill::{DistillObjective, FeatureDistance};
 use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng, normal};
-use defend_vit::{
-    Architecture, Backbone, BackboneSpec, Grid, TokenSet, TrainScope, Trainable, Vit, Weights,
-};
+use defend_vit::{Architecture, Backbone, BackboneSpec, TokenSet, TrainScope, Trainable, Vit};
 use serde_json::json;
 
 /// Times forward passes, student steps and a large product on the best device.
@@ -106,21 +104,12 @@ impl Precision {
     }
 }
 
-fn noise(shape: &[usize], seed: u64, device: &Device, dtype: DType) -> Tensor {
-    let noise = normal(shape, 1.0, &mut Rng::seed(seed), device).expect("a tensor");
-    noise.to_dtype(dtype).expect("a tensor")
-}
-
-fn vit(architecture: &Architecture, scope: TrainScope, device: &Device, dtype: DType) -> Vit {
-    let spec = BackboneSpec::new(architecture.clone());
-    let random =
-        Vit::random(spec.clone(), 0.0, &mut Rng::seed(0), &Device::Cpu).expect("a backbone");
-    let state = random.state().expect("weights").into_iter();
-    let state = state
-        .map(|(name, tensor)| (name, tensor.to_dtype(dtype).expect("a tensor")))
-        .collect();
-    let weights = Weights::from_tensors(state, "random");
-    Vit::load(spec, weights, scope, device).expect("a backbone")
+/// Where and how exactly the work is done.
+struct Place {
+    device: Device,
+    /// Seconds of a measurement.
+    length: f64,
+    precision: Precision,
 }
 
 /// Multiplications and additions of the blocks, and of the patch embedding, for an image of `patches` patches.
@@ -135,122 +124,106 @@ fn flop(architecture: &Architecture, patches: usize) -> [f64; 2] {
     ]
 }
 
-/// Seconds of one repetition: the median of three measurements.
-fn seconds(device: &Device, length: f64, mut work: impl FnMut()) -> f64 {
-    let mut timed = |times: usize| {
-        device.synchronize().expect("the device answers");
-        let start = Instant::now();
-        for _ in 0..times {
-            work();
-        }
-        device.synchronize().expect("the device answers");
-        start.elapsed().as_secs_f64() / times as f64
-    };
-    timed(3);
-    let times = (length / timed(3)).ceil().clamp(1.0, 10_000.0) as usize;
-    let mut each = [timed(times), timed(times), timed(times)];
-    each.sort_by(f64::total_cmp);
-    each[1]
-}
+impl Place {
+    fn noise(&self, shape: &[usize], seed: u64) -> Tensor {
+        let noise = normal(shape, 1.0, &mut Rng::seed(seed), &self.device).expect("a tensor");
+        noise.to_dtype(self.precision.dtype()).expect("a tensor")
+    }
 
-fn report(work: &str, precision: Precision, images: usize, seconds: f64, flop: f64) {
-    let precision = precision.name();
-    let line = json!({
-        "work": work, "precision": precision, "images": images, "seconds": seconds, "flop": flop,
-    });
-    println!("{line}");
-}
+    fn images(&self, architecture: &Architecture, batch: usize) -> Tensor {
+        let side = architecture.image_size;
+        self.noise(&[batch, 3, side, side], 1)
+    }
 
-fn peak(device: &Device, length: f64, side: usize, precision: Precision) {
-    let dtype = precision.dtype();
-    let (a, b) = (
-        noise(&[side, side], 1, device, dtype),
-        noise(&[side, side], 2, device, dtype),
-    );
-    let time = seconds(device, length, || {
-        a.matmul(&b).expect("a product");
-    });
-    report("peak", precision, 0, time, 2.0 * (side as f64).powi(3));
-}
+    fn vit(&self, architecture: &Architecture, scope: TrainScope) -> Vit {
+        let spec = BackboneSpec::new(architecture.clone());
+        let dtype = self.precision.dtype();
+        Vit::random(spec, 0.0, &mut Rng::seed(0), &Device::Cpu)
+            .and_then(|vit| vit.copy_to(TrainScope::Frozen, &self.device))
+            .and_then(|vit| vit.to_dtype(dtype)?.copy(scope))
+            .expect("a backbone")
+    }
 
-fn forward(
-    device: &Device,
-    length: f64,
-    (name, arch): &(&str, Architecture),
-    batch: usize,
-    precision: Precision,
-) {
-    let dtype = precision.dtype();
-    let vit = vit(arch, TrainScope::Frozen, device, dtype);
-    let images = noise(
-        &[batch, 3, arch.image_size, arch.image_size],
-        1,
-        device,
-        dtype,
-    );
-    let time = seconds(device, length, || {
-        vit.features(&images).expect("features");
-    });
-    let [blocks, embedding] = flop(arch, arch.grid().patches());
-    let work = format!("forward, {name}, batch {batch}");
-    report(
-        &work,
-        precision,
-        batch,
-        time,
-        batch as f64 * (blocks + embedding),
-    );
-}
+    /// Reports the median of three measurements of `work`, whose repetition takes `flop` operations on `images` images.
+    fn measure(&self, name: &str, images: usize, flop: f64, mut work: impl FnMut()) {
+        let mut timed = |times: usize| {
+            self.device.synchronize().expect("the device answers");
+            let start = Instant::now();
+            for _ in 0..times {
+                work();
+            }
+            self.device.synchronize().expect("the device answers");
+            start.elapsed().as_secs_f64() / times as f64
+        };
+        timed(3);
+        let times = (self.length / timed(3)).ceil().clamp(1.0, 10_000.0) as usize;
+        let mut each = [timed(times), timed(times), timed(times)];
+        each.sort_by(f64::total_cmp);
+        let (precision, seconds) = (self.precision.name(), each[1]);
+        let line = json!({
+            "work": name, "precision": precision, "images": images, "seconds": seconds, "flop": flop,
+        });
+        println!("{line}");
+    }
 
-fn student_step(
-    device: &Device,
-    length: f64,
-    (name, arch): &(&str, Architecture),
-    batch: usize,
-    precision: Precision,
-) {
-    let dtype = precision.dtype();
-    let student = vit(arch, TrainScope::All, device, dtype);
-    let Grid { rows, columns } = arch.grid();
-    let kept = rows * columns / 2;
-    let side = arch.image_size;
-    let images = noise(&[batch, 3, side, side], 1, device, dtype);
-    let target = noise(&[batch, kept, arch.width], 2, device, dtype);
-    let row: Vec<u32> = (0..kept as u32).map(|i| 2 * i).collect();
-    let keep = TokenSet::from_rows(&vec![row; batch], arch.grid(), device).expect("tokens");
-    // The positional embedding is fixed, as the method's is.
-    let mut parameters = student.parameters();
-    parameters.retain(|(name, _)| name != "pos_embed");
-    let group = ParameterGroup {
-        parameters,
-        learning_rate: 1e-6,
-        weight_decay: 0.05,
-    };
-    let config = AdamWConfig {
-        beta2: 0.95,
-        ..AdamWConfig::default()
-    };
-    let mut optimiser = AdamW::new(vec![group], config).expect("an optimiser");
-    let time = seconds(device, length, || {
-        let found = student
-            .training_features(&images, Some(&keep), &mut Rng::seed(0))
-            .expect("features");
-        let distances = FeatureDistance::default().distances(&target, &found.patches);
-        let loss = distances.expect("distances").mean_all().expect("a loss");
-        let grads = loss.backward().expect("gradients");
-        optimiser.step(&grads, 1.0).expect("a step");
-    });
-    // Backwards twice the products, but none to the pixels.
-    let [blocks, embedding] = flop(arch, kept);
-    let work = format!("student step, {name}, {} tokens, batch {batch}", kept + 1);
-    let flop = batch as f64 * (3.0 * blocks + 2.0 * embedding);
-    report(&work, precision, batch, time, flop);
+    fn peak(&self, side: usize) {
+        let (a, b) = (self.noise(&[side, side], 1), self.noise(&[side, side], 2));
+        self.measure("peak", 0, 2.0 * (side as f64).powi(3), || {
+            a.matmul(&b).expect("a product");
+        });
+    }
+
+    fn forward(&self, (name, arch): &(&str, Architecture), batch: usize) {
+        let vit = self.vit(arch, TrainScope::Frozen);
+        let images = self.images(arch, batch);
+        let [blocks, embedding] = flop(arch, arch.grid().patches());
+        let work = format!("forward, {name}, batch {batch}");
+        self.measure(&work, batch, batch as f64 * (blocks + embedding), || {
+            vit.features(&images).expect("features");
+        });
+    }
+
+    fn student_step(&self, (name, arch): &(&str, Architecture), batch: usize) {
+        let student = self.vit(arch, TrainScope::All);
+        let kept = arch.grid().patches() / 2;
+        let images = self.images(arch, batch);
+        let target = self.noise(&[batch, kept, arch.width], 2);
+        let row: Vec<u32> = (0..kept as u32).map(|i| 2 * i).collect();
+        let keep = TokenSet::from_rows(&vec![row; batch], arch.grid(), &self.device);
+        let keep = keep.expect("tokens");
+        // The positional embedding is fixed, as the method's is.
+        let mut parameters = student.parameters();
+        parameters.retain(|(name, _)| name != "pos_embed");
+        let group = ParameterGroup {
+            parameters,
+            learning_rate: 1e-6,
+            weight_decay: 0.05,
+        };
+        let config = AdamWConfig {
+            beta2: 0.95,
+            ..AdamWConfig::default()
+        };
+        let mut optimiser = AdamW::new(vec![group], config).expect("an optimiser");
+        // Backwards twice the products, but none to the pixels.
+        let [blocks, embedding] = flop(arch, kept);
+        let work = format!("student step, {name}, {} tokens, batch {batch}", kept + 1);
+        let flop = batch as f64 * (3.0 * blocks + 2.0 * embedding);
+        self.measure(&work, batch, flop, || {
+            let found = student
+                .training_features(&images, Some(&keep), &mut Rng::seed(0))
+                .expect("features");
+            let distances = FeatureDistance::default().distances(&target, &found.patches);
+            let loss = distances.expect("distances").mean_all().expect("a loss");
+            let grads = loss.backward().expect("gradients");
+            optimiser.step(&grads, 1.0).expect("a step");
+        });
+    }
 }
 
 fn main() {
     let arguments = Arguments::parse();
     let gpu = Device::new_cuda(0).or_else(|_| Device::new_metal(0));
-    let (device, length) = (gpu.unwrap_or(Device::Cpu), arguments.seconds);
+    let device = gpu.unwrap_or(Device::Cpu);
     let settings = Settings::new(arguments.smoke);
     eprintln!("this workspace on {:?}", device.location());
     for precision in [Precision::F32, Precision::Tf32, Precision::Bf16] {
@@ -259,11 +232,16 @@ fn main() {
             continue;
         }
         candle_core::cuda::set_gemm_reduced_precision_f32(precision == Precision::Tf32);
-        peak(&device, length, settings.side, precision);
+        let place = Place {
+            device: device.clone(),
+            length: arguments.seconds,
+            precision,
+        };
+        place.peak(settings.side);
         for model in &settings.models {
             for &batch in &settings.batches {
-                forward(&device, length, model, batch, precision);
-                student_step(&device, length, model, batch, precision);
+                place.forward(model, batch);
+                place.student_step(model, batch);
             }
         }
     }

@@ -17,7 +17,7 @@ python=${1:-python3}
 
 missing=()
 need() { command -v "$1" >/dev/null || missing+=("$1: $2"); }
-need cargo "the Rust toolchain, https://rustup.rs"
+need cargo "the Rust toolchain"
 need "$python" "a Python with torch and timm, as tools/requirements.txt has them"
 if ! $smoke; then
     need nvidia-smi "NVIDIA's driver"

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
-use defend_core::data::{Dataset, Preprocess};
+use candle_core::Tensor;
+use defend_core::data::Dataset;
+use defend_core::distill::{self, Discrepancy, Score};
 use defend_core::nn::ops::l2_normalize;
 use defend_core::vit::{ImageSource, TrainScope};
-use defend_core::{Defend, DefendConfig, Detector, Error, Novelty, NoveltyDetector, Observer};
+use defend_core::{Defend, DefendConfig, Error, NoveltyDetector, Observer};
 use serde::{Deserialize, Serialize};
 
 use crate::gaussian::Gaussian;
@@ -74,14 +75,18 @@ impl System for Ours {
         }
         let pictures = teacher.read(normal, observer)?;
         let indices: Vec<usize> = (0..pictures.len()).collect();
+        let (teacher, student) = (fitted.detector.teacher(), fitted.detector.student());
         let mut errors = Vec::with_capacity(indices.len());
         for batch in indices.chunks(BATCH) {
-            errors.extend(cls_errors(&fitted.detector, &pictures.images(batch)?)?);
+            let images = pictures.images(batch)?;
+            let tokens = [
+                teacher.features(&images)?.cls,
+                student.features(&images)?.cls,
+            ];
+            errors.extend(cls_errors(&tokens)?);
         }
-        Ok(Box::new(Whitened {
-            errors: Gaussian::fit(&errors)?,
-            detector: fitted.detector,
-        }))
+        let score = Whitened(Gaussian::fit(&errors)?);
+        Ok(Box::new(fitted.detector.with_score(Arc::new(score))))
     }
 
     fn layers(&self, _depth: usize) -> usize {
@@ -99,34 +104,18 @@ impl System for Ours {
     }
 }
 
-/// A detector that scores by the distribution of its errors.
-struct Whitened {
-    detector: Detector,
-    errors: Gaussian,
-}
+/// Scores by the distribution of the errors at the CLS token.
+struct Whitened(Gaussian);
 
 /// Difference of the normalised CLS tokens of teacher and student, one row an image.
-fn cls_errors(detector: &Detector, images: &Tensor) -> Result<Vec<Vec<f32>>, Error> {
-    let teacher = l2_normalize(&detector.teacher().features(images)?.cls)?;
-    let student = l2_normalize(&detector.student().features(images)?.cls)?;
-    Ok((teacher - student)?.detach().to_vec2()?)
+fn cls_errors([teacher, student]: &[Tensor; 2]) -> Result<Vec<Vec<f32>>, distill::Error> {
+    let difference = (l2_normalize(teacher)? - l2_normalize(student)?)?;
+    Ok(difference.detach().to_vec2()?)
 }
 
-impl NoveltyDetector for Whitened {
-    fn preprocess(&self) -> &Preprocess {
-        self.detector.preprocess()
-    }
-
-    fn device(&self) -> &Device {
-        self.detector.device()
-    }
-
-    fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {
-        let mut found = self.detector.score(images)?;
-        let errors = cls_errors(&self.detector, images)?;
-        for (novelty, error) in found.iter_mut().zip(errors) {
-            novelty.score = self.errors.distance(&error);
-        }
-        Ok(found)
+impl Score for Whitened {
+    fn score(&self, discrepancy: &Discrepancy) -> Result<Vec<f32>, distill::Error> {
+        let errors = cls_errors(&discrepancy.cls_tokens)?;
+        Ok(errors.iter().map(|error| self.0.distance(error)).collect())
     }
 }

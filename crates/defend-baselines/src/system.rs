@@ -71,13 +71,8 @@ impl Teacher {
     }
 
     /// The backbone, to be copied by systems that train it.
-    pub fn vit(&self) -> &Vit {
+    pub fn vit(&self) -> &Arc<Vit> {
         &self.vit
-    }
-
-    /// The backbone, shared.
-    pub(crate) fn shared_vit(&self) -> Arc<Vit> {
-        Arc::clone(&self.vit)
     }
 
     /// Number of blocks.

@@ -43,8 +43,6 @@ impl Default for Transformaly {
 
 struct TwoSpaces {
     pair: Pair,
-    /// The teacher by its features, which are computed once an image.
-    features: Arc<dyn Backbone>,
     pretrained: Gaussian,
     errors: Gaussian,
     preprocess: Preprocess,
@@ -61,8 +59,7 @@ struct Pair {
 
 impl Pair {
     /// Mean squared difference of teacher and student after each block, from the teacher's tokens before it: `[B, L]`.
-    fn errors(&self, images: &Tensor) -> Result<Tensor, Error> {
-        let tokens = self.teacher.block_tokens(images, self.layers)?;
+    fn errors(&self, tokens: &[Tensor]) -> Result<Tensor, Error> {
         let first = self.student.spec().architecture.depth - self.layers;
         let pairs = tokens.iter().zip(tokens.iter().skip(1));
         let errors = pairs.enumerate().map(|(i, (before, after))| {
@@ -73,6 +70,18 @@ impl Pair {
             &errors.collect::<Result<Vec<_>, Error>>()?,
             D::Minus1,
         )?)
+    }
+
+    fn tokens(&self, images: &Tensor) -> Result<Vec<Tensor>, Error> {
+        Ok(self.teacher.block_tokens(images, self.layers)?)
+    }
+
+    /// Both spaces, one row an image: the teacher's CLS token, and the errors.
+    fn rows(&self, images: &Tensor) -> Result<[Vec<Vec<f32>>; 2], Error> {
+        let tokens = self.tokens(images)?;
+        let after_all = &tokens[self.layers];
+        let cls = self.teacher.layer(after_all)?.cls;
+        Ok([cls.to_vec2()?, self.errors(&tokens)?.detach().to_vec2()?])
     }
 
     /// The student's parameters that the errors depend on.
@@ -96,8 +105,7 @@ impl NoveltyDetector for TwoSpaces {
     }
 
     fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {
-        let cls = self.features.features(images)?.cls.to_vec2::<f32>()?;
-        let errors = self.pair.errors(images)?.to_vec2::<f32>()?;
+        let [cls, errors] = self.pair.rows(images)?;
         let score = |(cls, errors): (Vec<f32>, Vec<f32>)| {
             self.pretrained.distance(&cls) + self.errors.distance(&errors)
         };
@@ -118,7 +126,7 @@ impl System for Transformaly {
         let spec = teacher.vit().spec().clone();
         let mut pair = Pair {
             student: Vit::random(spec, 0.0, &mut rng, teacher.device())?,
-            teacher: teacher.shared_vit(),
+            teacher: Arc::clone(teacher.vit()),
             layers: self.layers.clamp(1, teacher.depth()),
         };
         let schedule = Schedule {
@@ -134,23 +142,24 @@ impl System for Transformaly {
             &schedule,
             &mut rng,
             observer,
-            &|batch, _| Ok(pair.errors(&pictures.images(batch)?)?.mean_all()?),
+            &|batch, _| {
+                let tokens = pair.tokens(&pictures.images(batch)?)?;
+                Ok(pair.errors(&tokens)?.mean_all()?)
+            },
         )?;
         pair.student = pair.student.copy(TrainScope::Frozen)?;
 
-        let features = teacher.backbone(1)?;
         let (mut cls, mut errors) = (Vec::new(), Vec::new());
         let indices: Vec<usize> = (0..pictures.len()).collect();
         for batch in indices.chunks(BATCH) {
-            let batch = pictures.images(batch)?;
-            errors.extend(pair.errors(&batch)?.to_vec2::<f32>()?);
-            cls.extend(features.features(&batch)?.cls.to_vec2::<f32>()?);
+            let [some_cls, some_errors] = pair.rows(&pictures.images(batch)?)?;
+            cls.extend(some_cls);
+            errors.extend(some_errors);
         }
         Ok(Box::new(TwoSpaces {
             pretrained: Gaussian::fit(&cls)?,
             errors: Gaussian::fit(&errors)?,
             pair,
-            features,
             preprocess: teacher.preprocess().clone(),
             device: teacher.device().clone(),
         }))

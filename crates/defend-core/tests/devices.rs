@@ -5,11 +5,12 @@
 
 #![allow(clippy::unwrap_used, reason = "tests may panic")]
 
+mod stripes;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
-use defend_core::data::{Memory, RgbImage};
 use defend_core::dense::{
     Assignment, CropBox, DenseConfig, DenseObjective, DenseTuner, ProjectionHead,
     PrototypeObjective, Resampling, View, crop_targets,
@@ -26,6 +27,7 @@ use defend_core::vit::{
     TrainScope, Trainable, Vit, Weights,
 };
 use defend_testing::{assert_close, assert_moved};
+use stripes::set;
 
 /// Where a stage runs, and in which type.
 struct Place {
@@ -467,22 +469,8 @@ fn distances_of_images() {
     }
 }
 
-/// Stripes: period 3 is normal, 5 is novel.
-fn stripes(period: u32, pictures: u32) -> Memory {
-    let mut memory = Memory::default();
-    for phase in 0..pictures {
-        let picture = RgbImage::from_fn(40, 32, |x, y| {
-            let on = (x + phase).is_multiple_of(period);
-            let v = if on { 220 } else { 30 };
-            [v, (y * 7 % 256) as u8, 255 - v].into()
-        });
-        memory.push(format!("{period}/{phase}"), picture, vec![]);
-    }
-    memory
-}
-
 fn scores(detector: &Detector) -> Vec<f64> {
-    let of = |period| scan(detector, stripes(period, 5), &mut Silent).unwrap();
+    let of = |period| scan(detector, set(period, 5), &mut Silent).unwrap();
     [of(3).scores(), of(5).scores()].concat()
 }
 
@@ -511,7 +499,7 @@ fn a_whole_fit_and_its_file() {
             .teacher(place.vit(1, TrainScope::Frozen))
             .own_student(Arc::new(place.vit(4, TrainScope::All)))
             .config(config)
-            .fit(stripes(3, 8), &mut Silent)
+            .fit(set(3, 8), &mut Silent)
             .unwrap();
         let dense = fitted.dense.unwrap().losses;
         (fitted.detector, dense, fitted.distill.losses)

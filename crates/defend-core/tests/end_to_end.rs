@@ -8,6 +8,8 @@
     reason = "helpers of tests may panic"
 )]
 
+mod stripes;
+
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -19,6 +21,7 @@ use defend_core::prelude::*;
 use defend_core::vit::{Architecture, Backbone, BackboneSpec, Features, Precision, TokenSet, Vit};
 use defend_core::{DType, Error, Event, Observer, Stage, Tensor};
 use image::{DynamicImage, ImageBuffer, Luma, LumaA, Rgb, Rgba};
+use stripes::{set, stripes};
 
 fn teacher() -> Vit {
     let spec = BackboneSpec::new(Architecture {
@@ -56,23 +59,6 @@ fn config() -> DefendConfig {
         aggregation: Aggregation::PatchesAndCls { weight: 1.0 },
         ..DefendConfig::default()
     }
-}
-
-/// Stripes of a period: 3 is normal, 5 is novel.
-fn stripes(period: u32, phase: u32) -> RgbImage {
-    RgbImage::from_fn(40, 32, |x, y| {
-        let on = (x + phase).is_multiple_of(period);
-        let v = if on { 220 } else { 30 };
-        Rgb([v, (y * 7 % 256) as u8, 255 - v])
-    })
-}
-
-fn set(period: u32, pictures: u32) -> Memory {
-    let mut memory = Memory::default();
-    for i in 0..pictures {
-        memory.push(format!("{period}/{i}"), stripes(period, i), vec![]);
-    }
-    memory
 }
 
 fn fitted() -> Detector {

@@ -14,6 +14,8 @@ pub struct Discrepancy {
     pub patches: Tensor,
     /// Distance of the CLS tokens, mean over the compared layers, `[B]`.
     pub cls: Tensor,
+    /// CLS tokens of teacher and student in the last layer, `[B, D]` each.
+    pub cls_tokens: [Tensor; 2],
     /// The teacher's CLS attention, mean over heads, `[B, N]`.
     pub attention: Tensor,
     /// Patches of the images.
@@ -34,11 +36,13 @@ pub fn discrepancy(
 ) -> Result<Discrepancy, Error> {
     let features = teacher.features(images)?;
     let t = Layers::of(&features, layers)?;
-    let s = Layers::of(&student.features(images)?, layers)?;
+    let predicted = student.features(images)?;
+    let s = Layers::of(&predicted, layers)?;
     let mean = |distances: Tensor| distances.mean(1).map(|mean| mean.detach());
     Ok(Discrepancy {
         patches: mean(objective.distances(&t.patches, &s.patches)?)?,
         cls: mean(objective.distances(&t.cls, &s.cls)?)?,
+        cls_tokens: [features.cls.detach(), predicted.cls.detach()],
         attention: features.cls_attention.mean(1)?,
         grid: features.grid,
     })
@@ -171,6 +175,7 @@ mod tests {
         let discrepancy = Discrepancy {
             patches: tensor(&[0.1, 0.4, 0.2, 0.9]).unsqueeze(0).unwrap(),
             cls: tensor(&[0.5]),
+            cls_tokens: [1.0, 0.5].map(|cls| tensor(&[cls]).unsqueeze(0).unwrap()),
             attention: tensor(&[0.5, 0.1, 0.2, 0.1]).unsqueeze(0).unwrap(),
             grid: Grid {
                 rows: 2,

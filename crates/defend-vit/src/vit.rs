@@ -333,10 +333,11 @@ impl Vit {
             return Err(self.no_block(blocks));
         };
         let (tokens, _) = self.embed(images, None)?;
-        let mut all = vec![through(&self.blocks[..first], tokens)?];
+        let mut tokens = through(&self.blocks[..first], tokens)?;
+        let mut all = vec![tokens.clone()];
         for block in &self.blocks[first..] {
-            let last = all.last().map(|tokens| block.forward(tokens, None));
-            all.extend(last.transpose()?);
+            tokens = block.forward(&tokens, None)?;
+            all.push(tokens.clone());
         }
         Ok(all)
     }
@@ -494,7 +495,10 @@ impl Vit {
     }
 
     /// A block's output `[B, 1 + E + N, D]` through the final norm.
-    fn layer(&self, tokens: &Tensor) -> Result<Layer, Error> {
+    ///
+    /// # Errors
+    /// [`Error::Candle`] for tokens of another width.
+    pub fn layer(&self, tokens: &Tensor) -> Result<Layer, Error> {
         let tokens = self.norm.forward(tokens)?;
         let first_patch = 1 + self.spec.architecture.extra_tokens();
         let patches = tokens.dim(1)? - first_patch;

@@ -1,0 +1,21 @@
+//! Pictures that several tests tell apart.
+
+use defend_core::data::{Memory, RgbImage};
+
+/// Stripes of a period: 3 is normal, 5 is novel.
+pub(crate) fn stripes(period: u32, phase: u32) -> RgbImage {
+    RgbImage::from_fn(40, 32, |x, y| {
+        let on = (x + phase).is_multiple_of(period);
+        let v = if on { 220 } else { 30 };
+        [v, (y * 7 % 256) as u8, 255 - v].into()
+    })
+}
+
+/// The first phases of a period.
+pub(crate) fn set(period: u32, pictures: u32) -> Memory {
+    let mut memory = Memory::default();
+    for phase in 0..pictures {
+        memory.push(format!("{period}/{phase}"), stripes(period, phase), vec![]);
+    }
+    memory
+}
