@@ -157,23 +157,26 @@ fn same_moves(
 
 #[test]
 fn features() {
-    let run = |place: &Place| {
-        let vit = place.vit(1, TrainScope::Frozen).with_layers(2).unwrap();
-        let images = place.noise(&[3, 3, 32, 32], 2);
-        let keep = [vec![0, 5, 9], vec![3, 4, 15], vec![1, 2, 8]];
-        let keep = TokenSet::from_rows(&keep, GRID, &place.device).unwrap();
-        let whole = vit.features(&images).unwrap();
-        // What a nearest-neighbour search does with CLS tokens.
-        let products = whole.cls.matmul(&whole.cls.t().unwrap()).unwrap();
-        let kept = vit.features_of(&images, &keep).unwrap();
-        let larger = vit.features(&place.noise(&[1, 3, 48, 40], 3)).unwrap();
-        (whole, kept, larger, products)
-    };
-    let (found, expected) = (run(&Place::best()), run(&Place::reference()));
-    same_features(&found.0, &expected.0, 1e-5, "whole images");
-    same_features(&found.1, &expected.1, 1e-5, "kept patches");
-    same_features(&found.2, &expected.2, 1e-5, "another size");
-    close(&found.3, &expected.3, 1e-5, "products of CLS tokens");
+    for layer_scale in [false, true] {
+        let run = |place: &Place| {
+            let vit = place.vit_with(layer_scale, 1, TrainScope::Frozen);
+            let vit = vit.with_layers(2).unwrap();
+            let images = place.noise(&[3, 3, 32, 32], 2);
+            let keep = [vec![0, 5, 9], vec![3, 4, 15], vec![1, 2, 8]];
+            let keep = TokenSet::from_rows(&keep, GRID, &place.device).unwrap();
+            let whole = vit.features(&images).unwrap();
+            // What a nearest-neighbour search does with CLS tokens.
+            let products = whole.cls.matmul(&whole.cls.t().unwrap()).unwrap();
+            let kept = vit.features_of(&images, &keep).unwrap();
+            let larger = vit.features(&place.noise(&[1, 3, 48, 40], 3)).unwrap();
+            (whole, kept, larger, products)
+        };
+        let (found, expected) = (run(&Place::best()), run(&Place::reference()));
+        same_features(&found.0, &expected.0, 1e-5, "whole images");
+        same_features(&found.1, &expected.1, 1e-5, "kept patches");
+        same_features(&found.2, &expected.2, 1e-5, "another size");
+        close(&found.3, &expected.3, 1e-5, "products of CLS tokens");
+    }
 }
 
 #[test]

@@ -112,11 +112,19 @@ impl AdamW {
 
     /// The first parameter whose gradient is not finite.
     fn first_not_finite(&self, grads: &GradStore) -> CandleResult<Option<&Slot>> {
+        #[cfg(feature = "cuda")]
+        if let Some(slot) = on_cuda::first_not_finite(&self.groups, grads)? {
+            return Ok(Some(slot));
+        }
         let (mut slots, mut squares) = (Vec::new(), Vec::new());
         for slot in self.groups.iter().flat_map(|g| &g.slots) {
             let Some(grad) = grads.get(&slot.var) else {
                 continue;
             };
+            #[cfg(feature = "cuda")]
+            if on_cuda::takes(slot, grad) {
+                continue;
+            }
             if !is_fast(&[grad]) {
                 slots.push(slot);
                 squares.push(grad.to_dtype(DType::F32)?.sqr()?.sum_all()?);
@@ -178,8 +186,14 @@ impl AdamW {
                 second_correction: 1.0 / (1.0 - beta2.powf(t)).sqrt(),
                 keep: 1.0 - rate * group.weight_decay,
             };
+            #[cfg(feature = "cuda")]
+            on_cuda::step(&group.slots, grads, &update)?;
             for slot in &group.slots {
                 if let Some(grad) = grads.get(&slot.var) {
+                    #[cfg(feature = "cuda")]
+                    if on_cuda::takes(slot, grad) {
+                        continue;
+                    }
                     update.apply(slot, grad)?;
                 }
             }
@@ -244,6 +258,64 @@ impl Update {
         slot.var
             .set(&((slot.var.as_tensor() * self.keep)? - moved)?)?;
         slot.moments.set(&Tensor::stack(&[&first, &second], 0)?)
+    }
+}
+
+/// Slots on a CUDA device: one launch for all of a group.
+#[cfg(feature = "cuda")]
+mod on_cuda {
+    use candle_core::backprop::GradStore;
+    use candle_core::{DType, Result, Tensor};
+
+    use super::{Group, Slot, Update};
+    use crate::cuda::adamw as kernel;
+
+    pub(super) fn takes(slot: &Slot, grad: &Tensor) -> bool {
+        let plain = |t: &Tensor| t.dtype() == DType::F32 && t.device().is_cuda();
+        let in_place = slot.var.is_contiguous() && slot.moments.is_contiguous();
+        plain(&slot.var) && plain(grad) && in_place
+    }
+
+    fn collect<'a>(
+        slots: impl IntoIterator<Item = &'a Slot>,
+        grads: &GradStore,
+    ) -> Result<(Vec<&'a Slot>, Vec<kernel::Slot<'a>>)> {
+        let (mut found, mut theirs) = (Vec::new(), Vec::new());
+        for slot in slots {
+            let Some(grad) = grads.get(&slot.var).filter(|grad| takes(slot, grad)) else {
+                continue;
+            };
+            found.push(slot);
+            theirs.push(kernel::Slot {
+                parameter: slot.var.as_tensor(),
+                moments: slot.moments.as_tensor(),
+                gradient: grad.contiguous()?,
+            });
+        }
+        Ok((found, theirs))
+    }
+
+    pub(super) fn first_not_finite<'a>(
+        groups: &'a [Group],
+        grads: &GradStore,
+    ) -> Result<Option<&'a Slot>> {
+        let (slots, theirs) = collect(groups.iter().flat_map(|g| &g.slots), grads)?;
+        Ok(kernel::first_not_finite(&theirs)?.map(|i| slots[i]))
+    }
+
+    pub(super) fn step(slots: &[Slot], grads: &GradStore, update: &Update) -> Result<()> {
+        let (_, slots) = collect(slots, grads)?;
+        kernel::step(
+            &slots,
+            &kernel::Step {
+                beta1: update.beta1,
+                beta2: update.beta2,
+                keep: update.keep,
+                step_size: update.step_size,
+                second_correction: update.second_correction,
+                eps: update.eps,
+            },
+        )
     }
 }
 

@@ -7,6 +7,8 @@
 //! other device or type the same functions compose candle's differentiable primitives.
 
 mod adamw;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod init;
 mod kernels;

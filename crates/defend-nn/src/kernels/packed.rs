@@ -8,8 +8,8 @@ use rayon::prelude::*;
 
 /// Vectors side by side in a panel: with [`TILE_ROWS`] rows their products fill the registers of AVX2.
 const PANEL_VECTORS: usize = 2;
-/// Rows that a tile handles at most.
-const TILE_ROWS: usize = 6;
+/// Rows that a tile handles at most, with 16 registers and with 32.
+const TILE_ROWS: [usize; 2] = [6, 12];
 /// Bytes of a panel that are handled in one go: with the rows' parts they stay in the nearest cache.
 const PANEL_BYTES: usize = 24 * 1024;
 
@@ -127,7 +127,8 @@ impl WithSimd for Product<'_> {
         let (depth, columns) = (self.matrix.depth, self.matrix.columns);
         let width = PANEL_VECTORS * S::F32_LANES;
         // Tiles of nearly equal heights: a last one of a row or two would leave the multipliers idle.
-        let tiles = self.rows.div_ceil(TILE_ROWS);
+        let tile_rows = TILE_ROWS[usize::from(S::REGISTER_COUNT >= 32)];
+        let tiles = self.rows.div_ceil(tile_rows);
         let mut from = 0;
         while from < depth {
             let part = (PANEL_BYTES / (4 * width)).min(depth - from);
@@ -160,7 +161,13 @@ impl WithSimd for Product<'_> {
                         3 => tile.three(simd, out),
                         4 => tile.four(simd, out),
                         5 => tile.five(simd, out),
-                        _ => tile.six(simd, out),
+                        6 => tile.six(simd, out),
+                        7 => tile.seven(simd, out),
+                        8 => tile.eight(simd, out),
+                        9 => tile.nine(simd, out),
+                        10 => tile.ten(simd, out),
+                        11 => tile.eleven(simd, out),
+                        _ => tile.twelve(simd, out),
                     }
                 }
             }
@@ -219,6 +226,12 @@ tiles! {
     four: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3;
     five: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4;
     six: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5;
+    seven: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6;
+    eight: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7;
+    nine: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8;
+    ten: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9;
+    eleven: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9, 10 x10 a10 b10;
+    twelve: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9, 10 x10 a10 b10, 11 x11 a11 b11;
 }
 
 impl<S: Simd> Tile<'_, S> {

@@ -23,6 +23,10 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
             .contiguous()?
             .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
     }
+    #[cfg(feature = "cuda")]
+    if let Some(out) = on_cuda(x, weight, bias, eps)? {
+        return Ok(out);
+    }
     let inner = match x.dtype() {
         DType::F16 | DType::BF16 => DType::F32,
         other => other,
@@ -35,6 +39,24 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
         .to_dtype(x.dtype())?
         .broadcast_mul(weight)?
         .broadcast_add(bias)
+}
+
+/// The same by one kernel, on tensors that it takes.
+#[cfg(feature = "cuda")]
+fn on_cuda(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Option<Tensor>> {
+    use super::cuda::{NormGradients, Precomputed};
+    let fits = [weight, bias].iter().all(|t| t.dtype() == x.dtype());
+    if !fits || !crate::cuda::takes(x) || weight.dims() != [x.dim(D::Minus1)?] {
+        return Ok(None);
+    }
+    let [x, weight, bias] = [x.contiguous()?, weight.contiguous()?, bias.contiguous()?];
+    let keep = [&x, &weight, &bias].iter().any(|t| t.track_op());
+    let (out, kept) = crate::cuda::rows::layer_norm(&x, [&weight, &bias], eps, keep)?;
+    let Some(kept) = kept else {
+        return Ok(Some(out));
+    };
+    let op = Precomputed::new("layer-norm", out, NormGradients(kept));
+    x.apply_op3(&weight, &bias, op).map(Some)
 }
 
 struct LayerNorm {

@@ -23,7 +23,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
             .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
     }
     let (rows, mut shape) = flattened(x)?;
-    let out = rows.matmul(&weight.t()?)?.broadcast_add(bias)?;
+    let out = add_bias(&rows.matmul(&weight.t()?)?, bias)?;
     if let Some(last) = shape.last_mut() {
         *last = weight.dim(0)?;
     }
@@ -38,12 +38,50 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
 /// When the shapes do not fit.
 pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let tracked = [x, weight, bias].iter().any(|t| t.track_op());
+    #[cfg(feature = "cuda")]
+    if !tracked && fits_cuda(x, weight, bias) {
+        let (rows, mut shape) = flattened(x)?;
+        let out = rows.matmul(&weight.t()?)?;
+        let out = crate::cuda::rows::bias_gelu(&out, &bias.contiguous()?)?;
+        if let Some(last) = shape.last_mut() {
+            *last = weight.dim(0)?;
+        }
+        return out.reshape(shape);
+    }
     if tracked || !is_fast(&[x, weight, bias]) {
         return super::gelu(&linear(x, weight, bias)?);
     }
     let op = Linear::new([x, weight, bias], Activation::Gelu);
     x.contiguous()?
         .apply_op3_no_bwd(&weight.contiguous()?, &bias.contiguous()?, &op)
+}
+
+/// Rows plus a bias.
+fn add_bias(rows: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if fits_cuda(rows, rows, bias) {
+        use super::cuda::{BiasGradient, Precomputed};
+        let bias = bias.contiguous()?;
+        let branch = crate::cuda::rows::Branch {
+            y: rows,
+            bias: &bias,
+            factors: None,
+            scale: None,
+        };
+        let out = crate::cuda::rows::residual(None, &branch)?;
+        if !rows.track_op() && !bias.track_op() {
+            return Ok(out);
+        }
+        return rows.apply_op2(&bias, Precomputed::new("bias", out, BiasGradient));
+    }
+    rows.broadcast_add(bias)
+}
+
+/// Whether the CUDA kernels take what this map gives.
+#[cfg(feature = "cuda")]
+fn fits_cuda(x: &Tensor, weight: &Tensor, bias: &Tensor) -> bool {
+    let kind = [weight, bias].iter().all(|t| t.dtype() == x.dtype());
+    kind && crate::cuda::takes(bias) && x.elem_count() > 0
 }
 
 /// `[..., I]` as `[R, I]`, and the original dimensions.

@@ -7,6 +7,8 @@
 
 mod attention;
 mod block;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod gelu;
 mod layer_norm;
 mod linear;

@@ -1,0 +1,100 @@
+//! AdamW for all parameters of a group in one launch.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::launch::{Grid, Number, address_of, launch};
+
+/// Values that a block of threads handles.
+const VALUES_PER_PART: usize = 16 * 1024;
+
+/// A parameter, its moments `[2, ...]` and its gradient, all contiguous `f32` on one device.
+pub(crate) struct Slot<'a> {
+    pub(crate) parameter: &'a Tensor,
+    pub(crate) moments: &'a Tensor,
+    pub(crate) gradient: Tensor,
+}
+
+/// The addresses of some parameters and how they are cut into parts, on the device.
+struct Table {
+    slots: Tensor,
+    parts: Tensor,
+    count: usize,
+}
+
+impl Table {
+    fn new(slots: &[Slot<'_>]) -> Result<Self> {
+        let (mut words, mut parts) = (Vec::new(), Vec::new());
+        for (i, slot) in slots.iter().enumerate() {
+            let count = slot.gradient.elem_count();
+            let addresses = [slot.parameter, slot.moments, &slot.gradient];
+            for address in addresses {
+                words.extend(halves(address_of(address)?));
+            }
+            words.extend(halves(count as u64));
+            let starts = (0..count).step_by(VALUES_PER_PART);
+            parts.extend(starts.flat_map(|start| [i as u32, start as u32]));
+        }
+        let device = slots[0].parameter.device();
+        Ok(Self {
+            slots: Tensor::from_slice(&words, words.len(), device)?,
+            count: parts.len() / 2,
+            parts: Tensor::from_slice(&parts, parts.len(), device)?,
+        })
+    }
+
+    fn launch(&self, name: &str, more: Option<&Tensor>, numbers: &[Number]) -> Result<()> {
+        let grid = Grid {
+            blocks: [self.count, 1],
+            threads: [256, 1],
+        };
+        let mut tensors = vec![Some(&self.slots), Some(&self.parts)];
+        tensors.extend(more.map(Some));
+        launch(name, grid, &tensors, numbers)
+    }
+}
+
+/// As the processor keeps an `u64` in memory.
+fn halves(value: u64) -> [u32; 2] {
+    [value as u32, (value >> 32) as u32]
+}
+
+/// Index of the first gradient with a value that is not finite. Waits for the device.
+pub(crate) fn first_not_finite(slots: &[Slot<'_>]) -> Result<Option<usize>> {
+    let Some(first) = slots.first() else {
+        return Ok(None);
+    };
+    let found = Tensor::zeros(slots.len(), DType::U32, first.parameter.device())?;
+    let numbers = [VALUES_PER_PART.into()];
+    Table::new(slots)?.launch("not_finite", Some(&found), &numbers)?;
+    let found: Vec<u32> = found.to_vec1()?;
+    Ok(found.into_iter().position(|wrong| wrong != 0))
+}
+
+/// Constants of a step.
+pub(crate) struct Step {
+    pub(crate) beta1: f64,
+    pub(crate) beta2: f64,
+    pub(crate) keep: f64,
+    pub(crate) step_size: f64,
+    pub(crate) second_correction: f64,
+    pub(crate) eps: f64,
+}
+
+/// Updates parameters and moments in place.
+pub(crate) fn step(slots: &[Slot<'_>], step: &Step) -> Result<()> {
+    if slots.is_empty() {
+        return Ok(());
+    }
+    let numbers = [
+        VALUES_PER_PART.into(),
+        step.beta1.into(),
+        (1.0 - step.beta1).into(),
+        step.beta2.into(),
+        (1.0 - step.beta2).into(),
+        step.keep.into(),
+        step.step_size.into(),
+        step.second_correction.into(),
+        step.eps.into(),
+    ];
+    Table::new(slots)?.launch("adamw", None, &numbers)
+}

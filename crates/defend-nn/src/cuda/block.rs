@@ -1,0 +1,188 @@
+//! A whole pre-norm transformer block on a CUDA device: forward, and the backward pass written by hand.
+
+use candle_core::{Result, Tensor};
+
+use super::rows::{self, Branch, Heads};
+
+/// A block's parameters, in the order of [`crate::ops::BlockParameters`], and what is constant in a call.
+#[derive(Clone, Copy)]
+pub(crate) struct Block<'a> {
+    pub(crate) norm1: [&'a Tensor; 2],
+    pub(crate) qkv: [&'a Tensor; 2],
+    pub(crate) projection: [&'a Tensor; 2],
+    pub(crate) norm2: [&'a Tensor; 2],
+    pub(crate) fc1: [&'a Tensor; 2],
+    pub(crate) fc2: [&'a Tensor; 2],
+    /// LayerScale of both branches; has no backward pass here.
+    pub(crate) scales: Option<[&'a Tensor; 2]>,
+    pub(crate) heads: usize,
+    pub(crate) eps: f64,
+    /// Factors of both branches for each image, `[B]` in `f32`.
+    pub(crate) factors: Option<&'a [Tensor; 2]>,
+}
+
+/// What the backward pass needs, `[B T, ...]`.
+pub(crate) struct Saved {
+    x: Tensor,
+    kept1: Tensor,
+    z1: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    probabilities: Tensor,
+    attended: Tensor,
+    middle: Tensor,
+    kept2: Tensor,
+    z2: Tensor,
+    hidden: Tensor,
+    activated: Tensor,
+}
+
+/// What a forward pass finds.
+pub(crate) struct Passed {
+    /// `[B, T, D]`.
+    pub(crate) out: Tensor,
+    /// `[B, h, T - 1]`, where it was asked for.
+    pub(crate) cls_attention: Option<Tensor>,
+    pub(crate) saved: Option<Saved>,
+}
+
+/// `x W^T` for rows `[R, I]`.
+fn map(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    x.matmul(&weight.t()?)
+}
+
+impl Block<'_> {
+    fn heads(&self, x: &Tensor) -> Result<Heads> {
+        let (images, tokens, width) = x.dims3()?;
+        Ok(Heads {
+            images,
+            tokens,
+            padded: tokens.next_multiple_of(super::ALIGNMENT),
+            count: self.heads,
+            depth: width / self.heads,
+        })
+    }
+
+    fn branch<'a>(&'a self, which: usize, y: &'a Tensor, bias: &'a Tensor) -> Branch<'a> {
+        Branch {
+            y,
+            bias,
+            factors: self.factors.map(|factors| &factors[which]),
+            scale: self.scales.map(|scales| scales[which]),
+        }
+    }
+
+    /// `x`: `[B, T, D]`, contiguous and without a graph.
+    pub(crate) fn forward(&self, x: &Tensor, with_cls: bool, save: bool) -> Result<Passed> {
+        let (shape, heads) = (x.shape(), self.heads(x)?);
+        let x = x.reshape((heads.images * heads.tokens, ()))?;
+        let (z1, kept1) = rows::layer_norm(&x, self.norm1, self.eps, save)?;
+        let packed = map(&z1, self.qkv[0])?;
+        let scale = 1.0 / (heads.depth as f64).sqrt();
+        let [q, k, v] = heads.split(&packed, self.qkv[1], scale)?;
+        drop(packed);
+        let probabilities = q.matmul(&k.t()?)?;
+        heads.softmax(&probabilities)?;
+        let cls_attention = if with_cls {
+            let (images, tokens) = (heads.images, heads.tokens);
+            let cls = probabilities.narrow(1, 0, 1)?.narrow(2, 1, tokens - 1)?;
+            Some(
+                cls.contiguous()?
+                    .reshape((images, heads.count, tokens - 1))?,
+            )
+        } else {
+            None
+        };
+        let attended = heads.merge(&probabilities.matmul(&v)?)?;
+        let y = map(&attended, self.projection[0])?;
+        let branch = self.branch(0, &y, self.projection[1]);
+        let (middle, z2, kept2) = rows::residual_norm(&x, &branch, self.norm2, self.eps, save)?;
+        drop(y);
+        let hidden = map(&z2, self.fc1[0])?;
+        let activated = rows::bias_gelu(&hidden, self.fc1[1])?;
+        let y = map(&activated, self.fc2[0])?;
+        let out = rows::residual(Some(&middle), &self.branch(1, &y, self.fc2[1]))?;
+        let saved = match (kept1, kept2) {
+            (Some(kept1), Some(kept2)) => Some(Saved {
+                x,
+                kept1,
+                z1,
+                q,
+                k,
+                v,
+                probabilities,
+                attended,
+                middle,
+                kept2,
+                z2,
+                hidden,
+                activated,
+            }),
+            _ => None,
+        };
+        Ok(Passed {
+            out: out.reshape(shape)?,
+            cls_attention,
+            saved,
+        })
+    }
+
+    /// Gradients with respect to the input `[B, T, D]`, and to the parameters where `with_parameters`, from that of the
+    /// output, `g`.
+    pub(crate) fn backward(
+        &self,
+        saved: &Saved,
+        g: &Tensor,
+        with_parameters: bool,
+    ) -> Result<(Tensor, Option<Vec<Tensor>>)> {
+        let (shape, heads) = (g.shape(), self.heads(g)?);
+        let g = g.contiguous()?.reshape((heads.images * heads.tokens, ()))?;
+        let scaled = |g: &Tensor, which: usize| match self.factors {
+            Some(factors) => rows::scale_rows(g, &factors[which]),
+            None => Ok(g.clone()),
+        };
+        // MLP.
+        let g2 = scaled(&g, 1)?;
+        let dactivated = g2.matmul(self.fc2[0])?;
+        let dhidden = rows::bias_gelu_backward(&saved.hidden, self.fc1[1], &dactivated)?;
+        drop(dactivated);
+        let dz2 = dhidden.matmul(self.fc1[0])?;
+        let (w, kept) = (self.norm2[0], &saved.kept2);
+        let dmiddle = rows::layer_norm_backward(&saved.middle, kept, w, &dz2, Some(&g))?;
+        // Attention.
+        let g1 = scaled(&dmiddle, 0)?;
+        let dattended = heads.unmerge(&g1.matmul(self.projection[0])?)?;
+        let dv = saved.probabilities.t()?.matmul(&dattended)?;
+        let dlogits = dattended.matmul(&saved.v.t()?)?;
+        heads.softmax_backward(&saved.probabilities, &dlogits)?;
+        let dq = dlogits.matmul(&saved.k)?;
+        let dk = dlogits.t()?.matmul(&saved.q)?;
+        let scale = 1.0 / (heads.depth as f64).sqrt();
+        let dqkv = heads.join([&dq, &dk, &dv], scale)?;
+        let dz1 = dqkv.matmul(self.qkv[0])?;
+        let (w, kept) = (self.norm1[0], &saved.kept1);
+        let dx = rows::layer_norm_backward(&saved.x, kept, w, &dz1, Some(&dmiddle))?;
+        let dx = dx.reshape(shape)?;
+        if !with_parameters {
+            return Ok((dx, None));
+        }
+        let mut gradients = Vec::with_capacity(12);
+        gradients.extend(rows::norm_sums(&dz1, &saved.x, &saved.kept1)?);
+        for (g, x) in [(&dqkv, &saved.z1), (&g1, &saved.attended)] {
+            gradients.extend([g.t()?.matmul(x)?, rows::column_sums(g)?]);
+        }
+        gradients.extend(rows::norm_sums(&dz2, &saved.middle, &saved.kept2)?);
+        for (g, x) in [(&dhidden, &saved.z2), (&g2, &saved.activated)] {
+            gradients.extend([g.t()?.matmul(x)?, rows::column_sums(g)?]);
+        }
+        Ok((dx, Some(gradients)))
+    }
+}
+
+/// Whether the kernels take a block's input: heads of whole packs, and a token beside the first.
+pub(crate) fn takes_heads(x: &Tensor, heads: usize) -> Result<bool> {
+    let (_, tokens, width) = x.dims3()?;
+    let whole = heads > 0 && width % heads == 0 && (width / heads) % super::ALIGNMENT == 0;
+    Ok(whole && tokens > 1)
+}

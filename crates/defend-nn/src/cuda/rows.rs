@@ -1,0 +1,336 @@
+//! The kernels as functions of tensors; every tensor is contiguous, `[R, C]` means any leading dimensions with R rows in all.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::launch::{Grid, Number, empty, empty_of, launch};
+
+/// Rows whose sums a block of `column_sums` adds up.
+const ROWS_PER_CHUNK: usize = 128;
+
+fn named(kernel: &str, like: &Tensor) -> String {
+    format!("{kernel}_{}", like.dtype().as_str())
+}
+
+/// Rows and columns of `[R, C]`.
+fn extents(x: &Tensor) -> (usize, usize) {
+    let columns = x.dims().last().copied().unwrap_or(1).max(1);
+    (x.elem_count() / columns, columns)
+}
+
+/// Values that a thread moves at once.
+fn packs(x: &Tensor) -> usize {
+    x.elem_count() * x.dtype().size_in_bytes() / 16
+}
+
+/// Normalised rows, and their means and inverse standard deviations `[R, 2]` for [`layer_norm_backward`].
+pub(crate) fn layer_norm(
+    x: &Tensor,
+    [w, b]: [&Tensor; 2],
+    eps: f64,
+    keep: bool,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let (rows, width) = extents(x);
+    let out = empty(x.shape(), x)?;
+    let kept = kept(x, rows, keep)?;
+    launch(
+        &named("layer_norm", x),
+        Grid::rows(rows),
+        &[Some(x), Some(w), Some(b), Some(&out), kept.as_ref()],
+        &[rows.into(), width.into(), eps.into()],
+    )?;
+    Ok((out, kept))
+}
+
+fn kept(x: &Tensor, rows: usize, keep: bool) -> Result<Option<Tensor>> {
+    keep.then(|| empty_of((rows, 2), DType::F32, x)).transpose()
+}
+
+/// Gradient of [`layer_norm`]'s input from that of its output, `g`, plus `residual`.
+pub(crate) fn layer_norm_backward(
+    x: &Tensor,
+    kept: &Tensor,
+    w: &Tensor,
+    g: &Tensor,
+    residual: Option<&Tensor>,
+) -> Result<Tensor> {
+    let (rows, width) = extents(x);
+    let dx = empty(x.shape(), x)?;
+    launch(
+        &named("layer_norm_backward", x),
+        Grid::rows(rows),
+        &[Some(x), Some(kept), Some(w), Some(g), residual, Some(&dx)],
+        &[rows.into(), width.into()],
+    )?;
+    Ok(dx)
+}
+
+/// A branch that is added: `factors[image] * scale * (y + bias)`.
+pub(crate) struct Branch<'a> {
+    pub(crate) y: &'a Tensor,
+    pub(crate) bias: &'a Tensor,
+    /// One for each image, `f32`.
+    pub(crate) factors: Option<&'a Tensor>,
+    /// LayerScale, `[C]`.
+    pub(crate) scale: Option<&'a Tensor>,
+}
+
+/// `x` plus a branch, or the branch alone.
+pub(crate) fn residual(x: Option<&Tensor>, branch: &Branch<'_>) -> Result<Tensor> {
+    let y = branch.y;
+    let (rows, width) = extents(y);
+    let out = empty(y.shape(), y)?;
+    launch(
+        &named("residual", y),
+        Grid::rows(rows),
+        &[
+            x,
+            Some(y),
+            Some(branch.bias),
+            branch.factors,
+            branch.scale,
+            Some(&out),
+            None,
+            None,
+            None,
+            None,
+        ],
+        &[
+            rows.into(),
+            width.into(),
+            per_factor(rows, branch.factors).into(),
+            0.0.into(),
+        ],
+    )?;
+    Ok(out)
+}
+
+/// `x` plus a branch, and the sum's LayerNorm with what its backward pass needs.
+pub(crate) fn residual_norm(
+    x: &Tensor,
+    branch: &Branch<'_>,
+    [w, b]: [&Tensor; 2],
+    eps: f64,
+    keep: bool,
+) -> Result<(Tensor, Tensor, Option<Tensor>)> {
+    let (rows, width) = extents(x);
+    let (out, normed) = (empty(x.shape(), x)?, empty(x.shape(), x)?);
+    let kept = kept(x, rows, keep)?;
+    launch(
+        &named("residual", x),
+        Grid::rows(rows),
+        &[
+            Some(x),
+            Some(branch.y),
+            Some(branch.bias),
+            branch.factors,
+            branch.scale,
+            Some(&out),
+            Some(w),
+            Some(b),
+            Some(&normed),
+            kept.as_ref(),
+        ],
+        &[
+            rows.into(),
+            width.into(),
+            per_factor(rows, branch.factors).into(),
+            eps.into(),
+        ],
+    )?;
+    Ok((out, normed, kept))
+}
+
+fn per_factor(rows: usize, factors: Option<&Tensor>) -> usize {
+    factors.map_or(1, |factors| rows / factors.elem_count().max(1))
+}
+
+/// Rows times the factor of their image.
+pub(crate) fn scale_rows(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
+    let (rows, width) = extents(x);
+    let out = empty(x.shape(), x)?;
+    launch(
+        &named("scale_rows", x),
+        Grid::rows(rows),
+        &[Some(x), Some(factors), Some(&out)],
+        &[
+            rows.into(),
+            width.into(),
+            per_factor(rows, Some(factors)).into(),
+        ],
+    )?;
+    Ok(out)
+}
+
+/// `gelu(y + bias)`.
+pub(crate) fn bias_gelu(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let (out, items) = (empty(y.shape(), y)?, packs(y));
+    launch(
+        &named("bias_gelu", y),
+        Grid::items(items),
+        &[Some(y), Some(bias), Some(&out)],
+        &[items.into(), extents(y).1.into()],
+    )?;
+    Ok(out)
+}
+
+/// Gradient of [`bias_gelu`]'s `y` from that of its output.
+pub(crate) fn bias_gelu_backward(y: &Tensor, bias: &Tensor, g: &Tensor) -> Result<Tensor> {
+    let (dy, items) = (empty(y.shape(), y)?, packs(y));
+    launch(
+        &named("bias_gelu_backward", y),
+        Grid::items(items),
+        &[Some(y), Some(bias), Some(g), Some(&dy)],
+        &[items.into(), extents(y).1.into()],
+    )?;
+    Ok(dy)
+}
+
+/// How an image's tokens are cut into heads.
+#[derive(Clone, Copy)]
+pub(crate) struct Heads {
+    pub(crate) images: usize,
+    pub(crate) tokens: usize,
+    /// Rows of the keys and values: tokens filled up with zeros to a multiple of 8, which the products want.
+    pub(crate) padded: usize,
+    pub(crate) count: usize,
+    /// Channels of a head.
+    pub(crate) depth: usize,
+}
+
+impl Heads {
+    fn numbers(self, items: usize, scale: f64) -> [Number; 6] {
+        [
+            items.into(),
+            self.tokens.into(),
+            self.padded.into(),
+            self.count.into(),
+            self.depth.into(),
+            scale.into(),
+        ]
+    }
+
+    /// Shape of queries.
+    fn queries(self) -> (usize, usize, usize) {
+        (self.images * self.count, self.tokens, self.depth)
+    }
+
+    /// `[B T, 3 D]` plus bias as queries `[B h, T, d]`, times `scale`, keys and values `[B h, padded, d]`.
+    pub(crate) fn split(self, packed: &Tensor, bias: &Tensor, scale: f64) -> Result<[Tensor; 3]> {
+        let keys = (self.images * self.count, self.padded, self.depth);
+        let (q, k) = (empty(self.queries(), packed)?, empty(keys, packed)?);
+        let v = empty(keys, packed)?;
+        let items = packs(packed) / self.tokens * self.padded;
+        launch(
+            &named("split_heads", packed),
+            Grid::items(items),
+            &[Some(packed), Some(bias), Some(&q), Some(&k), Some(&v)],
+            &self.numbers(items, scale),
+        )?;
+        Ok([q, k, v])
+    }
+
+    /// Gradient of [`Heads::split`]'s packed rows from those of queries, keys and values.
+    pub(crate) fn join(self, [q, k, v]: [&Tensor; 3], scale: f64) -> Result<Tensor> {
+        let width = self.count * self.depth;
+        let packed = empty((self.images * self.tokens, 3 * width), q)?;
+        let items = packs(&packed);
+        launch(
+            &named("join_heads", q),
+            Grid::items(items),
+            &[Some(q), Some(k), Some(v), Some(&packed)],
+            &self.numbers(items, scale),
+        )?;
+        Ok(packed)
+    }
+
+    /// `[B h, T, d]` as `[B T, h d]`.
+    pub(crate) fn merge(self, x: &Tensor) -> Result<Tensor> {
+        let out = empty((self.images * self.tokens, self.count * self.depth), x)?;
+        self.swap(x, &out, self.count, self.tokens)?;
+        Ok(out)
+    }
+
+    /// The reverse of [`Heads::merge`].
+    pub(crate) fn unmerge(self, x: &Tensor) -> Result<Tensor> {
+        let out = empty(self.queries(), x)?;
+        self.swap(x, &out, self.tokens, self.count)?;
+        Ok(out)
+    }
+
+    fn swap(self, x: &Tensor, out: &Tensor, first: usize, second: usize) -> Result<()> {
+        let items = packs(x);
+        launch(
+            &named("swap_axes", x),
+            Grid::items(items),
+            &[Some(x), Some(out)],
+            &[items.into(), first.into(), second.into(), self.depth.into()],
+        )
+    }
+
+    /// Softmax of logits `[B h, T, padded]` over the tokens, zeros behind them. In place: the logits must have no other user.
+    pub(crate) fn softmax(self, logits: &Tensor) -> Result<()> {
+        let rows = self.images * self.count * self.tokens;
+        launch(
+            &named("softmax", logits),
+            Grid::rows(rows),
+            &[Some(logits)],
+            &[rows.into(), self.tokens.into(), self.padded.into()],
+        )
+    }
+
+    /// Turns the gradient of the probabilities into that of the logits. In place: `g` must have no other user.
+    pub(crate) fn softmax_backward(self, p: &Tensor, g: &Tensor) -> Result<()> {
+        let rows = self.images * self.count * self.tokens;
+        launch(
+            &named("softmax_backward", p),
+            Grid::rows(rows),
+            &[Some(p), Some(g)],
+            &[rows.into(), self.padded.into()],
+        )
+    }
+}
+
+/// Sums of the columns of `[R, C]`: the gradient of a bias.
+pub(crate) fn column_sums(g: &Tensor) -> Result<Tensor> {
+    let (sums, _) = chunk_sums(g, None)?;
+    join_sums(&sums, g)
+}
+
+/// Gradients of a LayerNorm's scale and shift from that of its output.
+pub(crate) fn norm_sums(g: &Tensor, x: &Tensor, kept: &Tensor) -> Result<[Tensor; 2]> {
+    let (sums, products) = chunk_sums(g, Some((x, kept)))?;
+    let products = products.unwrap_or_else(|| sums.clone());
+    Ok([join_sums(&products, g)?, join_sums(&sums, g)?])
+}
+
+fn chunk_sums(g: &Tensor, normed: Option<(&Tensor, &Tensor)>) -> Result<(Tensor, Option<Tensor>)> {
+    let (rows, width) = extents(g);
+    let chunks = rows.div_ceil(ROWS_PER_CHUNK);
+    let make = || empty_of((chunks, width), DType::F32, g);
+    let sums = make()?;
+    let products = normed.map(|_| make()).transpose()?;
+    let grid = Grid {
+        blocks: [width.div_ceil(32), chunks],
+        threads: [32, 8],
+    };
+    let (x, kept) = normed.unzip();
+    launch(
+        &named("column_sums", g),
+        grid,
+        &[Some(g), x, kept, Some(&sums), products.as_ref()],
+        &[rows.into(), width.into(), ROWS_PER_CHUNK.into()],
+    )?;
+    Ok((sums, products))
+}
+
+fn join_sums(sums: &Tensor, like: &Tensor) -> Result<Tensor> {
+    let (chunks, width) = extents(sums);
+    let out = empty(width, like)?;
+    launch(
+        &named("join_sums", like),
+        Grid::items(width),
+        &[Some(sums), Some(&out)],
+        &[chunks.into(), width.into()],
+    )?;
+    Ok(out)
+}

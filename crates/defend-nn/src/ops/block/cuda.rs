@@ -1,0 +1,143 @@
+//! The block on a CUDA device.
+
+use std::sync::{Arc, Mutex};
+
+use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+
+use super::super::cuda::storage_of;
+use super::{BlockParameters, Gradients, check, lock, ticket};
+use crate::cuda::block::{Block, Saved, takes_heads};
+
+/// The block by the kernels, where they take its tensors; LayerScale only without a backward pass.
+pub(super) fn block(
+    x: &Tensor,
+    parameters: &BlockParameters,
+    factors: Option<&[Vec<f32>; 2]>,
+    with_cls_attention: bool,
+) -> Result<Option<(Tensor, Option<Tensor>)>> {
+    let tensors = parameters.tensors();
+    let trains = tensors.iter().any(|p| p.track_op());
+    let scales = parameters.scales.as_ref();
+    let tracked = x.track_op() || trains;
+    let fits = tensors
+        .iter()
+        .copied()
+        .chain(scales.into_iter().flatten())
+        .all(|t| t.dtype() == x.dtype() && t.is_contiguous() && crate::cuda::takes(t));
+    let scaled = scales.is_some_and(|scales| tracked || scales.iter().any(Tensor::track_op));
+    if !fits || !crate::cuda::takes(x) || scaled || !takes_heads(x, parameters.heads)? {
+        return Ok(None);
+    }
+    check(x, parameters, factors)?;
+    let factors = factors.map(|[f1, f2]| -> Result<[Tensor; 2]> {
+        let put = |f: &[f32]| Tensor::from_slice(f, f.len(), x.device());
+        Ok([put(f1)?, put(f2)?])
+    });
+    let call = Call {
+        parameters: parameters.clone(),
+        factors: factors.transpose()?,
+        tracked: [x.track_op(), trains],
+    };
+    let x = x.contiguous()?;
+    let passed = call
+        .block()
+        .forward(&x.detach(), with_cls_attention, tracked)?;
+    let Some(saved) = passed.saved else {
+        return Ok(Some((passed.out, passed.cls_attention)));
+    };
+    let gradients = Gradients::default();
+    let ticket = ticket(&x, &tensors, &gradients)?;
+    let out = x.apply_op2(
+        &ticket,
+        Node {
+            call,
+            saved,
+            out: Mutex::new(Some(passed.out)),
+            gradients: Arc::clone(&gradients),
+        },
+    )?;
+    Ok(Some((out, passed.cls_attention)))
+}
+
+/// What forward and backward pass share.
+struct Call {
+    parameters: BlockParameters,
+    factors: Option<[Tensor; 2]>,
+    /// Whether the input and any parameter need a gradient.
+    tracked: [bool; 2],
+}
+
+impl Call {
+    fn block(&self) -> Block<'_> {
+        fn pair([a, b]: &[Tensor; 2]) -> [&Tensor; 2] {
+            [a, b]
+        }
+        let p = &self.parameters;
+        Block {
+            norm1: pair(&p.norm1),
+            qkv: pair(&p.qkv),
+            projection: pair(&p.projection),
+            norm2: pair(&p.norm2),
+            fc1: pair(&p.fc1),
+            fc2: pair(&p.fc2),
+            scales: p.scales.as_ref().map(pair),
+            heads: p.heads,
+            eps: p.eps,
+            factors: self.factors.as_ref(),
+        }
+    }
+}
+
+/// The block in candle's graph; its result is there already.
+struct Node {
+    call: Call,
+    saved: Saved,
+    out: Mutex<Option<Tensor>>,
+    gradients: Gradients,
+}
+
+impl CustomOp2 for Node {
+    fn name(&self) -> &'static str {
+        "transformer-block"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        bail!("transformer block: the CUDA form met tensors on the CPU")
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let Some(out) = lock(&self.out).take() else {
+            bail!("transformer block: its result was taken before")
+        };
+        storage_of(&out)
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        ticket: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [needs_x, needs_parameters] = self.call.tracked;
+        let block = self.call.block();
+        let (dx, gradients) = block.backward(&self.saved, grad, needs_parameters)?;
+        if gradients.is_some() {
+            *lock(&self.gradients) = gradients;
+        }
+        let ticket = needs_parameters.then(|| ticket.zeros_like()).transpose()?;
+        Ok((needs_x.then_some(dx), ticket))
+    }
+}
