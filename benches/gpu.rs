@@ -1,6 +1,6 @@
 //! Images per second on a graphics card, and the card's peak: the Rust half of `tools/gpu.sh`.
 //!
-//! `cargo bench -p defend-benches --features cuda --bench gpu -- [--smoke] [--seconds 2]`
+//! `cargo bench -p defend-benches --features cuda --bench gpu -- [--smoke] [--seconds 2] [--only "ViT-S, batch 32, bf16"]`
 //!
 //! Prints one JSON object a line: `{"work", "precision", "images", "seconds", "flop"}`, where `seconds` and `flop` are
 //! of one repetition. `--smoke` runs tiny settings, on any device.
@@ -28,6 +28,9 @@ struct Arguments {
     /// Length of a measurement; each is the median of three.
     #[arg(long, default_value_t = 2.0)]
     seconds: f64,
+    /// Rows whose work and precision contain this.
+    #[arg(long, default_value = "")]
+    only: String,
     /// Given by cargo.
     #[arg(long, hide = true)]
     bench: bool,
@@ -110,6 +113,7 @@ struct Place {
     /// Seconds of a measurement.
     length: f64,
     precision: Precision,
+    only: String,
 }
 
 /// Multiplications and additions of the blocks, and of the patch embedding, for an image of `patches` patches.
@@ -146,6 +150,9 @@ impl Place {
 
     /// Reports the median of three measurements of `work`, whose repetition takes `flop` operations on `images` images.
     fn measure(&self, name: &str, images: usize, flop: f64, mut work: impl FnMut()) {
+        if !format!("{name}, {}", self.precision.name()).contains(&self.only) {
+            return;
+        }
         let mut timed = |times: usize| {
             self.device.synchronize().expect("the device answers");
             let start = Instant::now();
@@ -236,6 +243,7 @@ fn main() {
             device: device.clone(),
             length: arguments.seconds,
             precision,
+            only: arguments.only.clone(),
         };
         place.peak(settings.side);
         for model in &settings.models {

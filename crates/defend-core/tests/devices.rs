@@ -83,7 +83,16 @@ impl Place {
         });
         let random = Vit::random(spec.clone(), 0.0, &mut Rng::seed(seed), &Device::Cpu).unwrap();
         let state = random.state().unwrap().into_iter();
-        let state = state.map(|(name, t)| (name, self.put(&t))).collect();
+        let state = state.map(|(name, t)| {
+            // LayerScale starts with ones, which would hide its absence.
+            let t = if name.ends_with("gamma") {
+                normal(t.dims(), 1.0, &mut Rng::seed(50), &Device::Cpu).unwrap()
+            } else {
+                t
+            };
+            (name, self.put(&t))
+        });
+        let state = state.collect();
         Vit::load(
             spec,
             Weights::from_tensors(state, "random"),
@@ -217,7 +226,12 @@ fn trained(place: &Place, student: &Vit) -> Trained {
         learning_rate: 1e-3,
         weight_decay: 0.05,
     };
-    let mut optimiser = AdamW::new(vec![group], AdamWConfig::default()).unwrap();
+    // With the usual eps of 1e-8 the smallest gradients would show nothing but their rounding.
+    let config = AdamWConfig {
+        eps: 1e-5,
+        ..AdamWConfig::default()
+    };
+    let mut optimiser = AdamW::new(vec![group], config).unwrap();
     let images = place.noise(&[2, 3, 32, 32], 5);
     let target = place.noise(&[2, 4, 48], 6);
     let keep = [vec![0, 5, 9, 11], vec![3, 4, 12, 15]];

@@ -270,19 +270,23 @@ mod on_cuda {
     use super::{Group, Slot, Update};
     use crate::cuda::adamw as kernel;
 
+    const TYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+
     pub(super) fn takes(slot: &Slot, grad: &Tensor) -> bool {
-        let plain = |t: &Tensor| t.dtype() == DType::F32 && t.device().is_cuda();
+        let same = grad.dtype() == slot.var.dtype() && grad.device().is_cuda();
         let in_place = slot.var.is_contiguous() && slot.moments.is_contiguous();
-        plain(&slot.var) && plain(grad) && in_place
+        slot.var.device().is_cuda() && same && TYPES.contains(&grad.dtype()) && in_place
     }
 
     fn collect<'a>(
         slots: impl IntoIterator<Item = &'a Slot>,
         grads: &GradStore,
+        dtype: DType,
     ) -> Result<(Vec<&'a Slot>, Vec<kernel::Slot<'a>>)> {
         let (mut found, mut theirs) = (Vec::new(), Vec::new());
         for slot in slots {
-            let Some(grad) = grads.get(&slot.var).filter(|grad| takes(slot, grad)) else {
+            let grad = grads.get(&slot.var).filter(|grad| takes(slot, grad));
+            let Some(grad) = grad.filter(|grad| grad.dtype() == dtype) else {
                 continue;
             };
             found.push(slot);
@@ -299,23 +303,29 @@ mod on_cuda {
         groups: &'a [Group],
         grads: &GradStore,
     ) -> Result<Option<&'a Slot>> {
-        let (slots, theirs) = collect(groups.iter().flat_map(|g| &g.slots), grads)?;
-        Ok(kernel::first_not_finite(&theirs)?.map(|i| slots[i]))
+        for dtype in TYPES {
+            let slots = groups.iter().flat_map(|g| &g.slots);
+            let (slots, theirs) = collect(slots, grads, dtype)?;
+            if let Some(wrong) = kernel::first_not_finite(&theirs)? {
+                return Ok(Some(slots[wrong]));
+            }
+        }
+        Ok(None)
     }
 
     pub(super) fn step(slots: &[Slot], grads: &GradStore, update: &Update) -> Result<()> {
-        let (_, slots) = collect(slots, grads)?;
-        kernel::step(
-            &slots,
-            &kernel::Step {
-                beta1: update.beta1,
-                beta2: update.beta2,
-                keep: update.keep,
-                step_size: update.step_size,
-                second_correction: update.second_correction,
-                eps: update.eps,
-            },
-        )
+        let step = kernel::Step {
+            beta1: update.beta1,
+            beta2: update.beta2,
+            keep: update.keep,
+            step_size: update.step_size,
+            second_correction: update.second_correction,
+            eps: update.eps,
+        };
+        for dtype in TYPES {
+            kernel::step(&collect(slots, grads, dtype)?.1, &step)?;
+        }
+        Ok(())
     }
 }
 

@@ -1,7 +1,7 @@
 //! Images to patch vectors.
 
-use candle_core::{DType, Storage, Tensor};
-use rayon::prelude::*;
+use candle_core::Tensor;
+use defend_nn::ops;
 
 use crate::{Error, Grid, TokenSet};
 
@@ -30,64 +30,14 @@ pub(crate) fn patchify(
     if let Some(keep) = keep {
         keep.check(b, grid)?;
     }
-    if images.device().is_cpu()
-        && images.dtype() == DType::F32
-        && images.is_contiguous()
-        && !images.track_op()
-    {
-        return Ok((copied(images, patch, grid, keep)?, grid));
-    }
-    let patches = images
-        .reshape((b, 3, grid.rows, patch, grid.columns, patch))?
-        .permute((0, 2, 4, 1, 3, 5))?
-        .reshape((b, grid.patches(), 3 * patch * patch))?;
-    let patches = match keep {
-        Some(keep) => keep.gather(&patches)?,
-        None => patches,
-    };
-    Ok((patches, grid))
-}
-
-/// The same in one parallel copy of what is kept.
-fn copied(
-    images: &Tensor,
-    patch: usize,
-    grid: Grid,
-    keep: Option<&TokenSet>,
-) -> Result<Tensor, Error> {
-    let (b, _, height, width) = images.dims4()?;
-    let kept: Vec<u32> = match keep {
-        Some(keep) => keep.indices().flatten_all()?.to_vec1()?,
-        None => (0..b).flat_map(|_| 0..grid.patches() as u32).collect(),
-    };
-    let (storage, layout) = images.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else {
-        let reason = "the pixels of a CPU tensor are on another device";
-        return Err(candle_core::Error::Msg(reason.into()).into());
-    };
-    let pixels = &storage.as_slice::<f32>()?[layout.start_offset()..];
-    let values = 3 * patch * patch;
-    let each = kept.len() / b;
-    let mut out = vec![0f32; kept.len() * values];
-    out.par_chunks_mut(values)
-        .zip(&kept)
-        .enumerate()
-        .for_each(|(i, (out, &at))| {
-            let at = at as usize;
-            let (row, column) = (at / grid.columns * patch, at % grid.columns * patch);
-            for (line, out) in out.chunks_exact_mut(patch).enumerate() {
-                let (channel, y) = (line / patch, row + line % patch);
-                let start = ((i / each * 3 + channel) * height + y) * width + column;
-                out.copy_from_slice(&pixels[start..start + patch]);
-            }
-        });
-    Ok(Tensor::from_vec(out, (b, each, values), images.device())?)
+    let kept = keep.map(TokenSet::indices);
+    Ok((ops::patches(images, patch, kept)?, grid))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
+    use candle_core::{DType, Device};
 
     #[test]
     fn patches_equal_the_convolution() -> Result<(), Error> {
@@ -122,23 +72,5 @@ mod tests {
             error.contains("[1, 3, 224, 220]") && error.contains("multiples of 16"),
             "{error}"
         );
-    }
-
-    #[test]
-    fn the_copy_equals_the_permutation() -> Result<(), Error> {
-        let images = Tensor::arange(0f32, (2 * 3 * 8 * 12) as f32, &Device::Cpu)?;
-        let images = images.reshape((2, 3, 8, 12))?;
-        let grid = Grid {
-            rows: 2,
-            columns: 3,
-        };
-        let keep = TokenSet::from_rows(&[vec![4, 1], vec![0, 5]], grid, &Device::Cpu)?;
-        for keep in [None, Some(&keep)] {
-            let (copied, _) = patchify(&images, 4, keep)?;
-            let (permuted, _) = patchify(&images.to_dtype(DType::F64)?, 4, keep)?;
-            let permuted = permuted.to_dtype(DType::F32)?;
-            assert_eq!(copied.to_vec3::<f32>()?, permuted.to_vec3::<f32>()?);
-        }
-        Ok(())
     }
 }

@@ -427,16 +427,18 @@ impl Vit {
         let positions = pos_embed.narrow(0, patches_from, arch.grid().patches())?;
         let filter = Bicubic::of(arch);
         let positions = pos_embed::resize(&positions, arch.grid(), grid, filter)?;
-        let positions = match keep {
-            None => positions.unsqueeze(0)?,
-            Some(keep) => {
-                let kept = keep.indices().flatten_all()?;
-                positions.index_select(&kept, 0)?.reshape((b, (), d))?
-            }
-        };
         let kernel = self.patch_embed.weight.reshape((d, arch.patch_values()))?;
         let patches = ops::linear(&patches, &kernel, &self.patch_embed.bias)?;
-        let patches = patches.broadcast_add(&positions)?;
+        let patches = match keep {
+            None => {
+                let images = patches.reshape((b, positions.elem_count()))?;
+                ops::add_bias(&images, &positions.flatten_all()?)?.reshape(patches.shape())?
+            }
+            Some(keep) => {
+                let kept = keep.indices().flatten_all()?;
+                (&patches + positions.index_select(&kept, 0)?.reshape((b, (), d))?)?
+            }
+        };
         let cls = self
             .cls_token
             .broadcast_add(&cls_position)?

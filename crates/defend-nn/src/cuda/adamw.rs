@@ -1,4 +1,4 @@
-//! AdamW for all parameters of a group in one launch.
+//! AdamW for all parameters of a group and type in one launch.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -7,7 +7,7 @@ use super::launch::{Grid, Number, address_of, launch};
 /// Values that a block of threads handles.
 const VALUES_PER_PART: usize = 16 * 1024;
 
-/// A parameter, its moments `[2, ...]` and its gradient, all contiguous `f32` on one device.
+/// A parameter, its moments `[2, ...]` and its gradient, all contiguous and of one type on one device.
 pub(crate) struct Slot<'a> {
     pub(crate) parameter: &'a Tensor,
     pub(crate) moments: &'a Tensor,
@@ -19,6 +19,7 @@ struct Table {
     slots: Tensor,
     parts: Tensor,
     count: usize,
+    dtype: DType,
 }
 
 impl Table {
@@ -39,6 +40,7 @@ impl Table {
             slots: Tensor::from_slice(&words, words.len(), device)?,
             count: parts.len() / 2,
             parts: Tensor::from_slice(&parts, parts.len(), device)?,
+            dtype: slots[0].parameter.dtype(),
         })
     }
 
@@ -49,7 +51,8 @@ impl Table {
         };
         let mut tensors = vec![Some(&self.slots), Some(&self.parts)];
         tensors.extend(more.map(Some));
-        launch(name, grid, &tensors, numbers)
+        let name = format!("{name}_{}", self.dtype.as_str());
+        launch(&name, grid, &tensors, numbers)
     }
 }
 

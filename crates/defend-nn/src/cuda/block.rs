@@ -102,7 +102,7 @@ impl Block<'_> {
         let hidden = map(&z2, self.fc1[0])?;
         let activated = rows::bias_gelu(&hidden, self.fc1[1])?;
         let y = map(&activated, self.fc2[0])?;
-        let out = rows::residual(Some(&middle), &self.branch(1, &y, self.fc2[1]))?;
+        let out = rows::residual(&middle, &self.branch(1, &y, self.fc2[1]))?;
         let saved = match (kept1, kept2) {
             (Some(kept1), Some(kept2)) => Some(Saved {
                 x,

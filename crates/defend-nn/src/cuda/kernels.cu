@@ -119,8 +119,8 @@ __device__ void layer_norm_backward(const T *x, const float *kept, const T *w, c
     }
 }
 
-// out = x + factor[row / per_factor] * scale * (y + bias), and LayerNorm of it into `normed`; factors, scale, normed, x may be
-// null.
+// out = x + factor[row / per_factor] * scale * (y + bias), and LayerNorm of it into `normed`; factors, scale and normed may
+// be null.
 template <typename T>
 __device__ void residual(const T *x, const T *y, const T *bias, const float *factors, const T *scale, T *out, const T *w,
                          const T *b, T *normed, float *kept, int rows, int width, int per_factor, float eps) {
@@ -129,13 +129,12 @@ __device__ void residual(const T *x, const T *y, const T *bias, const float *fac
     if (row >= rows) return;
     const float factor = factors ? factors[row / per_factor] : 1.f;
     for (int i = threadIdx.x * N; i < width; i += 32 * N) {
-        Pack<T> p = load(y + row * width + i), q = load(bias + i), r, s;
-        if (x) r = load(x + row * width + i);
+        Pack<T> p = load(y + row * width + i), q = load(bias + i), r = load(x + row * width + i), s;
         if (scale) s = load(scale + i);
         for (int j = 0; j < N; j++) {
             float v = (up(p.v[j]) + up(q.v[j])) * factor;
             if (scale) v *= up(s.v[j]);
-            p.v[j] = down<T>(x ? up(r.v[j]) + v : v);
+            p.v[j] = down<T>(up(r.v[j]) + v);
         }
         store(out + row * width + i, p);
     }
@@ -290,11 +289,10 @@ template <typename T> __device__ void softmax_backward(const T *p, T *g, int row
     }
 }
 
-// Sums over each block's rows: of g, and with x and its moments also of g * (x - mean) * scale (gradients of LayerNorm's shift
-// and scale). `sums` [chunks, width], `products` [chunks, width] or null.
+// Sums over each block's rows, [chunks, width]: of g, or with x and its moments [chunks, 2 width]: of g * (x - mean) * scale and
+// of g (gradients of LayerNorm's scale and shift).
 template <typename T>
-__device__ void column_sums(const T *g, const T *x, const float *kept, float *sums, float *products, int rows, int width,
-                            int per_chunk) {
+__device__ void column_sums(const T *g, const T *x, const float *kept, float *sums, int rows, int width, int per_chunk) {
     __shared__ float partial[2][COLUMN_ROWS][33];
     const int column = blockIdx.x * 32 + threadIdx.x;
     const int from = blockIdx.y * per_chunk, to = min(rows, from + per_chunk);
@@ -314,8 +312,9 @@ __device__ void column_sums(const T *g, const T *x, const float *kept, float *su
             sum += partial[0][i][threadIdx.x];
             product += partial[1][i][threadIdx.x];
         }
-        sums[(size_t)blockIdx.y * width + column] = sum;
-        if (x) products[(size_t)blockIdx.y * width + column] = product;
+        float *chunk = sums + (size_t)blockIdx.y * width * (x ? 2 : 1);
+        if (x) chunk[column] = product;
+        chunk[(x ? width : 0) + column] = sum;
     }
 }
 
@@ -333,38 +332,100 @@ struct Part {
     unsigned parameter, start;
 };
 
-struct Slot {
-    float *parameter, *moments;
-    const float *gradient;
+template <typename T> struct Slot {
+    T *parameter, *moments;
+    const T *gradient;
     unsigned long long count;
 };
 
-} // namespace
-
 // One step of AdamW for many parameters; the moments are [2, count].
-extern "C" __global__ void adamw(const Slot *slots, const Part *parts, int per_part, float beta1, float rest1, float beta2,
-                                 float rest2, float keep, float step, float correction, float eps) {
+template <typename T>
+__device__ void adamw(const Slot<T> *slots, const Part *parts, int per_part, float beta1, float rest1, float beta2, float rest2,
+                      float keep, float step, float correction, float eps) {
     const Part part = parts[blockIdx.x];
-    const Slot slot = slots[part.parameter];
+    const Slot<T> slot = slots[part.parameter];
     const size_t count = slot.count, end = min(count, (size_t)part.start + per_part);
     for (size_t i = part.start + threadIdx.x; i < end; i += blockDim.x) {
-        const float g = slot.gradient[i];
-        const float m = slot.moments[i] * beta1 + rest1 * g;
-        const float v = slot.moments[count + i] * beta2 + rest2 * g * g;
-        slot.moments[i] = m;
-        slot.moments[count + i] = v;
-        slot.parameter[i] = slot.parameter[i] * keep - step * m / (sqrtf(v) * correction + eps);
+        const float g = up(slot.gradient[i]);
+        const float m = up(slot.moments[i]) * beta1 + rest1 * g;
+        const float v = up(slot.moments[count + i]) * beta2 + rest2 * g * g;
+        slot.moments[i] = down<T>(m);
+        slot.moments[count + i] = down<T>(v);
+        slot.parameter[i] = down<T>(up(slot.parameter[i]) * keep - step * m / (sqrtf(v) * correction + eps));
     }
 }
 
 // Marks the parameters whose gradient has a value that is not finite.
-extern "C" __global__ void not_finite(const Slot *slots, const Part *parts, unsigned *found, int per_part) {
+template <typename T> __device__ void not_finite(const Slot<T> *slots, const Part *parts, unsigned *found, int per_part) {
     const Part part = parts[blockIdx.x];
-    const Slot slot = slots[part.parameter];
+    const Slot<T> slot = slots[part.parameter];
     const size_t end = min((size_t)slot.count, (size_t)part.start + per_part);
     for (size_t i = part.start + threadIdx.x; i < end; i += blockDim.x)
-        if (!isfinite(slot.gradient[i])) found[part.parameter] = 1u;
+        if (!isfinite(up(slot.gradient[i]))) found[part.parameter] = 1u;
 }
+
+// Patches of `side` x `side` pixels of images [B, 3, height, width] as rows [B kept, 3 side^2]; which ones of each image's grid
+// stands in `which` [B, kept], or all of them do.
+template <typename T>
+__device__ void patches(const T *images, const unsigned *which, T *out, unsigned items, int height, int width, int side, int kept) {
+    const unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= items) return;
+    const unsigned values = 3 * side * side, row = at / values, value = at % values;
+    const unsigned image = row / kept, patch = which ? which[row] : row % kept;
+    const unsigned channel = value / (side * side), y = value / side % side, x = value % side, columns = width / side;
+    out[at] = images[(((size_t)image * 3 + channel) * height + patch / columns * side + y) * width + patch % columns * side + x];
+}
+
+// Rows scaled to unit length; their lengths go to `lengths` [rows].
+template <typename T> __device__ void l2_normalize(const T *x, T *out, float *lengths, int rows, int width, float eps) {
+    constexpr int N = Pack<T>::N;
+    const size_t row = warp_row();
+    if (row >= rows) return;
+    float squares = 0.f;
+    for (int i = threadIdx.x * N; i < width; i += 32 * N) {
+        Pack<T> p = load(x + row * width + i);
+        for (int j = 0; j < N; j++) squares += up(p.v[j]) * up(p.v[j]);
+    }
+    const float length = sqrtf(warp_sum(squares) + eps);
+    if (threadIdx.x == 0) lengths[row] = length;
+    for (int i = threadIdx.x * N; i < width; i += 32 * N) {
+        Pack<T> p = load(x + row * width + i);
+        for (int j = 0; j < N; j++) p.v[j] = down<T>(up(p.v[j]) / length);
+        store(out + row * width + i, p);
+    }
+}
+
+// From the result `y` and its gradient: dx = (g - y sum(y g)) / length.
+template <typename T>
+__device__ void l2_normalize_backward(const T *y, const float *lengths, const T *g, T *dx, int rows, int width) {
+    constexpr int N = Pack<T>::N;
+    const size_t row = warp_row();
+    if (row >= rows) return;
+    float product = 0.f;
+    for (int i = threadIdx.x * N; i < width; i += 32 * N) {
+        Pack<T> p = load(y + row * width + i), q = load(g + row * width + i);
+        for (int j = 0; j < N; j++) product += up(p.v[j]) * up(q.v[j]);
+    }
+    product = warp_sum(product);
+    const float factor = 1.f / lengths[row];
+    for (int i = threadIdx.x * N; i < width; i += 32 * N) {
+        Pack<T> p = load(y + row * width + i), q = load(g + row * width + i);
+        for (int j = 0; j < N; j++) p.v[j] = down<T>((up(q.v[j]) - up(p.v[j]) * product) * factor);
+        store(dx + row * width + i, p);
+    }
+}
+
+// out = y + bias for rows of `width`.
+template <typename T> __device__ void bias_add(const T *y, const T *bias, T *out, unsigned packs, int width) {
+    constexpr int N = Pack<T>::N;
+    const unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= packs) return;
+    Pack<T> p = load(y + (size_t)at * N), q = load(bias + at % (width / N) * N);
+    for (int j = 0; j < N; j++) p.v[j] = down<T>(up(p.v[j]) + up(q.v[j]));
+    store(out + (size_t)at * N, p);
+}
+
+} // namespace
 
 #define KERNELS(T, NAME)                                                                                                       \
     extern "C" __global__ void layer_norm_##NAME(const T *x, const T *w, const T *b, T *out, float *kept, int rows, int width, \
@@ -406,9 +467,30 @@ extern "C" __global__ void not_finite(const Slot *slots, const Part *parts, unsi
     extern "C" __global__ void softmax_backward_##NAME(const T *p, T *g, int rows, int stride) {                               \
         softmax_backward(p, g, rows, stride);                                                                                  \
     }                                                                                                                          \
-    extern "C" __global__ void column_sums_##NAME(const T *g, const T *x, const float *kept, float *sums, float *products,     \
-                                                  int rows, int width, int per_chunk) {                                        \
-        column_sums(g, x, kept, sums, products, rows, width, per_chunk);                                                       \
+    extern "C" __global__ void column_sums_##NAME(const T *g, const T *x, const float *kept, float *sums, int rows, int width, \
+                                                  int per_chunk) {                                                             \
+        column_sums(g, x, kept, sums, rows, width, per_chunk);                                                                 \
+    }                                                                                                                          \
+    extern "C" __global__ void bias_add_##NAME(const T *y, const T *bias, T *out, unsigned packs, int width) {                 \
+        bias_add(y, bias, out, packs, width);                                                                                  \
+    }                                                                                                                          \
+    extern "C" __global__ void l2_normalize_##NAME(const T *x, T *out, float *lengths, int rows, int width, float eps) {       \
+        l2_normalize(x, out, lengths, rows, width, eps);                                                                       \
+    }                                                                                                                          \
+    extern "C" __global__ void l2_normalize_backward_##NAME(const T *y, const float *lengths, const T *g, T *dx, int rows,     \
+                                                            int width) {                                                       \
+        l2_normalize_backward(y, lengths, g, dx, rows, width);                                                                 \
+    }                                                                                                                          \
+    extern "C" __global__ void patches_##NAME(const T *images, const unsigned *which, T *out, unsigned items, int height,      \
+                                              int width, int side, int kept) {                                                 \
+        patches(images, which, out, items, height, width, side, kept);                                                         \
+    }                                                                                                                          \
+    extern "C" __global__ void adamw_##NAME(const Slot<T> *slots, const Part *parts, int per_part, float beta1, float rest1,   \
+                                            float beta2, float rest2, float keep, float step, float correction, float eps) {   \
+        adamw(slots, parts, per_part, beta1, rest1, beta2, rest2, keep, step, correction, eps);                                \
+    }                                                                                                                          \
+    extern "C" __global__ void not_finite_##NAME(const Slot<T> *slots, const Part *parts, unsigned *found, int per_part) {     \
+        not_finite(slots, parts, found, per_part);                                                                             \
     }                                                                                                                          \
     extern "C" __global__ void join_sums_##NAME(const float *sums, T *out, int chunks, int width) {                            \
         join_sums(sums, out, chunks, width);                                                                                   \

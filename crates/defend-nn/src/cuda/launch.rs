@@ -76,7 +76,7 @@ pub(super) fn empty(shape: impl Into<Shape>, like: &Tensor) -> Result<Tensor> {
 /// The same in another type.
 pub(super) fn empty_of(shape: impl Into<Shape>, dtype: DType, like: &Tensor) -> Result<Tensor> {
     let (shape, device) = (shape.into(), device(like)?);
-    keep_memory(&device);
+    prepare(&device);
     let count = shape.elem_count();
     // SAFETY: the memory is not initialised. Its only users are the kernels of this module, each of which writes every value
     // of its outputs, in the order of the stream, before anything reads them.
@@ -97,11 +97,20 @@ pub(super) fn empty_of(shape: impl Into<Shape>, dtype: DType, like: &Tensor) -> 
     ))
 }
 
-/// Has the driver keep freed memory for the next allocation. By default it gives all of it back at every wait for the
-/// device, so each step of a training loop would ask for gigabytes anew.
-fn keep_memory(device: &CudaDevice) {
+/// Makes allocations cheap, once for each device: a training step has more than a thousand of them.
+///
+/// By default the driver gives all freed memory back at every wait for the device, so each step would ask for gigabytes anew.
+/// And cudarc makes two events for each allocation, for programs that use one device's memory from several of its streams.
+fn prepare(device: &CudaDevice) {
     static DONE: AtomicU64 = AtomicU64::new(0);
-    let ordinal = device.cuda_stream().context().ordinal();
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    if !context.is_in_multi_stream_mode() && context.is_event_tracking() {
+        // SAFETY: this context has no stream but the one that candle gave the device, and events order the streams of one
+        // context among each other. Streams of other threads are not ordered by them either way, as candle makes its device.
+        unsafe { device.disable_event_tracking() };
+    }
+    let ordinal = context.ordinal();
     let bit = 1 << (ordinal % 64);
     if DONE.fetch_or(bit, Ordering::Relaxed) & bit != 0 {
         return;

@@ -74,8 +74,8 @@ pub(crate) struct Branch<'a> {
     pub(crate) scale: Option<&'a Tensor>,
 }
 
-/// `x` plus a branch, or the branch alone.
-pub(crate) fn residual(x: Option<&Tensor>, branch: &Branch<'_>) -> Result<Tensor> {
+/// `x` plus a branch.
+pub(crate) fn residual(x: &Tensor, branch: &Branch<'_>) -> Result<Tensor> {
     let y = branch.y;
     let (rows, width) = extents(y);
     let out = empty(y.shape(), y)?;
@@ -83,7 +83,7 @@ pub(crate) fn residual(x: Option<&Tensor>, branch: &Branch<'_>) -> Result<Tensor
         &named("residual", y),
         Grid::rows(rows),
         &[
-            x,
+            Some(x),
             Some(y),
             Some(branch.bias),
             branch.factors,
@@ -292,23 +292,21 @@ impl Heads {
 
 /// Sums of the columns of `[R, C]`: the gradient of a bias.
 pub(crate) fn column_sums(g: &Tensor) -> Result<Tensor> {
-    let (sums, _) = chunk_sums(g, None)?;
-    join_sums(&sums, g)
+    sums(g, None)
 }
 
 /// Gradients of a LayerNorm's scale and shift from that of its output.
 pub(crate) fn norm_sums(g: &Tensor, x: &Tensor, kept: &Tensor) -> Result<[Tensor; 2]> {
-    let (sums, products) = chunk_sums(g, Some((x, kept)))?;
-    let products = products.unwrap_or_else(|| sums.clone());
-    Ok([join_sums(&products, g)?, join_sums(&sums, g)?])
+    let (both, width) = (sums(g, Some((x, kept)))?, extents(g).1);
+    let part = |i: usize| both.narrow(0, i * width, width);
+    Ok([part(0)?, part(1)?])
 }
 
-fn chunk_sums(g: &Tensor, normed: Option<(&Tensor, &Tensor)>) -> Result<(Tensor, Option<Tensor>)> {
+fn sums(g: &Tensor, normed: Option<(&Tensor, &Tensor)>) -> Result<Tensor> {
     let (rows, width) = extents(g);
     let chunks = rows.div_ceil(ROWS_PER_CHUNK);
-    let make = || empty_of((chunks, width), DType::F32, g);
-    let sums = make()?;
-    let products = normed.map(|_| make()).transpose()?;
+    let joined = if normed.is_some() { 2 * width } else { width };
+    let sums = empty_of((chunks, joined), DType::F32, g)?;
     let grid = Grid {
         blocks: [width.div_ceil(32), chunks],
         threads: [32, 8],
@@ -317,20 +315,77 @@ fn chunk_sums(g: &Tensor, normed: Option<(&Tensor, &Tensor)>) -> Result<(Tensor,
     launch(
         &named("column_sums", g),
         grid,
-        &[Some(g), x, kept, Some(&sums), products.as_ref()],
+        &[Some(g), x, kept, Some(&sums)],
         &[rows.into(), width.into(), ROWS_PER_CHUNK.into()],
     )?;
-    Ok((sums, products))
+    let out = empty(joined, g)?;
+    launch(
+        &named("join_sums", g),
+        Grid::items(joined),
+        &[Some(&sums), Some(&out)],
+        &[chunks.into(), joined.into()],
+    )?;
+    Ok(out)
 }
 
-fn join_sums(sums: &Tensor, like: &Tensor) -> Result<Tensor> {
-    let (chunks, width) = extents(sums);
-    let out = empty(width, like)?;
+/// `y + bias`.
+pub(crate) fn bias_add(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let (out, items) = (empty(y.shape(), y)?, packs(y));
     launch(
-        &named("join_sums", like),
-        Grid::items(width),
-        &[Some(sums), Some(&out)],
-        &[chunks.into(), width.into()],
+        &named("bias_add", y),
+        Grid::items(items),
+        &[Some(y), Some(bias), Some(&out)],
+        &[items.into(), extents(y).1.into()],
+    )?;
+    Ok(out)
+}
+
+/// Rows of unit length, and the lengths that they had, `[R]`.
+pub(crate) fn l2_normalize(x: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    let (rows, width) = extents(x);
+    let (out, lengths) = (empty(x.shape(), x)?, empty_of(rows, DType::F32, x)?);
+    launch(
+        &named("l2_normalize", x),
+        Grid::rows(rows),
+        &[Some(x), Some(&out), Some(&lengths)],
+        &[rows.into(), width.into(), eps.into()],
+    )?;
+    Ok((out, lengths))
+}
+
+/// Gradient of [`l2_normalize`]'s input from its result and that result's gradient.
+pub(crate) fn l2_normalize_backward(y: &Tensor, lengths: &Tensor, g: &Tensor) -> Result<Tensor> {
+    let (rows, width) = extents(y);
+    let dx = empty(y.shape(), y)?;
+    launch(
+        &named("l2_normalize_backward", y),
+        Grid::rows(rows),
+        &[Some(y), Some(lengths), Some(g), Some(&dx)],
+        &[rows.into(), width.into()],
+    )?;
+    Ok(dx)
+}
+
+/// Patches of images `[B, 3, H, W]` as rows `[B, M, 3 side^2]`: those that `which` `[B, M]` names, or all.
+pub(crate) fn patches(images: &Tensor, side: usize, which: Option<&Tensor>) -> Result<Tensor> {
+    let (b, _, height, width) = images.dims4()?;
+    let kept = match which {
+        Some(which) => which.dim(1)?,
+        None => height / side * (width / side),
+    };
+    let out = empty((b, kept, 3 * side * side), images)?;
+    let items = out.elem_count();
+    launch(
+        &named("patches", images),
+        Grid::items(items),
+        &[Some(images), which, Some(&out)],
+        &[
+            items.into(),
+            height.into(),
+            width.into(),
+            side.into(),
+            kept.into(),
+        ],
     )?;
     Ok(out)
 }

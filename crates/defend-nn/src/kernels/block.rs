@@ -7,9 +7,8 @@ use rayon::prelude::*;
 
 use super::attention::Heads;
 use super::math::{self, vectorised};
-use super::packed::{Packed, Start, product};
+use super::packed::{Packed, Start, product, transposed_product};
 use super::pool::Buffer;
-use super::product::{self, Into, MatRef};
 use super::{column_sums, norm};
 
 /// Rows of an image that a task handles at most.
@@ -414,21 +413,10 @@ fn parameter_gradients(norms: &[f32], maps: [Products<'_>; 4], rows: usize) -> G
     ]
 }
 
-/// `G^T X` of each map, from G `[rows, outputs]` and X `[rows, inputs]`, cut into tasks of some rows of the result.
+/// `G^T X` of each map, from G `[rows, outputs]` and X `[rows, inputs]`.
 fn weight_gradients(maps: [Products<'_>; 4], rows: usize) -> [Vec<f32>; 4] {
-    const ELEMENTS_PER_TASK: usize = 48 * 1024;
-    let mut gradients = maps.map(|Products(_, outputs, _, inputs)| vec![0f32; outputs * inputs]);
-    let mut tasks = Vec::new();
-    for (gradient, Products(g, outputs, x, inputs)) in gradients.iter_mut().zip(maps) {
-        let per_task = (ELEMENTS_PER_TASK / inputs).max(64);
-        for (i, part) in gradient.chunks_mut(per_task * inputs).enumerate() {
-            let columns = part.len() / inputs;
-            let g = MatRef::strided(&g[i * per_task..], rows, columns, outputs);
-            tasks.push((part, g, MatRef::dense(x, rows, inputs), inputs));
-        }
-    }
-    tasks.into_par_iter().for_each(|(part, g, x, inputs)| {
-        product::product(part, inputs, Into::Overwrite, g.transposed(), x, 1.0, 1);
-    });
-    gradients
+    maps.map(|Products(g, outputs, x, inputs)| {
+        let g = Packed::tiles(g, rows, outputs);
+        transposed_product(&g, &Packed::new(x, rows, inputs))
+    })
 }

@@ -6,6 +6,8 @@
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::pool::Buffer;
+
 /// Vectors side by side in a panel: with [`TILE_ROWS`] rows their products fill the registers of AVX2.
 const PANEL_VECTORS: usize = 2;
 /// Rows that a tile handles at most, with 16 registers and with 32.
@@ -13,32 +15,52 @@ const TILE_ROWS: [usize; 2] = [6, 12];
 /// Bytes of a panel that are handled in one go: with the rows' parts they stay in the nearest cache.
 const PANEL_BYTES: usize = 24 * 1024;
 
-/// A matrix of `depth` rows and `columns` columns as panels of a few columns each, `[panels, depth, panel width]`,
-/// filled up with zeros.
+/// A matrix of `depth` rows and `columns` columns as panels of `width` columns each, `[panels, depth, width]`, filled up
+/// with zeros.
 #[derive(Debug)]
 pub(crate) struct Packed {
-    values: Vec<f32>,
+    values: Buffer,
     depth: usize,
     columns: usize,
+    width: usize,
 }
 
 impl Packed {
     /// From a matrix `[depth, columns]`, row-major.
     pub(crate) fn new(matrix: &[f32], depth: usize, columns: usize) -> Self {
-        Self::of(matrix, depth, columns, |panel, first, width| {
+        Self::from_rows(matrix, depth, columns, panel_width())
+    }
+
+    /// The same, for the left side of [`transposed_product`].
+    pub(crate) fn tiles(matrix: &[f32], depth: usize, columns: usize) -> Self {
+        Self::from_rows(matrix, depth, columns, tile_rows())
+    }
+
+    fn from_rows(matrix: &[f32], depth: usize, columns: usize, width: usize) -> Self {
+        Self::of(matrix, depth, columns, width, |panel, first, filled| {
             let rows = matrix.chunks_exact(columns);
-            for (line, row) in panel.chunks_exact_mut(panel_width()).zip(rows) {
-                line[..width].copy_from_slice(&row[first..first + width]);
+            // Copies of a known length need no call.
+            match width {
+                6 if filled == 6 => copy::<6>(panel, rows, first),
+                12 if filled == 12 => copy::<12>(panel, rows, first),
+                16 if filled == 16 => copy::<16>(panel, rows, first),
+                32 if filled == 32 => copy::<32>(panel, rows, first),
+                _ => {
+                    for (line, row) in panel.chunks_exact_mut(width).zip(rows) {
+                        line[..filled].copy_from_slice(&row[first..first + filled]);
+                    }
+                }
             }
         })
     }
 
     /// From the transpose `[columns, depth]`, row-major, as the weights of an affine map are kept.
     pub(crate) fn transposed(matrix: &[f32], depth: usize, columns: usize) -> Self {
-        Self::of(matrix, depth, columns, |panel, first, width| {
-            let rows = matrix[first * depth..].chunks_exact(depth).take(width);
+        let width = panel_width();
+        Self::of(matrix, depth, columns, width, |panel, first, filled| {
+            let rows = matrix[first * depth..].chunks_exact(depth).take(filled);
             for (column, row) in rows.enumerate() {
-                let targets = panel[column..].iter_mut().step_by(panel_width());
+                let targets = panel[column..].iter_mut().step_by(width);
                 targets
                     .zip(row)
                     .for_each(|(target, value)| *target = *value);
@@ -50,33 +72,62 @@ impl Packed {
         matrix: &[f32],
         depth: usize,
         columns: usize,
+        width: usize,
         fill: impl Fn(&mut [f32], usize, usize) + Sync,
     ) -> Self {
         assert_eq!(matrix.len(), depth * columns);
-        let panel = panel_width();
-        let mut values = vec![0f32; columns.div_ceil(panel) * panel * depth];
-        let panels = values.par_chunks_exact_mut(panel * depth);
+        let mut values = Buffer::stale(columns.div_ceil(width) * width * depth);
+        let panels = values.par_chunks_exact_mut(width * depth);
         panels.enumerate().for_each(|(i, values)| {
-            fill(values, i * panel, panel.min(columns - i * panel));
+            let filled = width.min(columns - i * width);
+            if filled < width {
+                values.fill(0.0);
+            }
+            fill(values, i * width, filled);
         });
         Self {
             values,
             depth,
             columns,
+            width,
         }
     }
 }
 
-/// Columns of a panel on this processor.
-fn panel_width() -> usize {
-    struct Width;
-    impl WithSimd for Width {
-        type Output = usize;
-        fn with_simd<S: Simd>(self, _: S) -> usize {
-            PANEL_VECTORS * S::F32_LANES
+/// Copies columns `first..first + W` of some rows.
+fn copy<'a, const W: usize>(
+    panel: &mut [f32],
+    rows: impl Iterator<Item = &'a [f32]>,
+    first: usize,
+) {
+    for (line, row) in panel.as_chunks_mut::<W>().0.iter_mut().zip(rows) {
+        line.copy_from_slice(&row[first..first + W]);
+    }
+}
+
+/// Columns of a panel and rows of a tile on this processor.
+fn extents() -> (usize, usize) {
+    struct Extents;
+    impl WithSimd for Extents {
+        type Output = (usize, usize);
+        fn with_simd<S: Simd>(self, _: S) -> (usize, usize) {
+            (PANEL_VECTORS * S::F32_LANES, most_rows::<S>())
         }
     }
-    pulp::Arch::new().dispatch(Width)
+    pulp::Arch::new().dispatch(Extents)
+}
+
+fn panel_width() -> usize {
+    extents().0
+}
+
+fn tile_rows() -> usize {
+    extents().1
+}
+
+/// Rows whose sums fit into the registers.
+fn most_rows<S: Simd>() -> usize {
+    TILE_ROWS[usize::from(S::REGISTER_COUNT >= 32)]
 }
 
 /// What the product is added to.
@@ -127,8 +178,7 @@ impl WithSimd for Product<'_> {
         let (depth, columns) = (self.matrix.depth, self.matrix.columns);
         let width = PANEL_VECTORS * S::F32_LANES;
         // Tiles of nearly equal heights: a last one of a row or two would leave the multipliers idle.
-        let tile_rows = TILE_ROWS[usize::from(S::REGISTER_COUNT >= 32)];
-        let tiles = self.rows.div_ceil(tile_rows);
+        let tiles = self.rows.div_ceil(most_rows::<S>());
         let mut from = 0;
         while from < depth {
             let part = (PANEL_BYTES / (4 * width)).min(depth - from);
@@ -238,38 +288,142 @@ impl<S: Simd> Tile<'_, S> {
     /// Adds a row's sums to what it starts with.
     #[inline(always)]
     fn add(&self, simd: S, out: &mut [f32], sums: [S::f32s; PANEL_VECTORS]) {
-        let out = &mut out[..self.width];
-        let factor = simd.splat_f32s(self.factor);
-        let zeros = [simd.splat_f32s(0.0); PANEL_VECTORS];
-        let start = match self.start {
-            Start::Kept => Some(&*out),
-            Start::Zero => None,
-            Start::Bias(bias) => Some(&bias[..self.width]),
-        };
-        if self.width == PANEL_VECTORS * S::F32_LANES {
-            let start = start.map_or(zeros, |start| {
-                let (start, _) = S::as_simd_f32s(start);
-                [start[0], start[1]]
-            });
-            let (out, _) = S::as_mut_simd_f32s(out);
-            for ((out, start), sum) in out.iter_mut().zip(start).zip(sums) {
-                *out = simd.mul_add_f32s(factor, sum, start);
+        add(simd, &mut out[..self.width], self.start, self.factor, sums);
+    }
+}
+
+/// A row's `out = start + factor x sums`, over the columns that a panel has.
+#[inline(always)]
+fn add<S: Simd>(
+    simd: S,
+    out: &mut [f32],
+    start: Start<'_>,
+    factor: f32,
+    sums: [S::f32s; PANEL_VECTORS],
+) {
+    let width = out.len();
+    let factor = simd.splat_f32s(factor);
+    let zeros = [simd.splat_f32s(0.0); PANEL_VECTORS];
+    let start = match start {
+        Start::Kept => Some(&*out),
+        Start::Zero => None,
+        Start::Bias(bias) => Some(&bias[..width]),
+    };
+    if width == PANEL_VECTORS * S::F32_LANES {
+        let start = start.map_or(zeros, |start| {
+            let (start, _) = S::as_simd_f32s(start);
+            [start[0], start[1]]
+        });
+        let (out, _) = S::as_mut_simd_f32s(out);
+        for ((out, start), sum) in out.iter_mut().zip(start).zip(sums) {
+            *out = simd.mul_add_f32s(factor, sum, start);
+        }
+    } else {
+        // The same on a padded copy.
+        let mut padded = zeros;
+        let values: &mut [f32] = pulp::bytemuck::cast_slice_mut(&mut padded);
+        if let Some(start) = start {
+            values[..width].copy_from_slice(start);
+        }
+        for (padded, sum) in padded.iter_mut().zip(sums) {
+            *padded = simd.mul_add_f32s(factor, sum, *padded);
+        }
+        let values: &[f32] = pulp::bytemuck::cast_slice(&padded);
+        out.copy_from_slice(&values[..width]);
+    }
+}
+
+/// Tiles that a task works on: their part of the depth stays in the second cache.
+const TILES_PER_TASK: usize = 16;
+
+/// `G^T X`, `[G's columns, X's columns]`, with G as [`Packed::tiles`] and X as [`Packed::new`]: the gradient of a map's
+/// weights from that of its output and its input.
+pub(crate) fn transposed_product(g: &Packed, x: &Packed) -> Vec<f32> {
+    assert_eq!((g.depth, g.width), (x.depth, tile_rows()));
+    assert_eq!(x.width, panel_width());
+    let mut out = vec![0f32; g.columns * x.columns];
+    let rows = TILES_PER_TASK * g.width;
+    let tasks = out.par_chunks_mut(rows * x.columns);
+    tasks.enumerate().for_each(|(i, out)| {
+        let tiles = &g.values[i * rows * g.depth..];
+        pulp::Arch::new().dispatch(TransposedProduct { out, tiles, x });
+    });
+    out
+}
+
+struct TransposedProduct<'a> {
+    out: &'a mut [f32],
+    /// From the task's first tile on.
+    tiles: &'a [f32],
+    x: &'a Packed,
+}
+
+impl WithSimd for TransposedProduct<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (depth, columns) = (self.x.depth, self.x.columns);
+        let (width, height) = (PANEL_VECTORS * S::F32_LANES, most_rows::<S>());
+        let rows = self.out.len() / columns;
+        let mut from = 0;
+        while from < depth {
+            let part = (PANEL_BYTES / (4 * width)).min(depth - from);
+            let start = if from == 0 { Start::Zero } else { Start::Kept };
+            let panels = self.x.values.chunks_exact(depth * width);
+            for (i, panel) in panels.enumerate() {
+                let (panel, _) = S::as_simd_f32s(&panel[from * width..][..part * width]);
+                let first = i * width;
+                let width = width.min(columns - first);
+                let tiles = self.tiles.chunks_exact(depth * height);
+                for (tile, row) in tiles.zip((0..rows).step_by(height)) {
+                    let tile = &tile[from * height..][..part * height];
+                    let out = &mut self.out[row * columns..];
+                    let rows = out.chunks_mut(columns).take(height);
+                    let rows = rows.map(|row| &mut row[first..first + width]);
+                    if height == TILE_ROWS[0] {
+                        let sums = six_by_depth(simd, tile, panel);
+                        rows.zip(sums)
+                            .for_each(|(out, sums)| add(simd, out, start, 1.0, sums));
+                    } else {
+                        let sums = twelve_by_depth(simd, tile, panel);
+                        rows.zip(sums)
+                            .for_each(|(out, sums)| add(simd, out, start, 1.0, sums));
+                    }
+                }
             }
-        } else {
-            // The same on a padded copy.
-            let mut padded = zeros;
-            let values: &mut [f32] = pulp::bytemuck::cast_slice_mut(&mut padded);
-            if let Some(start) = start {
-                values[..self.width].copy_from_slice(start);
-            }
-            for (padded, sum) in padded.iter_mut().zip(sums) {
-                *padded = simd.mul_add_f32s(factor, sum, *padded);
-            }
-            let values: &[f32] = pulp::bytemuck::cast_slice(&padded);
-            out.copy_from_slice(&values[..self.width]);
+            from += part;
         }
     }
 }
+
+/// Sums over the depth of a tile `[depth, rows]` times a panel, one pair of vectors a row.
+macro_rules! by_depth {
+    ($name:ident, $rows:literal: $($i:literal $low:ident $high:ident),*) => {
+        #[inline(always)]
+        fn $name<S: Simd>(simd: S, tile: &[f32], panel: &[S::f32s]) -> [[S::f32s; PANEL_VECTORS]; $rows] {
+            $(
+                let mut $low = simd.splat_f32s(0.0);
+                let mut $high = simd.splat_f32s(0.0);
+            )*
+            let (lines, _) = tile.as_chunks::<$rows>();
+            for (values, panel) in lines.iter().zip(panel.chunks_exact(PANEL_VECTORS)) {
+                $(
+                    let value = simd.splat_f32s(values[$i]);
+                    $low = simd.mul_add_f32s(value, panel[0], $low);
+                    $high = simd.mul_add_f32s(value, panel[1], $high);
+                )*
+            }
+            [$([$low, $high]),*]
+        }
+    };
+}
+
+by_depth!(six_by_depth, 6: 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3, 4 a4 b4, 5 a5 b5);
+by_depth!(
+    twelve_by_depth, 12: 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3, 4 a4 b4, 5 a5 b5, 6 a6 b6, 7 a7 b7, 8 a8 b8, 9 a9 b9, 10 a10 b10,
+    11 a11 b11
+);
 
 #[cfg(test)]
 mod tests {
@@ -314,6 +468,28 @@ mod tests {
                 assert!(
                     (f64::from(*found) - expected).abs() < 1e-4,
                     "{rows} {depth} {columns} at {i}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn transposed_products_match_loops() {
+        for (depth, rows, columns) in [(5, 3, 3), (400, 12, 16), (900, 250, 40), (7, 13, 33)] {
+            let (g, x) = (noise(depth * rows, 0.37), noise(depth * columns, 0.73));
+            let found = transposed_product(
+                &Packed::tiles(&g, depth, rows),
+                &Packed::new(&x, depth, columns),
+            );
+            assert_eq!(found.len(), rows * columns);
+            for (i, found) in found.iter().enumerate() {
+                let (r, c) = (i / columns, i % columns);
+                let terms =
+                    (0..depth).map(|k| f64::from(g[k * rows + r]) * f64::from(x[k * columns + c]));
+                let expected = terms.sum::<f64>();
+                assert!(
+                    (f64::from(*found) - expected).abs() < 1e-4,
+                    "{depth} {rows} {columns} at {i}"
                 );
             }
         }

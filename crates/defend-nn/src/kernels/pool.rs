@@ -14,6 +14,7 @@ fn idle() -> MutexGuard<'static, Vec<Vec<f32>>> {
 }
 
 /// Values that go back to the pool when they are dropped.
+#[derive(Debug)]
 pub(crate) struct Buffer {
     values: Vec<f32>,
     len: usize,

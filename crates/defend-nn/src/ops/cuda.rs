@@ -3,7 +3,8 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage,
+    Tensor, bail,
 };
 
 use crate::cuda::rows;
@@ -96,6 +97,27 @@ impl CustomOp3 for Precomputed<NormGradients> {
         let [dw, db] = rows::norm_sums(&g, x, kept)?;
         let of = |t: &Tensor, gradient| t.track_op().then_some(gradient);
         Ok((dx, of(weight, dw), of(bias, db)))
+    }
+}
+
+/// L2 normalisation of which this keeps the rows' lengths.
+pub(super) struct Lengths(pub(super) Tensor);
+
+impl CustomOp1 for Precomputed<Lengths> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        not_here(self.name)
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.take()
+    }
+
+    fn bwd(&self, _: &Tensor, out: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        rows::l2_normalize_backward(out, &self.gradients.0, &grad.contiguous()?).map(Some)
     }
 }
 

@@ -56,25 +56,23 @@ pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor>
         .apply_op3_no_bwd(&weight.contiguous()?, &bias.contiguous()?, &op)
 }
 
-/// Rows plus a bias.
-fn add_bias(rows: &Tensor, bias: &Tensor) -> Result<Tensor> {
+/// Rows plus a row: `x` `[..., C]`, `bias` `[C]`; differentiable with respect to both.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if fits_cuda(rows, rows, bias) {
+    if fits_cuda(x, x, bias) && x.dims().last() == bias.dims().last() && bias.rank() == 1 {
         use super::cuda::{BiasGradient, Precomputed};
         let bias = bias.contiguous()?;
-        let branch = crate::cuda::rows::Branch {
-            y: rows,
-            bias: &bias,
-            factors: None,
-            scale: None,
-        };
-        let out = crate::cuda::rows::residual(None, &branch)?;
-        if !rows.track_op() && !bias.track_op() {
+        let x = x.contiguous()?;
+        let out = crate::cuda::rows::bias_add(&x, &bias)?;
+        if !x.track_op() && !bias.track_op() {
             return Ok(out);
         }
-        return rows.apply_op2(&bias, Precomputed::new("bias", out, BiasGradient));
+        return x.apply_op2(&bias, Precomputed::new("bias", out, BiasGradient));
     }
-    rows.broadcast_add(bias)
+    x.broadcast_add(bias)
 }
 
 /// Whether the CUDA kernels take what this map gives.

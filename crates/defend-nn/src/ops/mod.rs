@@ -13,13 +13,15 @@ mod gelu;
 mod layer_norm;
 mod linear;
 mod normalize;
+mod patches;
 
 pub use attention::{attention, cls_attention};
 pub use block::{BlockParameters, Prepared, transformer_block};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
-pub use linear::{linear, linear_gelu};
+pub use linear::{add_bias, linear, linear_gelu};
 pub use normalize::l2_normalize;
+pub use patches::patches;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Tensor, bail};
 

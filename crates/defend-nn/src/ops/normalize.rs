@@ -12,8 +12,23 @@ const EPS: f64 = 1e-12;
 /// # Errors
 /// When candle fails.
 pub fn l2_normalize(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if crate::cuda::takes(x) {
+        return on_cuda(&x.contiguous()?);
+    }
     let norm = (x.sqr()?.sum_keepdim(D::Minus1)? + EPS)?.sqrt()?;
     x.broadcast_div(&norm)
+}
+
+/// The same by one kernel.
+#[cfg(feature = "cuda")]
+fn on_cuda(x: &Tensor) -> Result<Tensor> {
+    use super::cuda::{Lengths, Precomputed};
+    let (out, lengths) = crate::cuda::rows::l2_normalize(x, EPS)?;
+    if !x.track_op() {
+        return Ok(out);
+    }
+    x.apply_op1(Precomputed::new("l2-normalize", out, Lengths(lengths)))
 }
 
 #[cfg(test)]
