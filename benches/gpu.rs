@@ -36,8 +36,27 @@ struct Arguments {
     bench: bool,
 }
 
+/// A backbone of random weights on the processor.
+struct Model {
+    name: &'static str,
+    architecture: Architecture,
+    vit: Vit,
+}
+
+impl Model {
+    fn new(name: &'static str, architecture: Architecture) -> Self {
+        let spec = BackboneSpec::new(architecture.clone());
+        let vit = Vit::random(spec, 0.0, &mut Rng::seed(0), &Device::Cpu);
+        Self {
+            name,
+            architecture,
+            vit: vit.expect("a backbone"),
+        }
+    }
+}
+
 struct Settings {
-    models: Vec<(&'static str, Architecture)>,
+    models: Vec<Model>,
     batches: Vec<usize>,
     /// Side of the matrices whose product gives the peak.
     side: usize,
@@ -48,8 +67,8 @@ impl Settings {
         if !smoke {
             return Self {
                 models: vec![
-                    ("ViT-S", Architecture::vit_small()),
-                    ("ViT-B", Architecture::vit_base()),
+                    Model::new("ViT-S", Architecture::vit_small()),
+                    Model::new("ViT-B", Architecture::vit_base()),
                 ],
                 batches: vec![32, 128],
                 side: 8192,
@@ -65,7 +84,7 @@ impl Settings {
             ..Architecture::vit_tiny()
         };
         Self {
-            models: vec![("smallest", smallest)],
+            models: vec![Model::new("smallest", smallest)],
             batches: vec![2, 4],
             side: 256,
         }
@@ -139,11 +158,10 @@ impl Place {
         self.noise(&[batch, 3, side, side], 1)
     }
 
-    fn vit(&self, architecture: &Architecture, scope: TrainScope) -> Vit {
-        let spec = BackboneSpec::new(architecture.clone());
+    fn vit(&self, model: &Model, scope: TrainScope) -> Vit {
         let dtype = self.precision.dtype();
-        Vit::random(spec, 0.0, &mut Rng::seed(0), &Device::Cpu)
-            .and_then(|vit| vit.copy_to(TrainScope::Frozen, &self.device))
+        let there = model.vit.copy_to(TrainScope::Frozen, &self.device);
+        there
             .and_then(|vit| vit.to_dtype(dtype)?.copy(scope))
             .expect("a backbone")
     }
@@ -180,8 +198,9 @@ impl Place {
         });
     }
 
-    fn forward(&self, (name, arch): &(&str, Architecture), batch: usize) {
-        let vit = self.vit(arch, TrainScope::Frozen);
+    fn forward(&self, model: &Model, batch: usize) {
+        let (name, arch) = (model.name, &model.architecture);
+        let vit = self.vit(model, TrainScope::Frozen);
         let images = self.images(arch, batch);
         let [blocks, embedding] = flop(arch, arch.grid().patches());
         let work = format!("forward, {name}, batch {batch}");
@@ -190,19 +209,17 @@ impl Place {
         });
     }
 
-    fn student_step(&self, (name, arch): &(&str, Architecture), batch: usize) {
-        let student = self.vit(arch, TrainScope::All);
+    fn student_step(&self, model: &Model, batch: usize) {
+        let (name, arch) = (model.name, &model.architecture);
+        let student = self.vit(model, TrainScope::All).with_fixed_positions();
         let kept = arch.grid().patches() / 2;
         let images = self.images(arch, batch);
         let target = self.noise(&[batch, kept, arch.width], 2);
         let row: Vec<u32> = (0..kept as u32).map(|i| 2 * i).collect();
         let keep = TokenSet::from_rows(&vec![row; batch], arch.grid(), &self.device);
         let keep = keep.expect("tokens");
-        // The positional embedding is fixed, as the method's is.
-        let mut parameters = student.parameters();
-        parameters.retain(|(name, _)| name != "pos_embed");
         let group = ParameterGroup {
-            parameters,
+            parameters: student.parameters(),
             learning_rate: 1e-6,
             weight_decay: 0.05,
         };

@@ -297,6 +297,30 @@ fn stochastic_depth() {
 }
 
 #[test]
+fn adamw_in_half_precision() {
+    let place = Place::best();
+    let run = |dtype: DType| {
+        let put = |seed| place.noise(&[40, 7], seed).to_dtype(dtype).unwrap();
+        let var = Var::from_tensor(&put(60)).unwrap();
+        let group = ParameterGroup {
+            parameters: vec![("weight".into(), var.clone())],
+            learning_rate: 0.1,
+            weight_decay: 0.5,
+        };
+        let mut optimiser = AdamW::new(vec![group], AdamWConfig::default()).unwrap();
+        for seed in 61..64 {
+            let grads = (var.as_tensor() * put(seed)).unwrap();
+            let grads = grads.sum_all().unwrap().backward().unwrap();
+            optimiser.step(&grads, 1.0).unwrap();
+        }
+        var.as_tensor().to_dtype(DType::F32).unwrap()
+    };
+    let expected = run(DType::F32);
+    close(&run(DType::BF16), &expected, 3e-2, "bf16");
+    close(&run(DType::F16), &expected, 4e-3, "f16");
+}
+
+#[test]
 fn sinkhorn_knopp() {
     let run = |place: &Place| {
         let scores = place.noise(&[600, 7], 7).tanh().unwrap();

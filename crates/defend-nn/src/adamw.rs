@@ -226,14 +226,17 @@ fn is_finite(grad: &Tensor) -> CandleResult<bool> {
     })
 }
 
+/// Constants of a step.
 #[derive(Clone, Copy)]
-struct Update {
-    beta1: f64,
-    beta2: f64,
-    eps: f64,
-    step_size: f64,
-    second_correction: f64,
-    keep: f64,
+pub(crate) struct Update {
+    pub(crate) beta1: f64,
+    pub(crate) beta2: f64,
+    pub(crate) eps: f64,
+    pub(crate) step_size: f64,
+    /// Of the second moment's root.
+    pub(crate) second_correction: f64,
+    /// What the weight decay leaves of a parameter.
+    pub(crate) keep: f64,
 }
 
 impl Update {
@@ -314,16 +317,8 @@ mod on_cuda {
     }
 
     pub(super) fn step(slots: &[Slot], grads: &GradStore, update: &Update) -> Result<()> {
-        let step = kernel::Step {
-            beta1: update.beta1,
-            beta2: update.beta2,
-            keep: update.keep,
-            step_size: update.step_size,
-            second_correction: update.second_correction,
-            eps: update.eps,
-        };
         for dtype in TYPES {
-            kernel::step(&collect(slots, grads, dtype)?.1, &step)?;
+            kernel::step(&collect(slots, grads, dtype)?.1, update)?;
         }
         Ok(())
     }

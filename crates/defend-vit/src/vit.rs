@@ -199,11 +199,14 @@ impl Vit {
                 Ok(tensor)
             },
         )
-        .map(|mut student| {
-            student.variables.retain(|(name, _)| name != "pos_embed");
-            student.pos_embed = student.pos_embed.detach();
-            student
-        })
+        .map(Self::with_fixed_positions)
+    }
+
+    /// The same backbone, whose positional embedding does not train.
+    pub fn with_fixed_positions(mut self) -> Self {
+        self.variables.retain(|(name, _)| name != "pos_embed");
+        self.pos_embed = self.pos_embed.detach();
+        self
     }
 
     pub(crate) fn build(
@@ -436,7 +439,7 @@ impl Vit {
             }
             Some(keep) => {
                 let kept = keep.indices().flatten_all()?;
-                (&patches + positions.index_select(&kept, 0)?.reshape((b, (), d))?)?
+                (&patches + ops::pick_rows(&positions, &kept)?.reshape((b, (), d))?)?
             }
         };
         let cls = self

@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::launch::{Grid, Number, address_of, launch};
+use crate::adamw::Update;
 
 /// Values that a block of threads handles.
 const VALUES_PER_PART: usize = 16 * 1024;
@@ -73,31 +74,21 @@ pub(crate) fn first_not_finite(slots: &[Slot<'_>]) -> Result<Option<usize>> {
     Ok(found.into_iter().position(|wrong| wrong != 0))
 }
 
-/// Constants of a step.
-pub(crate) struct Step {
-    pub(crate) beta1: f64,
-    pub(crate) beta2: f64,
-    pub(crate) keep: f64,
-    pub(crate) step_size: f64,
-    pub(crate) second_correction: f64,
-    pub(crate) eps: f64,
-}
-
 /// Updates parameters and moments in place.
-pub(crate) fn step(slots: &[Slot<'_>], step: &Step) -> Result<()> {
+pub(crate) fn step(slots: &[Slot<'_>], update: &Update) -> Result<()> {
     if slots.is_empty() {
         return Ok(());
     }
     let numbers = [
         VALUES_PER_PART.into(),
-        step.beta1.into(),
-        (1.0 - step.beta1).into(),
-        step.beta2.into(),
-        (1.0 - step.beta2).into(),
-        step.keep.into(),
-        step.step_size.into(),
-        step.second_correction.into(),
-        step.eps.into(),
+        update.beta1.into(),
+        (1.0 - update.beta1).into(),
+        update.beta2.into(),
+        (1.0 - update.beta2).into(),
+        update.keep.into(),
+        update.step_size.into(),
+        update.second_correction.into(),
+        update.eps.into(),
     ];
     Table::new(slots)?.launch("adamw", None, &numbers)
 }

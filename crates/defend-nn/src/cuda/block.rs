@@ -183,6 +183,6 @@ impl Block<'_> {
 /// Whether the kernels take a block's input: heads of whole packs, and a token beside the first.
 pub(crate) fn takes_heads(x: &Tensor, heads: usize) -> Result<bool> {
     let (_, tokens, width) = x.dims3()?;
-    let whole = heads > 0 && width % heads == 0 && (width / heads) % super::ALIGNMENT == 0;
+    let whole = heads > 0 && width % heads == 0 && (width / heads).is_multiple_of(super::ALIGNMENT);
     Ok(whole && tokens > 1)
 }

@@ -415,6 +415,31 @@ __device__ void l2_normalize_backward(const T *y, const float *lengths, const T 
     }
 }
 
+// Gradient of a table [gridDim.x, width] from that of the rows picked from it: each block adds up, in order, the gradients
+// `g` [count, width] whose index `at` [count] is its own. A thread has up to 8 columns.
+template <typename T> __device__ void scatter_rows(const unsigned *at, const T *g, T *out, unsigned count, int width) {
+    __shared__ unsigned indices[256];
+    float sums[8] = {};
+    for (unsigned from = 0; from < count; from += 256) {
+        __syncthreads();
+        if (from + threadIdx.x < count) indices[threadIdx.x] = at[from + threadIdx.x];
+        __syncthreads();
+        const unsigned end = min(256u, count - from);
+        for (unsigned i = 0; i < end; i++) {
+            if (indices[i] != blockIdx.x) continue;
+            const T *row = g + (size_t)(from + i) * width;
+            for (int j = 0; j < 8; j++) {
+                const int column = threadIdx.x + 256 * j;
+                if (column < width) sums[j] += up(row[column]);
+            }
+        }
+    }
+    for (int j = 0; j < 8; j++) {
+        const int column = threadIdx.x + 256 * j;
+        if (column < width) out[(size_t)blockIdx.x * width + column] = down<T>(sums[j]);
+    }
+}
+
 // out = y + bias for rows of `width`.
 template <typename T> __device__ void bias_add(const T *y, const T *bias, T *out, unsigned packs, int width) {
     constexpr int N = Pack<T>::N;
@@ -473,6 +498,9 @@ template <typename T> __device__ void bias_add(const T *y, const T *bias, T *out
     }                                                                                                                          \
     extern "C" __global__ void bias_add_##NAME(const T *y, const T *bias, T *out, unsigned packs, int width) {                 \
         bias_add(y, bias, out, packs, width);                                                                                  \
+    }                                                                                                                          \
+    extern "C" __global__ void scatter_rows_##NAME(const unsigned *at, const T *g, T *out, unsigned count, int width) {        \
+        scatter_rows(at, g, out, count, width);                                                                                \
     }                                                                                                                          \
     extern "C" __global__ void l2_normalize_##NAME(const T *x, T *out, float *lengths, int rows, int width, float eps) {       \
         l2_normalize(x, out, lengths, rows, width, eps);                                                                       \

@@ -366,6 +366,26 @@ pub(crate) fn l2_normalize_backward(y: &Tensor, lengths: &Tensor, g: &Tensor) ->
     Ok(dx)
 }
 
+/// Columns that [`scatter_rows`] has threads for.
+pub(crate) const MOST_SCATTERED: usize = 2048;
+
+/// Gradient of a table `[N, D]` from that of rows picked from it, `g` `[R, D]`; `at` `[R]` says which.
+pub(crate) fn scatter_rows(at: &Tensor, g: &Tensor, rows: usize) -> Result<Tensor> {
+    let (count, width) = extents(g);
+    let out = empty((rows, width), g)?;
+    let grid = Grid {
+        blocks: [rows, 1],
+        threads: [256, 1],
+    };
+    launch(
+        &named("scatter_rows", g),
+        grid,
+        &[Some(at), Some(g), Some(&out)],
+        &[count.into(), width.into()],
+    )?;
+    Ok(out)
+}
+
 /// Patches of images `[B, 3, H, W]` as rows `[B, M, 3 side^2]`: those that `which` `[B, M]` names, or all.
 pub(crate) fn patches(images: &Tensor, side: usize, which: Option<&Tensor>) -> Result<Tensor> {
     let (b, _, height, width) = images.dims4()?;

@@ -121,6 +121,28 @@ impl CustomOp1 for Precomputed<Lengths> {
     }
 }
 
+/// Rows picked from a table, `[R]`.
+pub(super) struct Picked(pub(super) Tensor);
+
+impl CustomOp1 for Precomputed<Picked> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        not_here(self.name)
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.take()
+    }
+
+    fn bwd(&self, table: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let rows = table.dim(0)?;
+        rows::scatter_rows(&self.gradients.0, &grad.contiguous()?, rows).map(Some)
+    }
+}
+
 /// Rows plus a bias.
 pub(super) struct BiasGradient;
 

@@ -14,6 +14,7 @@ mod layer_norm;
 mod linear;
 mod normalize;
 mod patches;
+mod pick;
 
 pub use attention::{attention, cls_attention};
 pub use block::{BlockParameters, Prepared, transformer_block};
@@ -22,6 +23,7 @@ pub use layer_norm::layer_norm;
 pub use linear::{add_bias, linear, linear_gelu};
 pub use normalize::l2_normalize;
 pub use patches::patches;
+pub use pick::pick_rows;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Tensor, bail};
 
