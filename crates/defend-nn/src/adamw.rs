@@ -7,8 +7,9 @@ use candle_core::{
 use rayon::prelude::*;
 
 use crate::Error;
-use crate::kernels::math::{self, vectorised};
+use crate::kernels::math;
 use crate::ops::{is_fast, with_slices};
+use crate::vectorised;
 
 /// Constants of AdamW (Loshchilov and Hutter, 2019), as `torch.optim.AdamW` names them.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -222,7 +223,7 @@ fn check_decay(decay: f64) -> Result<(), Error> {
 fn is_finite(grad: &Tensor) -> CandleResult<bool> {
     with_slices("AdamW", [grad], |[values]| {
         let chunks = values.par_chunks(ELEMENTS_PER_TASK);
-        Ok(chunks.all(|part| vectorised(|| math::dot(part, part)).is_finite()))
+        Ok(chunks.all(|part| vectorised!(|| math::dot(part, part)).is_finite()))
     })
 }
 
@@ -357,7 +358,7 @@ impl InplaceOp2 for Blend {
             .zip(second.par_chunks_mut(ELEMENTS_PER_TASK))
             .zip(grad.par_chunks(ELEMENTS_PER_TASK))
             .for_each(|((first, second), grad)| {
-                vectorised(|| {
+                vectorised!(|| {
                     for ((m, v), &g) in first.iter_mut().zip(second).zip(grad) {
                         *m = self.first[0] * *m + self.first[1] * g;
                         *v = self.second[0] * *v + self.second[1] * g * g;
@@ -392,7 +393,7 @@ impl InplaceOp2 for Update {
             .zip(first.par_chunks(ELEMENTS_PER_TASK))
             .zip(second.par_chunks(ELEMENTS_PER_TASK))
             .for_each(|((parameter, first), second)| {
-                vectorised(|| {
+                vectorised!(|| {
                     for ((p, &m), &v) in parameter.iter_mut().zip(first).zip(second) {
                         *p = *p * keep - step * m / (v.sqrt() * correction + eps);
                     }

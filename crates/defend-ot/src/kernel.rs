@@ -4,7 +4,7 @@
 //! an iteration is one pass over the scores. Rows are worked in blocks of a fixed size whose column sums are joined in
 //! order: the result does not depend on the number of threads.
 
-use defend_nn::vector::{self, vectorised};
+use defend_nn::{vector, vectorised};
 use rayon::prelude::*;
 
 const ROWS_PER_TASK: usize = 256;
@@ -25,7 +25,7 @@ pub(crate) fn assign(
     let task = ROWS_PER_TASK * prototypes;
     let rows = scores.len() / prototypes;
     let inverse = 1.0 / epsilon;
-    vectorised(|| scores.iter_mut().for_each(|s| *s *= inverse));
+    vectorised!(|| scores.iter_mut().for_each(|s| *s *= inverse));
     let mut row_offsets = vec![0f32; rows];
     let zeros = vec![0f32; ROWS_PER_TASK];
     let columns = scores.par_chunks(task);
@@ -36,7 +36,7 @@ pub(crate) fn assign(
         let offsets = column_offsets(&columns, prototypes);
         if iteration == iterations {
             scores.par_chunks_mut(task).for_each(|scores| {
-                vectorised(|| {
+                vectorised!(|| {
                     for row in scores.chunks_exact_mut(prototypes) {
                         softmax(row, &offsets);
                     }
@@ -49,7 +49,7 @@ pub(crate) fn assign(
             .zip(row_offsets.par_chunks_mut(ROWS_PER_TASK))
             .map(|(scores, row_offsets)| {
                 let mut scratch = vec![0f32; prototypes];
-                vectorised(|| {
+                vectorised!(|| {
                     for (row, at) in scores.chunks_exact(prototypes).zip(&mut *row_offsets) {
                         scratch.copy_from_slice(row);
                         let (largest, sum) = softmax(&mut scratch, &offsets);
@@ -82,7 +82,7 @@ fn softmax(row: &mut [f32], offsets: &[f32]) -> (f32, f32) {
 fn sum_columns(scores: &[f32], row_offsets: &[f32], prototypes: usize) -> Columns {
     let mut largest = vec![f32::NEG_INFINITY; prototypes];
     let mut sums = vec![0f32; prototypes];
-    vectorised(|| {
+    vectorised!(|| {
         for (row, a) in scores.chunks_exact(prototypes).zip(row_offsets) {
             for (top, v) in largest.iter_mut().zip(row) {
                 let v = v - a;

@@ -1,7 +1,8 @@
 //! Multi-head attention of one image on packed rows of queries, keys and values.
 
-use super::math::{self, vectorised};
+use super::math;
 use super::product::{Into, MatRef, product};
+use crate::vectorised;
 
 /// Extents of an image's attention.
 #[derive(Clone, Copy)]
@@ -33,7 +34,7 @@ impl Heads {
     fn probabilities(self, out: &mut [f32], q: MatRef<'_>, k: MatRef<'_>) {
         let (n, scale) = (self.tokens, self.scale());
         product(out, n, Into::Overwrite, q, k.transposed(), 1.0, 1);
-        vectorised(|| {
+        vectorised!(|| {
             out.chunks_exact_mut(n)
                 .for_each(|row| math::softmax_row(row, scale));
         });
@@ -85,7 +86,7 @@ impl Heads {
             into(2, MatRef::dense(p, n, n).transposed(), g, 1.0);
             product(dp, n, Into::Overwrite, g, v.transposed(), 1.0, 1);
             // Softmax: dS = P * (dP - sum(P * dP)).
-            vectorised(|| {
+            vectorised!(|| {
                 for (p, dp) in p.chunks_exact(n).zip(dp.chunks_exact_mut(n)) {
                     let mean = math::dot(p, dp);
                     let pairs = dp.iter_mut().zip(p);

@@ -6,10 +6,11 @@
 use rayon::prelude::*;
 
 use super::attention::Heads;
-use super::math::{self, vectorised};
+use super::math;
 use super::packed::{Packed, Start, product, transposed_product};
 use super::pool::Buffer;
 use super::{column_sums, norm};
+use crate::vectorised;
 
 /// Rows of an image that a task handles at most.
 const ROWS_PER_PIECE: usize = 128;
@@ -245,7 +246,7 @@ pub(crate) fn forward(
                 let activated = &mut scratch.activated[..rows * shape.hidden];
                 if let Some(hidden) = hidden {
                     product(hidden, Start::Bias(weights.fc1[1]), z, &matrices.fc1, 1.0);
-                    vectorised(|| {
+                    vectorised!(|| {
                         let pairs = activated.iter_mut().zip(&*hidden);
                         pairs.for_each(|(a, &h)| *a = math::gelu(h));
                     });
@@ -257,7 +258,7 @@ pub(crate) fn forward(
                         &matrices.fc1,
                         1.0,
                     );
-                    vectorised(|| activated.iter_mut().for_each(|a| *a = math::gelu(*a)));
+                    vectorised!(|| activated.iter_mut().for_each(|a| *a = math::gelu(*a)));
                 }
                 let factor = shape.factor(1, image);
                 residual(
@@ -349,7 +350,7 @@ pub(crate) fn backward(
                 let (norm1, norm2) = norms.split_at_mut(2 * d);
                 // MLP.
                 product(dhidden, Start::Zero, &g2[of(d)], &matrices.fc2, 1.0);
-                vectorised(|| {
+                vectorised!(|| {
                     let hidden = &saved.hidden[of(h)];
                     for ((dh, a), &x) in dhidden.iter_mut().zip(activated).zip(hidden) {
                         let (value, derivative) = math::gelu_and_derivative(x);

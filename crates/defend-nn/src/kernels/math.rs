@@ -7,10 +7,25 @@
 /// Number of partial sums in a reduction: one AVX-512 register.
 const LANES: usize = 16;
 
-/// Runs `body` compiled for the widest vector unit that this processor has.
+/// Runs `body` compiled for the widest vector unit that this processor has. Only what is inlined is compiled so:
+/// [`crate::vectorised`] sees to that.
 #[inline(always)]
-pub fn vectorised<R>(body: impl FnOnce() -> R) -> R {
+pub fn dispatch<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
+}
+
+/// Runs a closure, `vectorised!(|| ...)`, compiled for the widest vector unit that this processor has.
+///
+/// A macro because the closure must be inlined where its instructions are chosen: the compiler leaves a long one outside,
+/// where it may use nothing but what every processor has.
+#[macro_export]
+macro_rules! vectorised {
+    (|| $body:expr) => {
+        $crate::vector::dispatch(
+            #[inline(always)]
+            || $body,
+        )
+    };
 }
 
 /// e^x, relative error below 2e-7 on `-87..=88`; smaller inputs give 0 to within 1e-38.

@@ -3,7 +3,7 @@
 //! The only module of the workspace that may use `unsafe`, and only to call the `gemm` crate, whose
 //! interface is raw pointers: [`product`] checks every extent before it hands them over.
 
-use math::vectorised;
+use crate::vectorised;
 use rayon::prelude::*;
 
 pub(crate) mod attention;
@@ -25,7 +25,7 @@ pub(crate) fn column_sums(values: &[f32], columns: usize) -> Vec<f32> {
         .par_chunks(ROWS_PER_TASK * columns)
         .map(|rows| {
             let mut sums = vec![0f32; columns];
-            vectorised(|| {
+            vectorised!(|| {
                 for row in rows.chunks_exact(columns) {
                     sums.iter_mut().zip(row).for_each(|(s, v)| *s += v);
                 }

@@ -1,6 +1,7 @@
 //! LayerNorm of rows.
 
-use super::math::{self, vectorised};
+use super::math;
+use crate::vectorised;
 
 /// Mean and reciprocal standard deviation of a row, in two passes.
 #[inline(always)]
@@ -14,7 +15,7 @@ fn moments(row: &[f32], eps: f32) -> (f32, f32) {
 /// Normalises the rows of `x` into `out`.
 pub(crate) fn forward(out: &mut [f32], x: &[f32], [weight, bias]: [&[f32]; 2], eps: f32) {
     let d = weight.len();
-    vectorised(|| {
+    vectorised!(|| {
         for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
             let (mean, scale) = moments(x, eps);
             for (((o, &x), &w), &b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
@@ -39,9 +40,8 @@ pub(crate) fn backward(
 ) {
     let d = weight.len();
     let (dw, db) = sums.split_at_mut(d);
-    let (weight, bias, db) = (&weight[..d], &bias[..d], &mut db[..d]);
     let mut scaled = vec![0f32; d];
-    vectorised(|| {
+    vectorised!(|| {
         for (((dx, out), x), g) in dx
             .chunks_exact_mut(d)
             .zip(out.chunks_exact_mut(d))
@@ -49,18 +49,26 @@ pub(crate) fn backward(
             .zip(g.chunks_exact(d))
         {
             let (mean, scale) = moments(x, eps);
-            for i in 0..d {
-                let n = (x[i] - mean) * scale;
-                out[i] = n;
-                dw[i] += g[i] * n;
-                db[i] += g[i];
-                scaled[i] = g[i] * weight[i];
+            // One row stays in the nearest cache, and loops over few slices become vector instructions.
+            for (n, x) in out.iter_mut().zip(x) {
+                *n = (x - mean) * scale;
+            }
+            for ((dw, g), n) in dw.iter_mut().zip(g).zip(&*out) {
+                *dw += g * n;
+            }
+            for (db, g) in db.iter_mut().zip(g) {
+                *db += g;
+            }
+            for ((scaled, g), w) in scaled.iter_mut().zip(g).zip(weight) {
+                *scaled = g * w;
             }
             let mean_g = math::sum(&scaled) / d as f32;
             let mean_gn = math::dot(&scaled, out) / d as f32;
-            for i in 0..d {
-                dx[i] += (scaled[i] - mean_g - out[i] * mean_gn) * scale;
-                out[i] = out[i] * weight[i] + bias[i];
+            for ((dx, scaled), n) in dx.iter_mut().zip(&scaled).zip(&*out) {
+                *dx += (scaled - mean_g - n * mean_gn) * scale;
+            }
+            for ((n, w), b) in out.iter_mut().zip(weight).zip(bias) {
+                *n = *n * w + b;
             }
         }
     });

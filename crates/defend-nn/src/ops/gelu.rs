@@ -4,7 +4,8 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
-use crate::kernels::math::{self, vectorised};
+use crate::kernels::math;
+use crate::vectorised;
 
 /// Elements a parallel task handles: 64 KiB, half of a level-1 cache's worth of reads and writes.
 const ELEMENTS_PER_TASK: usize = 16 * 1024;
@@ -36,7 +37,7 @@ impl CustomOp1 for Gelu {
         out.par_chunks_mut(ELEMENTS_PER_TASK)
             .zip(x.par_chunks(ELEMENTS_PER_TASK))
             .for_each(|(out, x)| {
-                vectorised(|| out.iter_mut().zip(x).for_each(|(o, &v)| *o = math::gelu(v)));
+                vectorised!(|| out.iter_mut().zip(x).for_each(|(o, &v)| *o = math::gelu(v)));
             });
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
@@ -48,7 +49,7 @@ impl CustomOp1 for Gelu {
                 .zip(xs.par_chunks(ELEMENTS_PER_TASK))
                 .zip(gs.par_chunks(ELEMENTS_PER_TASK))
                 .for_each(|((dx, x), g)| {
-                    vectorised(|| {
+                    vectorised!(|| {
                         for ((d, &x), &g) in dx.iter_mut().zip(x).zip(g) {
                             *d = g * math::gelu_and_derivative(x).1;
                         }

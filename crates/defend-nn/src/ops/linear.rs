@@ -5,8 +5,9 @@ use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
 use crate::kernels::column_sums;
-use crate::kernels::math::{self, vectorised};
+use crate::kernels::math;
 use crate::kernels::product::{Into, MatRef, affine, product};
+use crate::vectorised;
 
 /// Affine map of the last dimension: `x W^T + b`.
 ///
@@ -163,7 +164,7 @@ impl CustomOp3 for Linear {
         let task = |(out, xs): (&mut [f32], &[f32])| {
             affine(out, xs, [ws, bs], inner_threads);
             if self.activation == Activation::Gelu {
-                vectorised(|| out.iter_mut().for_each(|v| *v = math::gelu(*v)));
+                vectorised!(|| out.iter_mut().for_each(|v| *v = math::gelu(*v)));
             }
         };
         let mut out = vec![0f32; rows * outputs];
