@@ -143,7 +143,7 @@ fn settings(row: &Row, arguments: &Arguments) -> Result<DefendConfig> {
 
 fn experiments(arguments: &Arguments) -> Result<Vec<Experiment>> {
     let (train, test) = arguments.set.open()?;
-    let teacher = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &Device::Cpu)?;
+    let teacher = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &best_device())?;
     let preprocess = preprocess_of(teacher.spec(), Fit::Squash);
     arguments
         .classes
@@ -176,7 +176,7 @@ fn experiments(arguments: &Arguments) -> Result<Vec<Experiment>> {
                 test: Pictures::read(
                     test,
                     preprocess.clone(),
-                    &Device::Cpu,
+                    &best_device(),
                     usize::MAX,
                     true,
                     &mut ProgressBar::hidden(),
@@ -192,6 +192,7 @@ impl Experiment {
     fn run(&self, arguments: &Arguments, config: &DefendConfig) -> Result<[f64; SCORES.len()]> {
         let fitted = Defend::builder()
             .backbone(Pretrained::local(&arguments.weights))
+            .device(best_device())
             .config(config.clone())
             .fit(self.normal.clone(), &mut ProgressBar::hidden())?;
         let scores = scoring::scores(&fitted.detector, &self.test, &SCORES.map(|s| s.1))?;

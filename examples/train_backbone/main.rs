@@ -63,7 +63,7 @@ struct Arguments {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let teacher = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &Device::Cpu)?;
+    let teacher = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &best_device())?;
     let mut bar = ProgressBar::new();
 
     let mut paths = Vec::new();
@@ -80,7 +80,7 @@ fn main() -> Result<()> {
         Ok(Pictures::read(
             subset,
             preprocess,
-            &Device::Cpu,
+            &best_device(),
             usize::MAX,
             false,
             &mut bar,

@@ -77,8 +77,8 @@ fn main() -> Result<()> {
                 .with_context(|| format!("VOC has no class \"{name}\""))
         })
         .collect::<Result<Vec<ClassId>>>()?;
-    let vit = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &Device::Cpu)?;
-    let teacher = Teacher::new(vit, 1, Fit::Squash, &Device::Cpu, CacheConfig::default())?;
+    let vit = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &best_device())?;
+    let teacher = Teacher::new(vit, 1, Fit::Squash, &best_device(), CacheConfig::default())?;
     let kept: Vec<usize> = (0..test.len())
         .step_by(arguments.test_stride.max(1))
         .collect();
@@ -87,7 +87,7 @@ fn main() -> Result<()> {
     let pictures = Pictures::read(
         test.clone(),
         teacher.preprocess().clone(),
-        &Device::Cpu,
+        &best_device(),
         usize::MAX,
         true,
         &mut bar,
@@ -194,6 +194,7 @@ fn method_scores(
     let start = Instant::now();
     let fitted = Defend::builder()
         .backbone(Pretrained::local(&arguments.weights))
+        .device(best_device())
         .config(config.clone())
         .fit(normal.clone(), bar)?;
     let losses = &fitted.distill.losses;
