@@ -8,7 +8,7 @@ use candle_core::Device;
 ///
 /// Builds without the `cuda` and `metal` features always answer CPU.
 pub fn best_device() -> Device {
-    // candle takes two devices that were made of one card for different ones and refuses to mix their tensors.
+    // Two devices made of one card have handles and kernels of their own, and on Metal their tensors do not mix.
     static DEVICE: OnceLock<Device> = OnceLock::new();
     let found = DEVICE.get_or_init(|| {
         let gpu = if candle_core::utils::cuda_is_available() {

@@ -19,7 +19,7 @@ use defend_core::distill::{
     Aggregation, DistillConfig, DistillObjective, Distiller, FeatureDistance, FeatureNorm, Mask,
     NormalizedSide, Penalty, Score, Selection, discrepancy,
 };
-use defend_core::nn::{AdamW, AdamWConfig, ParameterGroup, Rng, normal};
+use defend_core::nn::{AdamW, AdamWConfig, ParameterGroup, Rng, normal, ops};
 use defend_core::ot::{Assigner, SinkhornKnopp};
 use defend_core::prelude::*;
 use defend_core::vit::{
@@ -214,6 +214,37 @@ fn features_from_a_folder() {
         let vit = Arc::new(place.vit(1, TrainScope::Frozen));
         let cached = Cached::new(vit, config).unwrap();
         same_features(&cached.features(&images).unwrap(), &plain, 0.0, round);
+    }
+}
+
+/// Operands that kernels cannot take as they are: views that begin anywhere, and shapes that are broadcast.
+#[test]
+fn operands_of_any_kind() {
+    let run = |place: &Place| {
+        let wide = place.noise(&[1, 41], 70);
+        let x = wide.narrow(1, 1, 40).unwrap().reshape((5, 8)).unwrap();
+        let at = Tensor::new(&[9u32, 4, 0, 4], &place.device).unwrap();
+        let at = at.narrow(0, 1, 3).unwrap();
+        let table = Var::from_tensor(&x).unwrap();
+        let picked = ops::pick_rows(table.as_tensor(), &at).unwrap();
+        let loss = picked.sqr().unwrap().sum_all().unwrap();
+        let gradient = loss.backward().unwrap().get(&table).unwrap().clone();
+        let weight = place.noise(&[8, 8], 71);
+        let (scale, shift) = (place.noise(&[8], 72), place.noise(&[5, 8], 73));
+        let one = shift.get(0).unwrap();
+        vec![
+            picked,
+            gradient,
+            ops::l2_normalize(&x).unwrap(),
+            ops::layer_norm(&x, &scale, &one, 1e-6).unwrap(),
+            ops::linear(&x, &weight, &one).unwrap(),
+            ops::linear_gelu(&x, &weight, &one).unwrap(),
+            ops::add_bias(&x, &shift).unwrap(),
+        ]
+    };
+    let (found, expected) = (run(&Place::best()), run(&Place::reference()));
+    for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        close(found, expected, 1e-5, &format!("result {i}"));
     }
 }
 

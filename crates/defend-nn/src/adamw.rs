@@ -254,18 +254,26 @@ impl Update {
             slot.moments.inplace_op2(&grad.contiguous()?, &blend)?;
             return slot.var.inplace_op2(&slot.moments, self);
         }
+        // Half precision would lose the squares of small gradients, so the arithmetic is in f32.
+        let kept = slot.var.dtype();
+        let wide = |t: &Tensor| match t.dtype() {
+            DType::F16 | DType::BF16 => t.to_dtype(DType::F32),
+            _ => Ok(t.clone()),
+        };
         let (first, second) = (slot.moments.get(0)?, slot.moments.get(1)?);
-        let first = ((first * self.beta1)? + (grad * (1.0 - self.beta1))?)?;
+        let (first, second, grad) = (wide(&first)?, wide(&second)?, wide(grad)?);
+        let first = ((first * self.beta1)? + (&grad * (1.0 - self.beta1))?)?;
         let second = ((second * self.beta2)? + (grad.sqr()? * (1.0 - self.beta2))?)?;
         let denominator = ((second.sqrt()? * self.second_correction)? + self.eps)?;
         let moved = (first.div(&denominator)? * self.step_size)?;
-        slot.var
-            .set(&((slot.var.as_tensor() * self.keep)? - moved)?)?;
+        let parameter = ((wide(&slot.var)? * self.keep)? - moved)?;
+        slot.var.set(&parameter.to_dtype(kept)?)?;
+        let (first, second) = (first.to_dtype(kept)?, second.to_dtype(kept)?);
         slot.moments.set(&Tensor::stack(&[&first, &second], 0)?)
     }
 }
 
-/// Slots on a CUDA device: one launch for all of a group.
+/// Slots on CUDA devices: one launch for all of a group on one device and of one type.
 #[cfg(feature = "cuda")]
 mod on_cuda {
     use candle_core::backprop::GradStore;
@@ -274,42 +282,55 @@ mod on_cuda {
     use super::{Group, Slot, Update};
     use crate::cuda::adamw as kernel;
 
-    const TYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
-
     pub(super) fn takes(slot: &Slot, grad: &Tensor) -> bool {
+        let kind = matches!(grad.dtype(), DType::F32 | DType::BF16 | DType::F16);
         let same = grad.dtype() == slot.var.dtype() && grad.device().is_cuda();
         let in_place = slot.var.is_contiguous() && slot.moments.is_contiguous();
-        slot.var.device().is_cuda() && same && TYPES.contains(&grad.dtype()) && in_place
+        slot.var.device().is_cuda() && same && kind && in_place
     }
 
-    fn collect<'a>(
+    /// What one launch takes, and the slots that it came from.
+    #[derive(Default)]
+    struct Batch<'a>(Vec<&'a Slot>, Vec<kernel::Slot<'a>>);
+
+    /// Of one device and type, and no variable twice, which would be a race.
+    fn batches<'a>(
         slots: impl IntoIterator<Item = &'a Slot>,
         grads: &GradStore,
-        dtype: DType,
-    ) -> Result<(Vec<&'a Slot>, Vec<kernel::Slot<'a>>)> {
-        let (mut found, mut theirs) = (Vec::new(), Vec::new());
+    ) -> Result<Vec<Batch<'a>>> {
+        let mut batches: Vec<Batch<'a>> = Vec::new();
         for slot in slots {
-            let grad = grads.get(&slot.var).filter(|grad| takes(slot, grad));
-            let Some(grad) = grad.filter(|grad| grad.dtype() == dtype) else {
+            let Some(grad) = grads.get(&slot.var).filter(|grad| takes(slot, grad)) else {
                 continue;
             };
-            found.push(slot);
-            theirs.push(kernel::Slot {
+            let fits = |batch: &Batch<'a>| {
+                let Some(first) = batch.0.first() else {
+                    return true;
+                };
+                let place = |slot: &Slot| (slot.var.dtype(), slot.var.device().location());
+                let known = batch.0.iter().any(|known| known.var.id() == slot.var.id());
+                place(first) == place(slot) && !known
+            };
+            let at = batches.iter().position(fits).unwrap_or_else(|| {
+                batches.push(Batch::default());
+                batches.len() - 1
+            });
+            let batch = &mut batches[at];
+            batch.0.push(slot);
+            batch.1.push(kernel::Slot {
                 parameter: slot.var.as_tensor(),
                 moments: slot.moments.as_tensor(),
                 gradient: grad.contiguous()?,
             });
         }
-        Ok((found, theirs))
+        Ok(batches)
     }
 
     pub(super) fn first_not_finite<'a>(
         groups: &'a [Group],
         grads: &GradStore,
     ) -> Result<Option<&'a Slot>> {
-        for dtype in TYPES {
-            let slots = groups.iter().flat_map(|g| &g.slots);
-            let (slots, theirs) = collect(slots, grads, dtype)?;
+        for Batch(slots, theirs) in batches(groups.iter().flat_map(|g| &g.slots), grads)? {
             if let Some(wrong) = kernel::first_not_finite(&theirs)? {
                 return Ok(Some(slots[wrong]));
             }
@@ -318,8 +339,8 @@ mod on_cuda {
     }
 
     pub(super) fn step(slots: &[Slot], grads: &GradStore, update: &Update) -> Result<()> {
-        for dtype in TYPES {
-            kernel::step(&collect(slots, grads, dtype)?.1, update)?;
+        for batch in batches(slots, grads)? {
+            kernel::step(&batch.1, update)?;
         }
         Ok(())
     }

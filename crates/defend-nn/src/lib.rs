@@ -3,7 +3,7 @@
 //!
 //! candle's own fused `softmax_last_dim` and `layer_norm` have no backward pass and drop gradients
 //! without an error; the operations in [`ops`] have one, proven against PyTorch and finite
-//! differences, and run at the speed of the processor's matrix units on `f32` CPU tensors. On any
+//! differences, and run at the speed of the processor's matrix units on `f32` CPU tensors. On CUDA most have kernels too; on any
 //! other device or type the same functions compose candle's differentiable primitives.
 
 mod adamw;

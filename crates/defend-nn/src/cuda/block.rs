@@ -88,7 +88,7 @@ impl Block<'_> {
             let (images, tokens) = (heads.images, heads.tokens);
             let cls = probabilities.narrow(1, 0, 1)?.narrow(2, 1, tokens - 1)?;
             Some(
-                cls.contiguous()?
+                cls.force_contiguous()?
                     .reshape((images, heads.count, tokens - 1))?,
             )
         } else {
@@ -137,7 +137,7 @@ impl Block<'_> {
         with_parameters: bool,
     ) -> Result<(Tensor, Option<Vec<Tensor>>)> {
         let (shape, heads) = (g.shape(), self.heads(g)?);
-        let g = g.contiguous()?.reshape((heads.images * heads.tokens, ()))?;
+        let g = super::aligned(g)?.reshape((heads.images * heads.tokens, ()))?;
         let scaled = |g: &Tensor, which: usize| match self.factors {
             Some(factors) => rows::scale_rows(g, &factors[which]),
             None => Ok(g.clone()),

@@ -294,8 +294,8 @@ template <typename T> __device__ void softmax_backward(const T *p, T *g, int row
 template <typename T>
 __device__ void column_sums(const T *g, const T *x, const float *kept, float *sums, int rows, int width, int per_chunk) {
     __shared__ float partial[2][COLUMN_ROWS][33];
-    const int column = blockIdx.x * 32 + threadIdx.x;
-    const int from = blockIdx.y * per_chunk, to = min(rows, from + per_chunk);
+    const int column = blockIdx.y * 32 + threadIdx.x;
+    const int from = blockIdx.x * per_chunk, to = min(rows, from + per_chunk);
     float sum = 0.f, product = 0.f;
     if (column < width) {
         for (int row = from + threadIdx.y; row < to; row += COLUMN_ROWS) {
@@ -312,7 +312,7 @@ __device__ void column_sums(const T *g, const T *x, const float *kept, float *su
             sum += partial[0][i][threadIdx.x];
             product += partial[1][i][threadIdx.x];
         }
-        float *chunk = sums + (size_t)blockIdx.y * width * (x ? 2 : 1);
+        float *chunk = sums + (size_t)blockIdx.x * width * (x ? 2 : 1);
         if (x) chunk[column] = product;
         chunk[(x ? width : 0) + column] = sum;
     }
@@ -355,13 +355,13 @@ __device__ void adamw(const Slot<T> *slots, const Part *parts, int per_part, flo
     }
 }
 
-// Marks the parameters whose gradient has a value that is not finite.
+// Marks the parameters whose gradient has a value whose square is not finite.
 template <typename T> __device__ void not_finite(const Slot<T> *slots, const Part *parts, unsigned *found, int per_part) {
     const Part part = parts[blockIdx.x];
     const Slot<T> slot = slots[part.parameter];
     const size_t end = min((size_t)slot.count, (size_t)part.start + per_part);
     for (size_t i = part.start + threadIdx.x; i < end; i += blockDim.x)
-        if (!isfinite(up(slot.gradient[i]))) found[part.parameter] = 1u;
+        if (!isfinite(up(slot.gradient[i]) * up(slot.gradient[i]))) found[part.parameter] = 1u;
 }
 
 // Patches of `side` x `side` pixels of images [B, 3, height, width] as rows [B kept, 3 side^2]; which ones of each image's grid
@@ -373,6 +373,11 @@ __device__ void patches(const T *images, const unsigned *which, T *out, unsigned
     const unsigned values = 3 * side * side, row = at / values, value = at % values;
     const unsigned image = row / kept, patch = which ? which[row] : row % kept;
     const unsigned channel = value / (side * side), y = value / side % side, x = value % side, columns = width / side;
+    // Nothing is read beyond the images; what was asked for shows that it was wrong.
+    if (patch >= height / side * columns) {
+        out[at] = down<T>(NAN);
+        return;
+    }
     out[at] = images[(((size_t)image * 3 + channel) * height + patch / columns * side + y) * width + patch % columns * side + x];
 }
 

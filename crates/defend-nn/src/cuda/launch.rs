@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaSlice, CudaStream, DevicePtr, LaunchConfig, PushKernelArg, SyncOnDrop, sys,
 };
@@ -18,8 +19,10 @@ const WARPS: u32 = 8;
 /// A number among a kernel's arguments.
 #[derive(Clone, Copy)]
 pub(super) enum Number {
-    /// `int` or `unsigned`.
+    /// `int`.
     Int(usize),
+    /// `unsigned`.
+    Count(usize),
     Float(f64),
 }
 
@@ -106,8 +109,9 @@ fn prepare(device: &CudaDevice) {
     let stream = device.cuda_stream();
     let context = stream.context();
     if !context.is_in_multi_stream_mode() && context.is_event_tracking() {
-        // SAFETY: this context has no stream but the one that candle gave the device, and events order the streams of one
-        // context among each other. Streams of other threads are not ordered by them either way, as candle makes its device.
+        // SAFETY: events order the streams of one context among each other, and this context has none so far but the one that
+        // candle gave the device; a program that makes more there later is told so in docs/DEVICES.md. Streams of other
+        // threads are not ordered by events either way, as candle makes its device.
         unsafe { device.disable_event_tracking() };
     }
     let ordinal = context.ordinal();
@@ -193,6 +197,9 @@ pub(super) fn launch(
         let Storage::Cuda(storage) = &**storage else {
             bail!("{name} met a tensor of another device")
         };
+        if storage.device.location() != device.location() {
+            bail!("{name} met tensors of two CUDA devices")
+        }
         let (address, sync) = address(storage, layout, &stream)?;
         if address % 16 != 0 {
             bail!("{name} met a tensor that does not begin at a multiple of 16 bytes")
@@ -204,6 +211,7 @@ pub(super) fn launch(
         .iter()
         .map(|number| match *number {
             Number::Int(value) => i32::try_from(value).map(|value| (value, 0.0)),
+            Number::Count(value) => u32::try_from(value).map(|value| (value.cast_signed(), 0.0)),
             Number::Float(value) => Ok((0, value as f32)),
         })
         .collect::<std::result::Result<_, _>>()
@@ -214,7 +222,7 @@ pub(super) fn launch(
     }
     for (number, (int, float)) in numbers.iter().zip(&narrowed) {
         match number {
-            Number::Int(_) => arguments.arg(int),
+            Number::Int(_) | Number::Count(_) => arguments.arg(int),
             Number::Float(_) => arguments.arg(float),
         };
     }
@@ -224,9 +232,10 @@ pub(super) fn launch(
         shared_mem_bytes: 0,
     };
     // SAFETY: every pointer is the start of a contiguous tensor of this device that lives until after the launch, and
-    // memory is freed in the order of the stream, so the kernel never outlives it. The callers, all in `crate::cuda`,
-    // pass the extents that they made the outputs with. Tensors that a kernel writes to are either fresh, with no other
-    // user, or variables, whose contents may change.
+    // memory is freed in the order of the stream of the thread that drops it last: as with all of candle's kernels, a program
+    // that hands tensors to other threads waits for the device first. The callers, all in `crate::cuda`, pass the extents
+    // that they made the outputs with, for operands that `crate::ops` has checked. Tensors that a kernel writes to are either
+    // fresh, with no other user, or variables, whose contents may change.
     unsafe { arguments.launch(config) }.w()?;
     Ok(())
 }

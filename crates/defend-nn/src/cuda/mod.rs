@@ -8,12 +8,27 @@ pub(crate) mod block;
 mod launch;
 pub(crate) mod rows;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 /// Values that a row must be a multiple of, so that every thread moves 16 bytes.
 pub(crate) const ALIGNMENT: usize = 8;
 
-/// Whether the kernels take this tensor: on a CUDA device, in a type that they have, with rows of whole packs.
+/// A contiguous tensor that begins at a multiple of 16 bytes, as the kernels want it.
+pub(crate) fn aligned(t: &Tensor) -> Result<Tensor> {
+    if is_aligned(t) {
+        Ok(t.clone())
+    } else {
+        t.force_contiguous()
+    }
+}
+
+/// Whether [`aligned`] has nothing to do.
+pub(crate) fn is_aligned(t: &Tensor) -> bool {
+    let start = t.layout().start_offset() * t.dtype().size_in_bytes();
+    t.is_contiguous() && start.is_multiple_of(16)
+}
+
+/// Whether the kernels take this tensor, once it is [`aligned`]: on a CUDA device, in a type that they have, with rows of whole packs.
 pub(crate) fn takes(t: &Tensor) -> bool {
     let kind = matches!(t.dtype(), DType::F32 | DType::BF16 | DType::F16);
     let width = t.dims().last().copied().unwrap_or(0);

@@ -168,7 +168,7 @@ pub(crate) fn bias_gelu(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
         &named("bias_gelu", y),
         Grid::items(items),
         &[Some(y), Some(bias), Some(&out)],
-        &[items.into(), extents(y).1.into()],
+        &[Number::Count(items), extents(y).1.into()],
     )?;
     Ok(out)
 }
@@ -180,7 +180,7 @@ pub(crate) fn bias_gelu_backward(y: &Tensor, bias: &Tensor, g: &Tensor) -> Resul
         &named("bias_gelu_backward", y),
         Grid::items(items),
         &[Some(y), Some(bias), Some(g), Some(&dy)],
-        &[items.into(), extents(y).1.into()],
+        &[Number::Count(items), extents(y).1.into()],
     )?;
     Ok(dy)
 }
@@ -200,7 +200,7 @@ pub(crate) struct Heads {
 impl Heads {
     fn numbers(self, items: usize, scale: f64) -> [Number; 6] {
         [
-            items.into(),
+            Number::Count(items),
             self.tokens.into(),
             self.padded.into(),
             self.count.into(),
@@ -263,7 +263,12 @@ impl Heads {
             &named("swap_axes", x),
             Grid::items(items),
             &[Some(x), Some(out)],
-            &[items.into(), first.into(), second.into(), self.depth.into()],
+            &[
+                Number::Count(items),
+                first.into(),
+                second.into(),
+                self.depth.into(),
+            ],
         )
     }
 
@@ -308,7 +313,7 @@ fn sums(g: &Tensor, normed: Option<(&Tensor, &Tensor)>) -> Result<Tensor> {
     let joined = if normed.is_some() { 2 * width } else { width };
     let sums = empty_of((chunks, joined), DType::F32, g)?;
     let grid = Grid {
-        blocks: [width.div_ceil(32), chunks],
+        blocks: [chunks, width.div_ceil(32)],
         threads: [32, 8],
     };
     let (x, kept) = normed.unzip();
@@ -335,7 +340,7 @@ pub(crate) fn bias_add(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
         &named("bias_add", y),
         Grid::items(items),
         &[Some(y), Some(bias), Some(&out)],
-        &[items.into(), extents(y).1.into()],
+        &[Number::Count(items), extents(y).1.into()],
     )?;
     Ok(out)
 }
@@ -381,7 +386,7 @@ pub(crate) fn scatter_rows(at: &Tensor, g: &Tensor, rows: usize) -> Result<Tenso
         &named("scatter_rows", g),
         grid,
         &[Some(at), Some(g), Some(&out)],
-        &[count.into(), width.into()],
+        &[Number::Count(count), width.into()],
     )?;
     Ok(out)
 }
@@ -400,7 +405,7 @@ pub(crate) fn patches(images: &Tensor, side: usize, which: Option<&Tensor>) -> R
         Grid::items(items),
         &[Some(images), which, Some(&out)],
         &[
-            items.into(),
+            Number::Count(items),
             height.into(),
             width.into(),
             side.into(),

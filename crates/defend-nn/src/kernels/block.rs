@@ -52,6 +52,19 @@ impl Matrices {
         Self::of(weights, pack)
     }
 
+    /// For more than one pass.
+    pub(crate) fn kept(mut self) -> Self {
+        for matrix in [
+            &mut self.qkv,
+            &mut self.projection,
+            &mut self.fc1,
+            &mut self.fc2,
+        ] {
+            matrix.keep();
+        }
+        self
+    }
+
     fn of(weights: &Weights<'_>, pack: impl Fn([&[f32]; 2]) -> Packed) -> Self {
         Self {
             qkv: pack(weights.qkv),
@@ -416,8 +429,12 @@ fn parameter_gradients(norms: &[f32], maps: [Products<'_>; 4], rows: usize) -> G
 
 /// `G^T X` of each map, from G `[rows, outputs]` and X `[rows, inputs]`.
 fn weight_gradients(maps: [Products<'_>; 4], rows: usize) -> [Vec<f32>; 4] {
-    maps.map(|Products(g, outputs, x, inputs)| {
+    let gradient = |Products(g, outputs, x, inputs): Products<'_>| {
         let g = Packed::tiles(g, rows, outputs);
         transposed_product(&g, &Packed::new(x, rows, inputs))
-    })
+    };
+    let [qkv, projection, fc1, fc2] = maps;
+    let pair = |a, b| rayon::join(|| gradient(a), || gradient(b));
+    let ((qkv, projection), (fc1, fc2)) = rayon::join(|| pair(qkv, projection), || pair(fc1, fc2));
+    [qkv, projection, fc1, fc2]
 }

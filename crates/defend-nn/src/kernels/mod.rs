@@ -1,7 +1,7 @@
 //! `f32` CPU kernels behind [`crate::ops`].
 //!
-//! The only module of the workspace that may use `unsafe`, and only to call the `gemm` crate, whose
-//! interface is raw pointers: [`product`] checks every extent before it hands them over.
+//! `unsafe` only to call the `gemm` crate, whose interface is raw pointers: [`product`] checks every extent before it hands
+//! them over. (The CUDA kernels' launches are the other place of the workspace that may use it.)
 
 use crate::vectorised;
 use rayon::prelude::*;

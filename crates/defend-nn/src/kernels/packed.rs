@@ -68,6 +68,11 @@ impl Packed {
         })
     }
 
+    /// Keeps the matrix for more than one pass.
+    pub(crate) fn keep(&mut self) {
+        self.values.keep();
+    }
+
     fn of(
         matrix: &[f32],
         depth: usize,
@@ -333,7 +338,7 @@ fn add<S: Simd>(
     }
 }
 
-/// Tiles that a task works on: their part of the depth stays in the second cache.
+/// Tiles that a task works on at most: their part of the depth stays in the second cache.
 const TILES_PER_TASK: usize = 16;
 
 /// `G^T X`, `[G's columns, X's columns]`, with G as [`Packed::tiles`] and X as [`Packed::new`]: the gradient of a map's
@@ -342,7 +347,10 @@ pub(crate) fn transposed_product(g: &Packed, x: &Packed) -> Vec<f32> {
     assert_eq!((g.depth, g.width), (x.depth, tile_rows()));
     assert_eq!(x.width, panel_width());
     let mut out = vec![0f32; g.columns * x.columns];
-    let rows = TILES_PER_TASK * g.width;
+    // Enough tasks for all threads; a tile's sums do not depend on its task.
+    let tiles = g.columns.div_ceil(g.width);
+    let per_task = tiles.div_ceil(2 * rayon::current_num_threads());
+    let rows = per_task.clamp(1, TILES_PER_TASK) * g.width;
     let tasks = out.par_chunks_mut(rows * x.columns);
     tasks.enumerate().for_each(|(i, out)| {
         let tiles = &g.values[i * rows * g.depth..];

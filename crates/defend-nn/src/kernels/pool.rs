@@ -18,6 +18,8 @@ fn idle() -> MutexGuard<'static, Vec<Vec<f32>>> {
 pub(crate) struct Buffer {
     values: Vec<f32>,
     len: usize,
+    /// Whether the values go back.
+    lent: bool,
 }
 
 impl Buffer {
@@ -31,7 +33,15 @@ impl Buffer {
         Self {
             values: values.unwrap_or_else(|| vec![0.0; len]),
             len,
+            lent: true,
         }
+    }
+
+    /// Keeps the values for good: they take no more memory than they need, and do not go back.
+    pub(crate) fn keep(&mut self) {
+        self.values.truncate(self.len);
+        self.values.shrink_to_fit();
+        self.lent = false;
     }
 }
 
@@ -51,7 +61,7 @@ impl DerefMut for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.len > 0 {
+        if self.lent && self.len > 0 {
             idle().push(std::mem::take(&mut self.values));
         }
     }
@@ -76,5 +86,9 @@ mod tests {
         assert!(Buffer::stale(LEN / 4).iter().all(|v| *v == 0.0));
         let smaller = Buffer::stale(LEN - 1);
         assert_eq!((smaller.len(), smaller[0]), (LEN - 1, 3.0));
+        let mut kept = smaller;
+        kept.keep();
+        drop(kept);
+        assert_eq!(Buffer::stale(LEN - 1)[0], 0.0);
     }
 }

@@ -7,7 +7,7 @@ use candle_core::{
     Tensor, bail,
 };
 
-use crate::cuda::rows;
+use crate::cuda::{aligned, rows};
 
 /// An operation whose result is there already, and how gradients pass it.
 pub(super) struct Precomputed<G> {
@@ -88,7 +88,7 @@ impl CustomOp3 for Precomputed<NormGradients> {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (g, kept) = (grad.contiguous()?, &self.gradients.0);
+        let (g, kept) = (aligned(grad)?, &self.gradients.0);
         let dx = || rows::layer_norm_backward(x, kept, weight, &g, None);
         let dx = x.track_op().then(dx).transpose()?;
         if !weight.track_op() && !bias.track_op() {
@@ -117,7 +117,7 @@ impl CustomOp1 for Precomputed<Lengths> {
     }
 
     fn bwd(&self, _: &Tensor, out: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        rows::l2_normalize_backward(out, &self.gradients.0, &grad.contiguous()?).map(Some)
+        rows::l2_normalize_backward(out, &self.gradients.0, &aligned(grad)?).map(Some)
     }
 }
 
@@ -139,7 +139,7 @@ impl CustomOp1 for Precomputed<Picked> {
 
     fn bwd(&self, table: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let rows = table.dim(0)?;
-        rows::scatter_rows(&self.gradients.0, &grad.contiguous()?, rows).map(Some)
+        rows::scatter_rows(&self.gradients.0, &aligned(grad)?, rows).map(Some)
     }
 }
 
@@ -178,7 +178,7 @@ impl CustomOp2 for Precomputed<BiasGradient> {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let sums = || rows::column_sums(&grad.contiguous()?);
+        let sums = || rows::column_sums(&aligned(grad)?);
         let sums = bias.track_op().then(sums).transpose()?;
         Ok((rows.track_op().then(|| grad.clone()), sums))
     }

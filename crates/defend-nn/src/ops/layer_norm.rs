@@ -45,11 +45,13 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
 #[cfg(feature = "cuda")]
 fn on_cuda(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Option<Tensor>> {
     use super::cuda::{NormGradients, Precomputed};
-    let fits = [weight, bias].iter().all(|t| t.dtype() == x.dtype());
-    if !fits || !crate::cuda::takes(x) || weight.dims() != [x.dim(D::Minus1)?] {
+    use crate::cuda::aligned;
+    let dims = [x.dim(D::Minus1)?];
+    let fits = |t: &Tensor| t.dtype() == x.dtype() && t.dims() == dims;
+    if !crate::cuda::takes(x) || !fits(weight) || !fits(bias) {
         return Ok(None);
     }
-    let [x, weight, bias] = [x.contiguous()?, weight.contiguous()?, bias.contiguous()?];
+    let [x, weight, bias] = [aligned(x)?, aligned(weight)?, aligned(bias)?];
     let keep = [&x, &weight, &bias].iter().any(|t| t.track_op());
     let (out, kept) = crate::cuda::rows::layer_norm(&x, [&weight, &bias], eps, keep)?;
     let Some(kept) = kept else {

@@ -40,10 +40,10 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
 pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let tracked = [x, weight, bias].iter().any(|t| t.track_op());
     #[cfg(feature = "cuda")]
-    if !tracked && fits_cuda(x, weight, bias) {
+    if !tracked && fits_cuda(weight.dims().first(), weight, bias) {
         let (rows, mut shape) = flattened(x)?;
         let out = rows.matmul(&weight.t()?)?;
-        let out = crate::cuda::rows::bias_gelu(&out, &bias.contiguous()?)?;
+        let out = crate::cuda::rows::bias_gelu(&out, &crate::cuda::aligned(bias)?)?;
         if let Some(last) = shape.last_mut() {
             *last = weight.dim(0)?;
         }
@@ -63,10 +63,9 @@ pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor>
 /// When the shapes do not fit.
 pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if fits_cuda(x, x, bias) && x.dims().last() == bias.dims().last() && bias.rank() == 1 {
+    if fits_cuda(x.dims().last(), x, bias) {
         use super::cuda::{BiasGradient, Precomputed};
-        let bias = bias.contiguous()?;
-        let x = x.contiguous()?;
+        let (x, bias) = (crate::cuda::aligned(x)?, crate::cuda::aligned(bias)?);
         let out = crate::cuda::rows::bias_add(&x, &bias)?;
         if !x.track_op() && !bias.track_op() {
             return Ok(out);
@@ -76,11 +75,11 @@ pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
     x.broadcast_add(bias)
 }
 
-/// Whether the CUDA kernels take what this map gives.
+/// Whether the CUDA kernels take a bias `[width]` for rows in the type of `like`.
 #[cfg(feature = "cuda")]
-fn fits_cuda(x: &Tensor, weight: &Tensor, bias: &Tensor) -> bool {
-    let kind = [weight, bias].iter().all(|t| t.dtype() == x.dtype());
-    kind && crate::cuda::takes(bias) && x.elem_count() > 0
+fn fits_cuda(width: Option<&usize>, like: &Tensor, bias: &Tensor) -> bool {
+    let one = bias.rank() == 1 && bias.dims().first() == width;
+    one && bias.dtype() == like.dtype() && crate::cuda::takes(bias) && like.elem_count() > 0
 }
 
 /// `[..., I]` as `[R, I]`, and the original dimensions.

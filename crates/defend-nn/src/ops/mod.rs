@@ -1,7 +1,8 @@
 //! Differentiable operations of a Vision Transformer, fused for `f32` CPU tensors.
 //!
 //! Each function has two forms with the same meaning: a kernel for contiguous `f32` tensors on the
-//! CPU, and a composition of candle's differentiable primitives for every other device and type.
+//! CPU, and a composition of candle's differentiable primitives for every other device and type. With the `cuda` feature most
+//! have kernels for NVIDIA's cards as well.
 //! Gradients flow to every operand that is a variable or depends on one; operands that do not (frozen
 //! weights, plain inputs) cost nothing in the backward pass.
 

@@ -14,7 +14,7 @@ const EPS: f64 = 1e-12;
 pub fn l2_normalize(x: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if crate::cuda::takes(x) {
-        return on_cuda(&x.contiguous()?);
+        return on_cuda(&crate::cuda::aligned(x)?);
     }
     let norm = (x.sqr()?.sum_keepdim(D::Minus1)? + EPS)?.sqrt()?;
     x.broadcast_div(&norm)

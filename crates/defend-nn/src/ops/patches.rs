@@ -33,9 +33,13 @@ pub fn patches(images: &Tensor, side: usize, which: Option<&Tensor>) -> Result<T
         return copied(images, side, which);
     }
     #[cfg(feature = "cuda")]
-    if images.device().is_cuda() && images.dtype() != DType::F64 && !images.track_op() {
-        let which = which.map(Tensor::contiguous).transpose()?;
-        return crate::cuda::rows::patches(&images.contiguous()?, side, which.as_ref());
+    if images.device().is_cuda()
+        && matches!(images.dtype(), DType::F32 | DType::BF16 | DType::F16)
+        && !images.track_op()
+    {
+        use crate::cuda::aligned;
+        let which = which.map(aligned).transpose()?;
+        return crate::cuda::rows::patches(&aligned(images)?, side, which.as_ref());
     }
     let (rows, columns) = (height / side, width / side);
     let all = images

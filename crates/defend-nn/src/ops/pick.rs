@@ -16,7 +16,7 @@ pub fn pick_rows(table: &Tensor, at: &Tensor) -> Result<Tensor> {
         && at.dtype() == candle_core::DType::U32
     {
         use super::cuda::{Picked, Precomputed};
-        let at = at.contiguous()?;
+        let at = crate::cuda::aligned(at)?;
         let out = table.detach().index_select(&at, 0)?;
         return table.apply_op1(Precomputed::new("pick-rows", out, Picked(at)));
     }

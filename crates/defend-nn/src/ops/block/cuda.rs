@@ -7,6 +7,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Ten
 use super::super::cuda::storage_of;
 use super::{BlockParameters, Gradients, check, lock, ticket};
 use crate::cuda::block::{Block, Saved, takes_heads};
+use crate::cuda::{aligned, is_aligned, takes};
 
 /// The block by the kernels, where they take its tensors; LayerScale only without a backward pass.
 pub(super) fn block(
@@ -23,9 +24,13 @@ pub(super) fn block(
         .iter()
         .copied()
         .chain(scales.into_iter().flatten())
-        .all(|t| t.dtype() == x.dtype() && t.is_contiguous() && crate::cuda::takes(t));
-    let scaled = scales.is_some_and(|scales| tracked || scales.iter().any(Tensor::track_op));
-    if !fits || !crate::cuda::takes(x) || scaled || !takes_heads(x, parameters.heads)? {
+        .all(|t| t.dtype() == x.dtype() && is_aligned(t) && takes(t));
+    let width = parameters.norm1[0].dims();
+    let scaled = scales.is_some_and(|scales| {
+        let fits = scales.iter().all(|t| t.dims() == width && !t.track_op());
+        tracked || !fits
+    });
+    if !fits || !takes(x) || scaled || !takes_heads(x, parameters.heads)? {
         return Ok(None);
     }
     check(x, parameters, factors)?;
@@ -38,7 +43,7 @@ pub(super) fn block(
         factors: factors.transpose()?,
         tracked: [x.track_op(), trains],
     };
-    let x = x.contiguous()?;
+    let x = aligned(x)?;
     let passed = call
         .block()
         .forward(&x.detach(), with_cls_attention, tracked)?;
