@@ -40,7 +40,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
 pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let tracked = [x, weight, bias].iter().any(|t| t.track_op());
     #[cfg(feature = "cuda")]
-    if !tracked && fits_cuda(weight.dims().first(), weight, bias) {
+    if !tracked && x.elem_count() > 0 && fits_cuda(weight.dims().first(), weight, bias) {
         let (rows, mut shape) = flattened(x)?;
         let out = rows.matmul(&weight.t()?)?;
         let out = crate::cuda::rows::bias_gelu(&out, &crate::cuda::aligned(bias)?)?;
