@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Tensor, Var};
-use defend_nn::Rng;
+use defend_nn::{Rng, ops};
 use serde::{Deserialize, Serialize};
 
 use crate::{BackboneSpec, Error};
@@ -148,8 +148,7 @@ impl TokenSet {
     /// # Errors
     /// [`Error::TokenSet`] when the tensor has another number of images or patches.
     pub fn gather(&self, tokens: &Tensor) -> Result<Tensor, Error> {
-        let (b, n, d) = tokens.dims3()?;
-        let kept = self.indices.dim(1)?;
+        let (b, n, _) = tokens.dims3()?;
         if n != self.grid.patches() {
             return Err(Error::TokenSet {
                 found: format!("patches of {} on a grid", self.grid.patches()),
@@ -157,13 +156,7 @@ impl TokenSet {
             });
         }
         self.check(b, self.grid)?;
-        let offsets = (Tensor::arange(0u32, b as u32, tokens.device())? * n as f64)?;
-        let rows = self
-            .indices
-            .broadcast_add(&offsets.unsqueeze(1)?)?
-            .flatten_all()?;
-        let flat = tokens.reshape((b * n, d))?;
-        Ok(flat.index_select(&rows, 0)?.reshape((b, kept, d))?)
+        Ok(ops::pick_of_each(tokens, &self.indices)?)
     }
 }
 

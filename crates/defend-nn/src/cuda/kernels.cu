@@ -162,13 +162,16 @@ __device__ __forceinline__ float gelu_derivative(float x) {
     return 0.5f * (1.f + erff(x * 0.70710678118654752f)) + x * 0.39894228040143268f * expf(-0.5f * x * x);
 }
 
-// out = gelu(y + bias) for rows of `width`.
-template <typename T> __device__ void bias_gelu(const T *y, const T *bias, T *out, unsigned packs, int width) {
+// out = y + bias for rows of `width`, or GELU of it.
+template <typename T, bool GELU> __device__ void add_bias(const T *y, const T *bias, T *out, unsigned packs, int width) {
     constexpr int N = Pack<T>::N;
     const unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= packs) return;
     Pack<T> p = load(y + (size_t)at * N), q = load(bias + at % (width / N) * N);
-    for (int j = 0; j < N; j++) p.v[j] = down<T>(gelu(up(p.v[j]) + up(q.v[j])));
+    for (int j = 0; j < N; j++) {
+        const float v = up(p.v[j]) + up(q.v[j]);
+        p.v[j] = down<T>(GELU ? gelu(v) : v);
+    }
     store(out + (size_t)at * N, p);
 }
 
@@ -445,16 +448,6 @@ template <typename T> __device__ void scatter_rows(const unsigned *at, const T *
     }
 }
 
-// out = y + bias for rows of `width`.
-template <typename T> __device__ void bias_add(const T *y, const T *bias, T *out, unsigned packs, int width) {
-    constexpr int N = Pack<T>::N;
-    const unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= packs) return;
-    Pack<T> p = load(y + (size_t)at * N), q = load(bias + at % (width / N) * N);
-    for (int j = 0; j < N; j++) p.v[j] = down<T>(up(p.v[j]) + up(q.v[j]));
-    store(out + (size_t)at * N, p);
-}
-
 } // namespace
 
 #define KERNELS(T, NAME)                                                                                                       \
@@ -476,7 +469,7 @@ template <typename T> __device__ void bias_add(const T *y, const T *bias, T *out
         scale_rows(x, factors, out, rows, width, per_factor);                                                                  \
     }                                                                                                                          \
     extern "C" __global__ void bias_gelu_##NAME(const T *y, const T *bias, T *out, unsigned packs, int width) {                \
-        bias_gelu(y, bias, out, packs, width);                                                                                 \
+        add_bias<T, true>(y, bias, out, packs, width);                                                                         \
     }                                                                                                                          \
     extern "C" __global__ void bias_gelu_backward_##NAME(const T *y, const T *bias, const T *g, T *dy, unsigned packs,         \
                                                          int width) {                                                          \
@@ -502,7 +495,7 @@ template <typename T> __device__ void bias_add(const T *y, const T *bias, T *out
         column_sums(g, x, kept, sums, rows, width, per_chunk);                                                                 \
     }                                                                                                                          \
     extern "C" __global__ void bias_add_##NAME(const T *y, const T *bias, T *out, unsigned packs, int width) {                 \
-        bias_add(y, bias, out, packs, width);                                                                                  \
+        add_bias<T, false>(y, bias, out, packs, width);                                                                        \
     }                                                                                                                          \
     extern "C" __global__ void scatter_rows_##NAME(const unsigned *at, const T *g, T *out, unsigned count, int width) {        \
         scatter_rows(at, g, out, count, width);                                                                                \

@@ -76,31 +76,8 @@ pub(crate) struct Branch<'a> {
 
 /// `x` plus a branch.
 pub(crate) fn residual(x: &Tensor, branch: &Branch<'_>) -> Result<Tensor> {
-    let y = branch.y;
-    let (rows, width) = extents(y);
-    let out = empty(y.shape(), y)?;
-    launch(
-        &named("residual", y),
-        Grid::rows(rows),
-        &[
-            Some(x),
-            Some(y),
-            Some(branch.bias),
-            branch.factors,
-            branch.scale,
-            Some(&out),
-            None,
-            None,
-            None,
-            None,
-        ],
-        &[
-            rows.into(),
-            width.into(),
-            per_factor(rows, branch.factors).into(),
-            0.0.into(),
-        ],
-    )?;
+    let out = empty(x.shape(), x)?;
+    add_branch(x, branch, &out, [None; 4], 0.0)?;
     Ok(out)
 }
 
@@ -112,32 +89,41 @@ pub(crate) fn residual_norm(
     eps: f64,
     keep: bool,
 ) -> Result<(Tensor, Tensor, Option<Tensor>)> {
-    let (rows, width) = extents(x);
     let (out, normed) = (empty(x.shape(), x)?, empty(x.shape(), x)?);
-    let kept = kept(x, rows, keep)?;
+    let kept = kept(x, extents(x).0, keep)?;
+    let norm = [Some(w), Some(b), Some(&normed), kept.as_ref()];
+    add_branch(x, branch, &out, norm, eps)?;
+    Ok((out, normed, kept))
+}
+
+/// Into `out`; `norm`: scale, shift, result and moments of its LayerNorm, if any.
+fn add_branch(
+    x: &Tensor,
+    branch: &Branch<'_>,
+    out: &Tensor,
+    norm: [Option<&Tensor>; 4],
+    eps: f64,
+) -> Result<()> {
+    let (rows, width) = extents(x);
+    let sum = [
+        Some(x),
+        Some(branch.y),
+        Some(branch.bias),
+        branch.factors,
+        branch.scale,
+        Some(out),
+    ];
     launch(
         &named("residual", x),
         Grid::rows(rows),
-        &[
-            Some(x),
-            Some(branch.y),
-            Some(branch.bias),
-            branch.factors,
-            branch.scale,
-            Some(&out),
-            Some(w),
-            Some(b),
-            Some(&normed),
-            kept.as_ref(),
-        ],
+        &[&sum[..], &norm].concat(),
         &[
             rows.into(),
             width.into(),
             per_factor(rows, branch.factors).into(),
             eps.into(),
         ],
-    )?;
-    Ok((out, normed, kept))
+    )
 }
 
 fn per_factor(rows: usize, factors: Option<&Tensor>) -> usize {
@@ -161,11 +147,20 @@ pub(crate) fn scale_rows(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
+/// `y + bias`.
+pub(crate) fn bias_add(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    with_bias("bias_add", y, bias)
+}
+
 /// `gelu(y + bias)`.
 pub(crate) fn bias_gelu(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    with_bias("bias_gelu", y, bias)
+}
+
+fn with_bias(kernel: &str, y: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let (out, items) = (empty(y.shape(), y)?, packs(y));
     launch(
-        &named("bias_gelu", y),
+        &named(kernel, y),
         Grid::items(items),
         &[Some(y), Some(bias), Some(&out)],
         &[Number::Count(items), extents(y).1.into()],
@@ -329,18 +324,6 @@ fn sums(g: &Tensor, normed: Option<(&Tensor, &Tensor)>) -> Result<Tensor> {
         Grid::items(joined),
         &[Some(&sums), Some(&out)],
         &[chunks.into(), joined.into()],
-    )?;
-    Ok(out)
-}
-
-/// `y + bias`.
-pub(crate) fn bias_add(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    let (out, items) = (empty(y.shape(), y)?, packs(y));
-    launch(
-        &named("bias_add", y),
-        Grid::items(items),
-        &[Some(y), Some(bias), Some(&out)],
-        &[Number::Count(items), extents(y).1.into()],
     )?;
     Ok(out)
 }

@@ -2,6 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage,
     Tensor, bail,
@@ -9,7 +10,18 @@ use candle_core::{
 
 use crate::cuda::{aligned, rows};
 
-/// An operation whose result is there already, and how gradients pass it.
+/// How gradients pass an operation of N operands.
+pub(super) trait Backward<const N: usize>: Send + Sync + 'static {
+    /// The gradients of the operands that have one, from the result and its gradient.
+    fn backward(
+        &self,
+        operands: [&Tensor; N],
+        out: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; N]>;
+}
+
+/// An operation whose result is there already: a node of candle's graph with operands of any number.
 pub(super) struct Precomputed<G> {
     name: &'static str,
     out: Mutex<Option<Tensor>>,
@@ -25,33 +37,84 @@ impl<G> Precomputed<G> {
         }
     }
 
+    /// A copy of the result's storage: candle lets nobody take it out of a tensor.
     fn take(&self) -> Result<(CudaStorage, Shape)> {
         let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(out) = out.take() else {
             bail!("{}: its result was taken before", self.name)
         };
-        storage_of(&out)
+        let (storage, layout) = out.storage_and_layout();
+        let Storage::Cuda(storage) = &*storage else {
+            bail!("{}: its result is on another device", self.name)
+        };
+        Ok((storage.try_clone(layout)?, layout.shape().clone()))
+    }
+
+    fn not_here<T>(&self) -> Result<T> {
+        bail!(
+            "{}: the CUDA form of this operation met tensors on the CPU",
+            self.name
+        )
     }
 }
 
-/// A copy of a tensor's storage: candle lets nobody take it out of a tensor.
-pub(super) fn storage_of(t: &Tensor) -> Result<(CudaStorage, Shape)> {
-    use candle_core::backend::BackendStorage;
-    let (storage, layout) = t.storage_and_layout();
-    let Storage::Cuda(storage) = &*storage else {
-        bail!("a result of a CUDA kernel is on another device")
-    };
-    Ok((storage.try_clone(layout)?, layout.shape().clone()))
+impl<G: Backward<1>> CustomOp1 for Precomputed<G> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.not_here()
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.take()
+    }
+
+    fn bwd(&self, a: &Tensor, out: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let [a] = self.gradients.backward([a], out, grad)?;
+        Ok(a)
+    }
 }
 
-fn not_here<T>(name: &str) -> Result<T> {
-    bail!("{name}: the CUDA form of this operation met tensors on the CPU")
+impl<G: Backward<2>> CustomOp2 for Precomputed<G> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.not_here()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.take()
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        out: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [a, b] = self.gradients.backward([a, b], out, grad)?;
+        Ok((a, b))
+    }
 }
 
-/// LayerNorm of which this keeps the rows' means and inverse standard deviations.
-pub(super) struct NormGradients(pub(super) Tensor);
-
-impl CustomOp3 for Precomputed<NormGradients> {
+impl<G: Backward<3>> CustomOp3 for Precomputed<G> {
     fn name(&self) -> &'static str {
         self.name
     }
@@ -65,7 +128,7 @@ impl CustomOp3 for Precomputed<NormGradients> {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        not_here(self.name)
+        self.not_here()
     }
 
     fn cuda_fwd(
@@ -82,104 +145,81 @@ impl CustomOp3 for Precomputed<NormGradients> {
 
     fn bwd(
         &self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: &Tensor,
-        _: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
+        out: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (g, kept) = (aligned(grad)?, &self.gradients.0);
+        let [a, b, c] = self.gradients.backward([a, b, c], out, grad)?;
+        Ok((a, b, c))
+    }
+}
+
+/// LayerNorm of which this keeps the rows' means and inverse standard deviations.
+pub(super) struct NormGradients(pub(super) Tensor);
+
+impl Backward<3> for NormGradients {
+    fn backward(
+        &self,
+        [x, weight, bias]: [&Tensor; 3],
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; 3]> {
+        let (g, kept) = (aligned(grad)?, &self.0);
         let dx = || rows::layer_norm_backward(x, kept, weight, &g, None);
         let dx = x.track_op().then(dx).transpose()?;
         if !weight.track_op() && !bias.track_op() {
-            return Ok((dx, None, None));
+            return Ok([dx, None, None]);
         }
         let [dw, db] = rows::norm_sums(&g, x, kept)?;
         let of = |t: &Tensor, gradient| t.track_op().then_some(gradient);
-        Ok((dx, of(weight, dw), of(bias, db)))
+        Ok([dx, of(weight, dw), of(bias, db)])
     }
 }
 
 /// L2 normalisation of which this keeps the rows' lengths.
 pub(super) struct Lengths(pub(super) Tensor);
 
-impl CustomOp1 for Precomputed<Lengths> {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        not_here(self.name)
-    }
-
-    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.take()
-    }
-
-    fn bwd(&self, _: &Tensor, out: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        rows::l2_normalize_backward(out, &self.gradients.0, &aligned(grad)?).map(Some)
+impl Backward<1> for Lengths {
+    fn backward(
+        &self,
+        _: [&Tensor; 1],
+        out: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; 1]> {
+        let dx = rows::l2_normalize_backward(out, &self.0, &aligned(grad)?)?;
+        Ok([Some(dx)])
     }
 }
 
 /// Rows picked from a table, `[R]`.
 pub(super) struct Picked(pub(super) Tensor);
 
-impl CustomOp1 for Precomputed<Picked> {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        not_here(self.name)
-    }
-
-    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.take()
-    }
-
-    fn bwd(&self, table: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let rows = table.dim(0)?;
-        rows::scatter_rows(&self.gradients.0, &aligned(grad)?, rows).map(Some)
+impl Backward<1> for Picked {
+    fn backward(
+        &self,
+        [table]: [&Tensor; 1],
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; 1]> {
+        let sums = rows::scatter_rows(&self.0, &aligned(grad)?, table.dim(0)?)?;
+        Ok([Some(sums)])
     }
 }
 
 /// Rows plus a bias.
 pub(super) struct BiasGradient;
 
-impl CustomOp2 for Precomputed<BiasGradient> {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn cpu_fwd(
+impl Backward<2> for BiasGradient {
+    fn backward(
         &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        not_here(self.name)
-    }
-
-    fn cuda_fwd(
-        &self,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        self.take()
-    }
-
-    fn bwd(
-        &self,
-        rows: &Tensor,
-        bias: &Tensor,
+        [rows, bias]: [&Tensor; 2],
         _: &Tensor,
         grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    ) -> Result<[Option<Tensor>; 2]> {
         let sums = || rows::column_sums(&aligned(grad)?);
         let sums = bias.track_op().then(sums).transpose()?;
-        Ok((rows.track_op().then(|| grad.clone()), sums))
+        Ok([rows.track_op().then(|| grad.clone()), sums])
     }
 }

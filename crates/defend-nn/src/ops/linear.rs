@@ -23,12 +23,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
             .contiguous()?
             .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
     }
-    let (rows, mut shape) = flattened(x)?;
-    let out = add_bias(&rows.matmul(&weight.t()?)?, bias)?;
-    if let Some(last) = shape.last_mut() {
-        *last = weight.dim(0)?;
-    }
-    out.reshape(shape)
+    mapped(x, weight, |rows| add_bias(rows, bias))
 }
 
 /// `gelu(linear(x, weight, bias))`, the activation applied while the product is still in the cache.
@@ -41,13 +36,8 @@ pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor>
     let tracked = [x, weight, bias].iter().any(|t| t.track_op());
     #[cfg(feature = "cuda")]
     if !tracked && x.elem_count() > 0 && fits_cuda(weight.dims().first(), weight, bias) {
-        let (rows, mut shape) = flattened(x)?;
-        let out = rows.matmul(&weight.t()?)?;
-        let out = crate::cuda::rows::bias_gelu(&out, &crate::cuda::aligned(bias)?)?;
-        if let Some(last) = shape.last_mut() {
-            *last = weight.dim(0)?;
-        }
-        return out.reshape(shape);
+        let bias = crate::cuda::aligned(bias)?;
+        return mapped(x, weight, |rows| crate::cuda::rows::bias_gelu(rows, &bias));
     }
     if tracked || !is_fast(&[x, weight, bias]) {
         return super::gelu(&linear(x, weight, bias)?);
@@ -82,10 +72,19 @@ fn fits_cuda(width: Option<&usize>, like: &Tensor, bias: &Tensor) -> bool {
     one && bias.dtype() == like.dtype() && crate::cuda::takes(bias) && like.elem_count() > 0
 }
 
-/// `[..., I]` as `[R, I]`, and the original dimensions.
-fn flattened(x: &Tensor) -> Result<(Tensor, Vec<usize>)> {
-    let inner = x.dim(candle_core::D::Minus1)?;
-    Ok((x.reshape(((), inner))?, x.dims().to_vec()))
+/// `finish(x W^T)` with the rows of `x` `[..., I]` as `[R, I]`; returns `[..., O]`.
+fn mapped(
+    x: &Tensor,
+    weight: &Tensor,
+    finish: impl FnOnce(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let rows = x.reshape(((), x.dim(candle_core::D::Minus1)?))?;
+    let out = finish(&rows.matmul(&weight.t()?)?)?;
+    let mut shape = x.dims().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = weight.dim(0)?;
+    }
+    out.reshape(shape)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

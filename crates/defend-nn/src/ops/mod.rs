@@ -24,7 +24,7 @@ pub use layer_norm::layer_norm;
 pub use linear::{add_bias, linear, linear_gelu};
 pub use normalize::l2_normalize;
 pub use patches::patches;
-pub use pick::pick_rows;
+pub use pick::{pick_of_each, pick_rows};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Tensor, bail};
 

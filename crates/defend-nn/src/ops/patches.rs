@@ -46,15 +46,10 @@ pub fn patches(images: &Tensor, side: usize, which: Option<&Tensor>) -> Result<T
         .reshape((b, 3, rows, side, columns, side))?
         .permute((0, 2, 4, 1, 3, 5))?
         .reshape((b, rows * columns, 3 * side * side))?;
-    let Some(which) = which else {
-        return Ok(all);
-    };
-    let n = rows * columns;
-    let offsets = (Tensor::arange(0u32, b as u32, images.device())? * n as f64)?;
-    let at = which.broadcast_add(&offsets.unsqueeze(1)?)?.flatten_all()?;
-    let flat = all.reshape((b * n, 3 * side * side))?;
-    flat.index_select(&at, 0)?
-        .reshape((b, which.dim(1)?, 3 * side * side))
+    match which {
+        Some(which) => super::pick_of_each(&all, which),
+        None => Ok(all),
+    }
 }
 
 /// The same in one parallel copy of what is kept.

@@ -23,6 +23,19 @@ pub fn pick_rows(table: &Tensor, at: &Tensor) -> Result<Tensor> {
     table.index_select(at, 0)
 }
 
+/// Picks rows of each image: `tokens` `[B, N, D]`, `at` `[B, M]` of `u32` below N; returns `[B, M, D]`. Differentiable with
+/// respect to the tokens.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn pick_of_each(tokens: &Tensor, at: &Tensor) -> Result<Tensor> {
+    let ((b, n, d), kept) = (tokens.dims3()?, at.dim(1)?);
+    let offsets = (Tensor::arange(0u32, b as u32, tokens.device())? * n as f64)?;
+    let rows = at.broadcast_add(&offsets.unsqueeze(1)?)?.flatten_all()?;
+    let flat = tokens.reshape((b * n, d))?;
+    flat.index_select(&rows, 0)?.reshape((b, kept, d))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::testing::{check_gradients, noise};

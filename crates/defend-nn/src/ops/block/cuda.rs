@@ -1,10 +1,8 @@
 //! The block on a CUDA device.
 
-use std::sync::{Arc, Mutex};
+use candle_core::{Result, Tensor};
 
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
-
-use super::super::cuda::storage_of;
+use super::super::cuda::{Backward, Precomputed};
 use super::{BlockParameters, Gradients, check, lock, ticket};
 use crate::cuda::block::{Block, Saved, takes_heads};
 use crate::cuda::{aligned, is_aligned, takes};
@@ -52,16 +50,13 @@ pub(super) fn block(
     };
     let gradients = Gradients::default();
     let ticket = ticket(&x, &tensors, &gradients)?;
-    let out = x.apply_op2(
-        &ticket,
-        Node {
-            call,
-            saved,
-            out: Mutex::new(Some(passed.out)),
-            gradients: Arc::clone(&gradients),
-        },
-    )?;
-    Ok(Some((out, passed.cls_attention)))
+    let pass = BlockGradients {
+        call,
+        saved,
+        gradients,
+    };
+    let node = Precomputed::new("transformer-block", passed.out, pass);
+    Ok(Some((x.apply_op2(&ticket, node)?, passed.cls_attention)))
 }
 
 /// What forward and backward pass share.
@@ -93,49 +88,20 @@ impl Call {
     }
 }
 
-/// The block in candle's graph; its result is there already.
-struct Node {
+/// The backward pass: of the input, and of the ticket for the parameters' gradients, which it leaves in `gradients`.
+struct BlockGradients {
     call: Call,
     saved: Saved,
-    out: Mutex<Option<Tensor>>,
     gradients: Gradients,
 }
 
-impl CustomOp2 for Node {
-    fn name(&self) -> &'static str {
-        "transformer-block"
-    }
-
-    fn cpu_fwd(
+impl Backward<2> for BlockGradients {
+    fn backward(
         &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        bail!("transformer block: the CUDA form met tensors on the CPU")
-    }
-
-    fn cuda_fwd(
-        &self,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        let Some(out) = lock(&self.out).take() else {
-            bail!("transformer block: its result was taken before")
-        };
-        storage_of(&out)
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        ticket: &Tensor,
+        [_, ticket]: [&Tensor; 2],
         _: &Tensor,
         grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    ) -> Result<[Option<Tensor>; 2]> {
         let [needs_x, needs_parameters] = self.call.tracked;
         let block = self.call.block();
         let (dx, gradients) = block.backward(&self.saved, grad, needs_parameters)?;
@@ -143,6 +109,6 @@ impl CustomOp2 for Node {
             *lock(&self.gradients) = gradients;
         }
         let ticket = needs_parameters.then(|| ticket.zeros_like()).transpose()?;
-        Ok((needs_x.then_some(dx), ticket))
+        Ok([needs_x.then_some(dx), ticket])
     }
 }
