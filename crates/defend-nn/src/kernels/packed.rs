@@ -15,6 +15,10 @@ const TILE_ROWS: [usize; 2] = [6, 12];
 /// Bytes of a panel that are handled in one go: with the rows' parts they stay in the nearest cache.
 const PANEL_BYTES: usize = 24 * 1024;
 
+/// Steps of the depth that a tile's loop takes at a time. What is left of a core whose other hardware thread is busy is mostly
+/// the number of instructions, and counters and bounds are a third of them in a loop of single steps.
+const UNROLL: usize = 4;
+
 /// A matrix of `depth` rows and `columns` columns as panels of `width` columns each, `[panels, depth, width]`, filled up
 /// with zeros.
 #[derive(Debug)]
@@ -247,7 +251,8 @@ struct Tile<'a, S: Simd> {
     factor: f32,
 }
 
-/// Tiles of each height: sums in variables of their own, which the compiler keeps in registers as it does not with arrays.
+/// Tiles of each height: sums in variables of their own, which the compiler keeps in registers as it does not with arrays,
+/// and [`UNROLL`] steps of the depth at a time.
 macro_rules! tiles {
     ($($name:ident: $($i:literal $x:ident $low:ident $high:ident),*;)*) => {
         impl<S: Simd> Tile<'_, S> {
@@ -255,14 +260,28 @@ macro_rules! tiles {
                 #[inline(always)]
                 fn $name(&self, simd: S, out: &mut [f32]) {
                     let part = self.panel.len() / PANEL_VECTORS;
+                    let (panel, panel_rest) = self.panel.as_chunks::<{ UNROLL * PANEL_VECTORS }>();
+                    let steps = panel.len();
                     $(
-                        let $x = &self.x[$i * self.depth..][..part];
+                        let x = &self.x[$i * self.depth..][..part];
+                        // Of a length that the compiler knows to be the loop's.
+                        let $x = &x.as_chunks::<UNROLL>().0[..steps];
                         let mut $low = simd.splat_f32s(0.0);
                         let mut $high = simd.splat_f32s(0.0);
                     )*
-                    for (k, panel) in self.panel.chunks_exact(PANEL_VECTORS).enumerate() {
+                    for step in 0..steps {
+                        for k in 0..UNROLL {
+                            let panel = &panel[step][PANEL_VECTORS * k..];
+                            $(
+                                let value = simd.splat_f32s($x[step][k]);
+                                $low = simd.mul_add_f32s(value, panel[0], $low);
+                                $high = simd.mul_add_f32s(value, panel[1], $high);
+                            )*
+                        }
+                    }
+                    for (k, panel) in panel_rest.chunks_exact(PANEL_VECTORS).enumerate() {
                         $(
-                            let value = simd.splat_f32s($x[k]);
+                            let value = simd.splat_f32s(self.x[$i * self.depth + steps * UNROLL + k]);
                             $low = simd.mul_add_f32s(value, panel[0], $low);
                             $high = simd.mul_add_f32s(value, panel[1], $high);
                         )*
@@ -414,8 +433,20 @@ macro_rules! by_depth {
                 let mut $low = simd.splat_f32s(0.0);
                 let mut $high = simd.splat_f32s(0.0);
             )*
-            let (lines, _) = tile.as_chunks::<$rows>();
-            for (values, panel) in lines.iter().zip(panel.chunks_exact(PANEL_VECTORS)) {
+            let (lines, lines_rest) = tile.as_chunks::<{ UNROLL * $rows }>();
+            let (panel, panel_rest) = panel.as_chunks::<{ UNROLL * PANEL_VECTORS }>();
+            for (values, panel) in lines.iter().zip(panel) {
+                for k in 0..UNROLL {
+                    let (values, panel) = (&values[$rows * k..], &panel[PANEL_VECTORS * k..]);
+                    $(
+                        let value = simd.splat_f32s(values[$i]);
+                        $low = simd.mul_add_f32s(value, panel[0], $low);
+                        $high = simd.mul_add_f32s(value, panel[1], $high);
+                    )*
+                }
+            }
+            let rest = lines_rest.chunks_exact($rows);
+            for (values, panel) in rest.zip(panel_rest.chunks_exact(PANEL_VECTORS)) {
                 $(
                     let value = simd.splat_f32s(values[$i]);
                     $low = simd.mul_add_f32s(value, panel[0], $low);
