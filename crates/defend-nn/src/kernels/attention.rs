@@ -1,7 +1,11 @@
-//! Multi-head attention of one image on packed rows of queries, keys and values.
+//! Multi-head attention of one image on queries, keys and values in blocks.
 
+use std::ops::Range;
+
+use super::blocked::{Columns, Rows, Stack, gather, scatter, split};
 use super::math;
-use super::product::{Into, MatRef, product};
+use super::packed::{Panels, Start, Target, product, transposed_product};
+use super::pool::Buffer;
 use crate::vectorised;
 
 /// Extents of an image's attention.
@@ -15,87 +19,211 @@ pub(crate) struct Heads {
     pub(crate) count: usize,
 }
 
+/// Memory of a task that computes attention.
+pub(crate) struct Scratch {
+    /// Probabilities of some queries, in blocks of keys.
+    probabilities: Buffer,
+    /// Their gradient.
+    gradient: Buffer,
+    /// Keys, and values, of a head as panels `[blocks of tokens, d, W]`.
+    transposed: Buffer,
+}
+
 impl Heads {
-    fn head_width(self) -> usize {
-        self.width / self.count
+    /// How queries, keys and values of all heads, 3 D columns, are cut into blocks.
+    pub(crate) fn packed(self) -> Columns {
+        Columns::grouped(3 * self.width, 3 * self.count)
     }
 
-    fn scale(self) -> f32 {
-        (1.0 / (self.head_width() as f64).sqrt()) as f32
+    /// The same for the D columns of the output.
+    pub(crate) fn merged(self) -> Columns {
+        Columns::grouped(self.width, self.count)
     }
 
-    /// Query (0), key (1) or value (2) of a head in packed rows.
-    fn part(self, packed: &[f32], rows: usize, which: usize, head: usize) -> MatRef<'_> {
-        let start = which * self.width + head * self.head_width();
-        MatRef::strided(&packed[start..], rows, self.head_width(), 3 * self.width)
-    }
-
-    /// `softmax(Q K^T / sqrt(d))` of one head, `[queries, T]`.
-    fn probabilities(self, out: &mut [f32], q: MatRef<'_>, k: MatRef<'_>) {
-        let (n, scale) = (self.tokens, self.scale());
-        product(out, n, Into::Overwrite, q, k.transposed(), 1.0, 1);
-        vectorised!(|| {
-            out.chunks_exact_mut(n)
-                .for_each(|row| math::softmax_row(row, scale));
-        });
-    }
-
-    /// Attention of the queries `first..` of an image's `packed` rows `[T, 3 D]` into `out` `[queries, D]`; `p` is scratch
-    /// `[queries, T]`. The first query's attention to the other tokens goes into `first_row` `[h, T - 1]`.
-    pub(crate) fn attend(
-        self,
-        out: &mut [f32],
-        packed: &[f32],
-        first: usize,
-        p: &mut [f32],
-        mut first_row: Option<&mut [f32]>,
-    ) {
-        let (n, d) = (self.tokens, self.width);
-        let queries = out.len() / d;
-        for head in 0..self.count {
-            let q = self.part(&packed[first * 3 * d..], queries, 0, head);
-            self.probabilities(p, q, self.part(packed, n, 1, head));
-            if let Some(first_row) = &mut first_row {
-                first_row[head * (n - 1)..][..n - 1].copy_from_slice(&p[1..n]);
-            }
-            let (p, v) = (MatRef::dense(p, queries, n), self.part(packed, n, 2, head));
-            let out = &mut out[head * self.head_width()..];
-            product(out, d, Into::Overwrite, p, v, 1.0, 1);
+    /// For so many queries at a time, and for [`Heads::backward`] if need be.
+    pub(crate) fn scratch(self, queries: usize, backward: bool) -> Scratch {
+        let probabilities = self.keys().values(queries);
+        Scratch {
+            probabilities: Buffer::stale(probabilities),
+            gradient: Buffer::stale(if backward { probabilities } else { 0 }),
+            transposed: Buffer::stale(self.keys().values(self.head().count)),
         }
     }
 
-    /// Gradient of an image's packed rows from that of its attention's output `g` `[T, D]`; `p` and `dp` are scratch
-    /// `[T, T]`.
+    /// Channels of a head.
+    fn head(self) -> Columns {
+        Columns::whole(self.width / self.count)
+    }
+
+    /// Tokens as columns.
+    fn keys(self) -> Columns {
+        Columns::whole(self.tokens)
+    }
+
+    fn scale(self) -> f32 {
+        (1.0 / (self.head().count as f64).sqrt()) as f32
+    }
+
+    /// Values of one head's blocks.
+    fn head_values(self) -> usize {
+        self.head().values(self.tokens)
+    }
+
+    /// Blocks of a head in a matrix of several heads; in [`Heads::packed`], keys and values are further heads.
+    fn blocks(self, head: usize) -> Range<usize> {
+        let blocks = self.head().blocks();
+        head * blocks..(head + 1) * blocks
+    }
+
+    /// Rows `first..first + rows` of a head.
+    fn rows(self, blocks: &[f32], head: usize, first: usize, rows: usize) -> Rows<'_> {
+        let blocks = &blocks[head * self.head_values()..];
+        Rows::part(blocks, self.tokens, self.head(), first, rows)
+    }
+
+    /// All rows of a head as the right side of a product over tokens.
+    fn over_tokens(self, blocks: &[f32], head: usize) -> Panels<'_> {
+        Panels {
+            values: &blocks[head * self.head_values()..][..self.head_values()],
+            depth: self.keys(),
+            columns: self.head(),
+        }
+    }
+
+    /// The same, for a product over tokens with a left side that is not transposed.
+    fn stack(self, blocks: &[f32], head: usize) -> Stack<'_> {
+        Stack {
+            values: &blocks[head * self.head_values()..][..self.head_values()],
+            rows: self.tokens,
+            piece: self.tokens,
+            columns: self.head(),
+        }
+    }
+
+    /// The transpose of a head, `[d, T]`, as panels in `out`.
+    fn transposed<'a>(self, out: &'a mut [f32], blocks: &[f32], head: usize) -> Panels<'a> {
+        let (width, d, n) = (self.head().width, self.head().count, self.tokens);
+        let blocks = &blocks[head * self.head_values()..][..self.head_values()];
+        vectorised!(|| {
+            for (i, panel) in out.chunks_exact_mut(d * width).enumerate() {
+                let first = i * width;
+                let filled = width.min(n - first);
+                let lines = panel.chunks_mut(width * width);
+                for (lines, block) in lines.zip(blocks.chunks_exact(n * width)) {
+                    let tokens = block[first * width..].chunks_exact(width);
+                    for (token, channels) in tokens.take(filled).enumerate() {
+                        let targets = lines[token..].iter_mut().step_by(width);
+                        targets.zip(channels).for_each(|(to, from)| *to = *from);
+                    }
+                    // Products with what is not filled are thrown away, but must not be slow.
+                    for line in lines.chunks_exact_mut(width) {
+                        line[filled..].fill(0.0);
+                    }
+                }
+            }
+        });
+        Panels {
+            values: out,
+            depth: self.head(),
+            columns: self.keys(),
+        }
+    }
+
+    /// `softmax(Q K^T / sqrt(d))` of one head, in blocks of keys.
+    fn probabilities(self, out: &mut [&mut [f32]], q: Rows<'_>, k: Panels<'_>) {
+        let (keys, queries) = (self.keys(), q.count);
+        product(Target::Blocks(out), Start::Zero, q, k, self.scale());
+        let mut line = vec![0f32; self.tokens];
+        vectorised!(|| {
+            for query in 0..queries {
+                gather(&mut line, out, query, keys.width);
+                math::softmax_row(&mut line);
+                scatter(out, query, &line, keys.width);
+            }
+        });
+    }
+
+    /// Attention of `queries` of an image from `first` on into the blocks of `out` `[queries, D]`; `packed` holds the image's
+    /// blocks, [`Heads::packed`]. The first query's attention to the other tokens goes into `first_row` `[h, T - 1]`.
+    pub(crate) fn attend(
+        self,
+        out: &mut [&mut [f32]],
+        packed: &[f32],
+        (first, queries): (usize, usize),
+        scratch: &mut Scratch,
+        mut first_row: Option<&mut [f32]>,
+    ) {
+        let (n, keys) = (self.tokens, self.keys());
+        let p = &mut scratch.probabilities[..keys.values(queries)];
+        let p = &mut split(p, queries)[..];
+        for head in 0..self.count {
+            let q = self.rows(packed, head, first, queries);
+            let k = self.transposed(&mut scratch.transposed, packed, self.count + head);
+            self.probabilities(p, q, k);
+            if let Some(first_row) = &mut first_row {
+                let mut line = vec![0f32; n];
+                gather(&mut line, p, 0, keys.width);
+                first_row[head * (n - 1)..][..n - 1].copy_from_slice(&line[1..]);
+            }
+            let v = self.over_tokens(packed, 2 * self.count + head);
+            let out = Target::Blocks(&mut out[self.blocks(head)]);
+            product(out, Start::Zero, Rows::of(p, queries, keys), v, 1.0);
+        }
+    }
+
+    /// Gradient of an image's `packed` blocks from that of its attention's output `g`, blocks of `[T, D]`.
     pub(crate) fn backward(
         self,
         dqkv: &mut [f32],
         packed: &[f32],
         g: &[f32],
-        p: &mut [f32],
-        dp: &mut [f32],
+        scratch: &mut Scratch,
     ) {
-        let (n, d, stride) = (self.tokens, self.head_width(), 3 * self.width);
+        let (n, keys, scale) = (self.tokens, self.keys(), self.scale());
+        let dqkv = &mut split(dqkv, n)[..];
+        let Scratch {
+            probabilities: p,
+            gradient: dp,
+            transposed,
+        } = scratch;
         for head in 0..self.count {
-            let [q, k, v] = [0, 1, 2].map(|which| self.part(packed, n, which, head));
-            let g = MatRef::strided(&g[head * d..], n, d, self.width);
-            self.probabilities(p, q, k);
-            let mut into = |which: usize, left: MatRef<'_>, right: MatRef<'_>, factor: f32| {
-                let out = &mut dqkv[which * self.width + head * d..];
-                product(out, stride, Into::Overwrite, left, right, factor, 1);
+            let [q, k, v] = [0, 1, 2].map(|which| which * self.count + head);
+            let queries = self.rows(packed, q, 0, n);
+            let panels = self.transposed(transposed, packed, k);
+            self.probabilities(&mut split(p, n), queries, panels);
+            let over_queries = |out: &mut [&mut [f32]], left: &[f32], right, factor| {
+                let left = Stack {
+                    values: left,
+                    rows: n,
+                    piece: n,
+                    columns: keys,
+                };
+                let blocks = 0..keys.blocks();
+                transposed_product(Target::Blocks(out), left, blocks, right, factor);
             };
-            into(2, MatRef::dense(p, n, n).transposed(), g, 1.0);
-            product(dp, n, Into::Overwrite, g, v.transposed(), 1.0, 1);
-            // Softmax: dS = P * (dP - sum(P * dP)).
-            vectorised!(|| {
-                for (p, dp) in p.chunks_exact(n).zip(dp.chunks_exact_mut(n)) {
-                    let mean = math::dot(p, dp);
-                    let pairs = dp.iter_mut().zip(p);
-                    pairs.for_each(|(dp, p)| *dp = p * (*dp - mean));
-                }
-            });
-            let ds = MatRef::dense(dp, n, n);
-            into(0, ds, k, self.scale());
-            into(1, ds.transposed(), q, self.scale());
+            over_queries(&mut dqkv[self.blocks(v)], p, self.stack(g, head), 1.0);
+            let panels = self.transposed(transposed, packed, v);
+            {
+                let (p, dp) = (&mut split(p, n)[..], &mut split(dp, n)[..]);
+                let g = self.rows(g, head, 0, n);
+                product(Target::Blocks(dp), Start::Zero, g, panels, 1.0);
+                // Softmax: dS = P * (dP - sum(P * dP)).
+                let (mut line, mut p_line) = (vec![0f32; n], vec![0f32; n]);
+                vectorised!(|| {
+                    for query in 0..n {
+                        gather(&mut line, dp, query, keys.width);
+                        gather(&mut p_line, p, query, keys.width);
+                        let mean = math::dot(&p_line, &line);
+                        let pairs = line.iter_mut().zip(&p_line);
+                        pairs.for_each(|(dp, p)| *dp = p * (*dp - mean));
+                        scatter(dp, query, &line, keys.width);
+                    }
+                });
+                let ds = Rows::of(dp, n, keys);
+                let out = Target::Blocks(&mut dqkv[self.blocks(q)]);
+                product(out, Start::Zero, ds, self.over_tokens(packed, k), scale);
+            }
+            over_queries(&mut dqkv[self.blocks(k)], dp, self.stack(packed, q), scale);
         }
     }
 }

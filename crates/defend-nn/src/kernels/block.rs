@@ -1,13 +1,15 @@
 //! A whole pre-norm transformer block on slices: forward, and the backward pass written by hand.
 //!
+//! Activations between products are in [`super::blocked`] layout, the block's input, output and residual sums row-major.
 //! Work is cut into pieces of one image's rows, so that everything between two products stays in the cache, and a row's
 //! result depends neither on the batch nor on the number of threads.
 
 use rayon::prelude::*;
 
 use super::attention::Heads;
+use super::blocked::{Columns, Rows, Stack, fill, split, split_pieces};
 use super::math;
-use super::packed::{Packed, Start, product, transposed_product};
+use super::packed::{Packed, Start, Target, product, weight_gradient};
 use super::pool::Buffer;
 use super::{column_sums, norm};
 use crate::vectorised;
@@ -37,19 +39,17 @@ pub(crate) struct Matrices {
 
 impl Matrices {
     /// For [`forward`]: `W^T`.
-    pub(crate) fn forward(weights: &Weights<'_>) -> Self {
-        let pack = |[matrix, bias]: [&[f32]; 2]| {
-            Packed::transposed(matrix, matrix.len() / bias.len(), bias.len())
-        };
-        Self::of(weights, pack)
+    pub(crate) fn forward(weights: &Weights<'_>, heads: usize) -> Self {
+        Self::of(weights, heads, |matrix, inputs, outputs| {
+            Packed::transposed(matrix, inputs, outputs)
+        })
     }
 
     /// For the gradients of the maps' inputs: `W`.
-    fn backward(weights: &Weights<'_>) -> Self {
-        let pack = |[matrix, bias]: [&[f32]; 2]| {
-            Packed::new(matrix, bias.len(), matrix.len() / bias.len())
-        };
-        Self::of(weights, pack)
+    fn backward(weights: &Weights<'_>, heads: usize) -> Self {
+        Self::of(weights, heads, |matrix, inputs, outputs| {
+            Packed::new(matrix, outputs, inputs)
+        })
     }
 
     /// For more than one pass.
@@ -65,12 +65,20 @@ impl Matrices {
         self
     }
 
-    fn of(weights: &Weights<'_>, pack: impl Fn([&[f32]; 2]) -> Packed) -> Self {
+    /// From each matrix and the columns of its map's input and output.
+    fn of(
+        weights: &Weights<'_>,
+        heads: usize,
+        pack: impl Fn(&[f32], Columns, Columns) -> Packed,
+    ) -> Self {
+        let (d, hidden) = (weights.projection[1].len(), weights.fc1[1].len());
+        let (whole, split) = (Columns::whole(d), Columns::grouped(d, heads));
+        let hidden = Columns::whole(hidden);
         Self {
-            qkv: pack(weights.qkv),
-            projection: pack(weights.projection),
-            fc1: pack(weights.fc1),
-            fc2: pack(weights.fc2),
+            qkv: pack(weights.qkv[0], whole, Columns::grouped(3 * d, 3 * heads)),
+            projection: pack(weights.projection[0], split, whole),
+            fc1: pack(weights.fc1[0], whole, hidden),
+            fc2: pack(weights.fc2[0], hidden, whole),
         }
     }
 }
@@ -92,15 +100,15 @@ pub(crate) struct Shape<'a> {
     pub(crate) factors: Option<[&'a [f32]; 2]>,
 }
 
-/// Activations that the backward pass needs, `[B T, ...]`.
+/// Activations that the backward pass needs, image by image.
 pub(crate) struct Saved {
-    /// Queries, keys and values.
+    /// Queries, keys and values, in blocks.
     qkv: Buffer,
-    /// Output of the attention before its projection.
+    /// Output of the attention before its projection, in blocks.
     attended: Buffer,
-    /// Input of the MLP's branch.
+    /// Input of the MLP's branch, row-major.
     middle: Buffer,
-    /// The MLP's hidden values before GELU.
+    /// The MLP's hidden values before GELU, in blocks.
     hidden: Buffer,
 }
 
@@ -129,11 +137,40 @@ impl Shape<'_> {
         self.tokens.div_ceil(self.tokens.div_ceil(ROWS_PER_PIECE))
     }
 
-    /// Rows `[B T, columns]` cut into pieces, image by image.
+    /// Row-major rows `[B T, columns]` cut into pieces, image by image.
     fn pieces<'a>(&self, rows: &'a mut [f32], columns: usize) -> Vec<&'a mut [f32]> {
         let piece = self.piece() * columns;
         let images = rows.chunks_mut(self.tokens * columns);
         images.flat_map(|image| image.chunks_mut(piece)).collect()
+    }
+
+    /// A matrix of all images in blocks, whose columns are cut so.
+    fn buffer(&self, columns: Columns) -> Buffer {
+        Buffer::stale(self.images * columns.values(self.tokens))
+    }
+
+    /// An image's part of such a matrix.
+    fn image<'a>(&self, values: &'a [f32], columns: Columns, image: usize) -> &'a [f32] {
+        let len = columns.values(self.tokens);
+        &values[image * len..][..len]
+    }
+
+    /// The whole matrix, for a product over its rows.
+    fn stack<'a>(&self, values: &'a [f32], columns: Columns) -> Stack<'a> {
+        Stack {
+            values,
+            rows: self.rows(),
+            piece: self.tokens,
+            columns,
+        }
+    }
+
+    fn whole(&self) -> Columns {
+        Columns::whole(self.width)
+    }
+
+    fn inner(&self) -> Columns {
+        Columns::whole(self.hidden)
     }
 
     /// Image and first row of each piece.
@@ -146,41 +183,50 @@ impl Shape<'_> {
     }
 }
 
-/// `out = x + factor (y W^T + b)`.
-fn residual(out: &mut [f32], x: &[f32], y: &[f32], weight: &Packed, bias: &[f32], factor: f32) {
+/// `out = x + factor (y W^T + b)`, row-major but for `y`.
+fn residual(out: &mut [f32], x: &[f32], y: Rows<'_>, weight: &Packed, bias: &[f32], factor: f32) {
     let outputs = bias.len();
     if factor == 0.0 {
         out.copy_from_slice(x);
         return;
     }
-    for (out, x) in out.chunks_exact_mut(outputs).zip(x.chunks_exact(outputs)) {
-        for ((o, &x), &b) in out.iter_mut().zip(x).zip(bias) {
-            *o = x + factor * b;
+    vectorised!(|| {
+        for (out, x) in out.chunks_exact_mut(outputs).zip(x.chunks_exact(outputs)) {
+            for ((o, &x), &b) in out.iter_mut().zip(x).zip(bias) {
+                *o = x + factor * b;
+            }
         }
-    }
-    product(out, Start::Kept, y, weight, factor);
+    });
+    product(Target::Rows(out), Start::Kept, y, weight.panels(), factor);
 }
 
-/// The packed queries, keys and values of all rows, `[B T, 3 D]`.
+/// Queries, keys and values of all images in blocks.
 fn queries_keys_values(
     shape: &Shape<'_>,
     weights: &Weights<'_>,
     matrices: &Matrices,
     x: &[f32],
 ) -> Buffer {
-    let (n, d, rows) = (shape.tokens, shape.width, shape.rows());
-    let piece = shape.piece();
-    let mut qkv = Buffer::stale(rows * 3 * d);
-    (shape.pieces(&mut qkv, 3 * d), shape.origins())
+    let (n, d) = (shape.tokens, shape.width);
+    let (piece, whole) = (shape.piece(), shape.whole());
+    let packed = shape.heads().packed();
+    let mut qkv = shape.buffer(packed);
+    (split_pieces(&mut qkv, packed, n, piece), shape.origins())
         .into_par_iter()
         .for_each_init(
-            || Buffer::stale(piece * d),
-            |z, (qkv, (image, first))| {
-                let rows = qkv.len() / (3 * d);
-                let z = &mut z[..rows * d];
+            || Buffer::stale(whole.values(piece)),
+            |z, (mut qkv, (image, first))| {
+                let rows = piece.min(n - first);
+                let z = &mut z[..whole.values(rows)];
                 let x = &x[(image * n + first) * d..][..rows * d];
-                norm::forward(z, x, weights.norm1, shape.eps);
-                product(qkv, Start::Bias(weights.qkv[1]), z, &matrices.qkv, 1.0);
+                norm::forward_blocks(&mut split(z, rows), x, weights.norm1, shape.eps);
+                product(
+                    Target::Blocks(&mut qkv),
+                    Start::Bias(weights.qkv[1]),
+                    Rows::all(z, rows, whole),
+                    matrices.qkv.panels(),
+                    1.0,
+                );
             },
         );
     qkv
@@ -196,41 +242,39 @@ pub(crate) fn forward(
     cls_attention: Option<&mut [f32]>,
     save: bool,
 ) -> (Vec<f32>, Option<Saved>) {
-    let (n, d, rows) = (shape.tokens, shape.width, shape.rows());
+    let (n, d, piece) = (shape.tokens, shape.width, shape.piece());
+    let (whole, inner, merged) = (shape.whole(), shape.inner(), shape.heads().merged());
     let qkv = queries_keys_values(&shape, &weights, matrices, x);
-    let mut out = vec![0f32; rows * d];
-    // Without a backward pass these live in each task's scratch memory.
-    let kept = |columns: usize| Buffer::stale(if save { rows * columns } else { 0 });
-    let (mut attended, mut middle, mut hidden) = (kept(d), kept(d), kept(shape.hidden));
-    let optional = |buffer, columns| -> Vec<Option<&mut [f32]>> {
-        if save {
-            shape
-                .pieces(buffer, columns)
-                .into_iter()
-                .map(Some)
-                .collect()
-        } else {
-            shape.origins().iter().map(|_| None).collect()
-        }
-    };
+    let mut out = vec![0f32; shape.rows() * d];
     let origins = shape.origins();
-    let mut images = cls_attention.map(|a| a.chunks_mut(shape.heads * (n - 1).max(1)));
-    let cls_attention: Vec<Option<&mut [f32]>> = origins
-        .iter()
-        .map(|&(_, first)| {
-            if first == 0 {
-                images.as_mut()?.next()
+    // Without a backward pass these live in each task's scratch memory.
+    let kept = |len: usize| Buffer::stale(if save { len } else { 0 });
+    let mut attended = kept(shape.images * merged.values(n));
+    let mut middle = kept(shape.rows() * d);
+    let mut hidden = kept(shape.images * inner.values(n));
+    let [attended_pieces, hidden_pieces] = [(&mut attended, merged), (&mut hidden, inner)].map(
+        |(buffer, columns)| -> Vec<Option<Vec<&mut [f32]>>> {
+            if save {
+                let pieces = split_pieces(buffer, columns, n, piece);
+                pieces.into_iter().map(Some).collect()
             } else {
-                None
+                origins.iter().map(|_| None).collect()
             }
-        })
-        .collect();
+        },
+    );
+    let middle_pieces: Vec<Option<&mut [f32]>> = if save {
+        let pieces = shape.pieces(&mut middle, d).into_iter();
+        pieces.map(Some).collect()
+    } else {
+        origins.iter().map(|_| None).collect()
+    };
+    let cls_attention = first_rows(&shape, cls_attention);
     (
         shape.pieces(&mut out, d),
         origins,
-        optional(&mut attended, d),
-        optional(&mut middle, d),
-        optional(&mut hidden, shape.hidden),
+        attended_pieces,
+        middle_pieces,
+        hidden_pieces,
         cls_attention,
     )
         .into_par_iter()
@@ -239,48 +283,38 @@ pub(crate) fn forward(
             |scratch, (out, (image, first), attended, middle, hidden, cls)| {
                 let rows = out.len() / d;
                 let x = &x[(image * n + first) * d..][..rows * d];
-                let packed = &qkv[image * n * 3 * d..][..n * 3 * d];
-                let attended = attended.unwrap_or(&mut scratch.attended[..]);
-                let attended = &mut attended[..rows * d];
-                let p = &mut scratch.probabilities[..rows * n];
-                shape.heads().attend(attended, packed, first, p, cls);
+                let packed = shape.image(&qkv, shape.heads().packed(), image);
+                let z = &mut scratch.normed[..whole.values(rows)];
+                let mut attended = attended
+                    .unwrap_or_else(|| split(&mut scratch.attended[..merged.values(rows)], rows));
+                shape.heads().attend(
+                    &mut attended,
+                    packed,
+                    (first, rows),
+                    &mut scratch.attention,
+                    cls,
+                );
                 let middle = middle.unwrap_or(&mut scratch.middle[..]);
                 let middle = &mut middle[..rows * d];
                 residual(
                     middle,
                     x,
-                    attended,
+                    Rows::of(&attended, rows, merged),
                     &matrices.projection,
                     weights.projection[1],
                     shape.factor(0, image),
                 );
-                let z = &mut scratch.normed[..rows * d];
-                norm::forward(z, middle, weights.norm2, shape.eps);
-                let activated = &mut scratch.activated[..rows * shape.hidden];
-                if let Some(hidden) = hidden {
-                    product(hidden, Start::Bias(weights.fc1[1]), z, &matrices.fc1, 1.0);
-                    vectorised!(|| {
-                        let pairs = activated.iter_mut().zip(&*hidden);
-                        pairs.for_each(|(a, &h)| *a = math::gelu(h));
-                    });
-                } else {
-                    product(
-                        activated,
-                        Start::Bias(weights.fc1[1]),
-                        z,
-                        &matrices.fc1,
-                        1.0,
-                    );
-                    vectorised!(|| activated.iter_mut().for_each(|a| *a = math::gelu(*a)));
-                }
-                let factor = shape.factor(1, image);
+                norm::forward_blocks(&mut split(z, rows), middle, weights.norm2, shape.eps);
+                let z = Rows::all(z, rows, whole);
+                let activated = &mut scratch.activated[..inner.values(rows)];
+                hidden_values(activated, hidden, z, &matrices.fc1, weights.fc1[1]);
                 residual(
                     out,
                     middle,
-                    activated,
+                    Rows::all(activated, rows, inner),
                     &matrices.fc2,
                     weights.fc2[1],
-                    factor,
+                    shape.factor(1, image),
                 );
             },
         );
@@ -293,9 +327,59 @@ pub(crate) fn forward(
     (out, saved)
 }
 
+/// Where the first token's attention of each piece goes: only an image's first piece has that token.
+fn first_rows<'a>(
+    shape: &Shape<'_>,
+    cls_attention: Option<&'a mut [f32]>,
+) -> Vec<Option<&'a mut [f32]>> {
+    let len = shape.heads * (shape.tokens - 1).max(1);
+    let mut images = cls_attention.map(|attention| attention.chunks_mut(len));
+    let origins = shape.origins().into_iter();
+    let rows = origins.map(|(_, first)| match (first, &mut images) {
+        (0, Some(images)) => images.next(),
+        _ => None,
+    });
+    rows.collect()
+}
+
+/// `GELU(z W^T + b)` in blocks; with `hidden`, its argument goes there.
+fn hidden_values(
+    activated: &mut [f32],
+    hidden: Option<Vec<&mut [f32]>>,
+    z: Rows<'_>,
+    weight: &Packed,
+    bias: &[f32],
+) {
+    let rows = z.count;
+    let start = Start::Bias(bias);
+    let mut activated = split(activated, rows);
+    let Some(mut hidden) = hidden else {
+        product(
+            Target::Blocks(&mut activated),
+            start,
+            z,
+            weight.panels(),
+            1.0,
+        );
+        vectorised!(|| {
+            for activated in &mut activated {
+                activated.iter_mut().for_each(|a| *a = math::gelu(*a));
+            }
+        });
+        return;
+    };
+    product(Target::Blocks(&mut hidden), start, z, weight.panels(), 1.0);
+    vectorised!(|| {
+        for (activated, hidden) in activated.iter_mut().zip(&hidden) {
+            let pairs = activated.iter_mut().zip(&**hidden);
+            pairs.for_each(|(a, &h)| *a = math::gelu(h));
+        }
+    });
+}
+
 /// A task's memory, used again for each of its pieces.
 struct Scratch {
-    probabilities: Buffer,
+    attention: super::attention::Scratch,
     normed: Buffer,
     activated: Buffer,
     attended: Buffer,
@@ -305,13 +389,13 @@ struct Scratch {
 impl Scratch {
     fn new(shape: &Shape<'_>, save: bool) -> Self {
         let rows = shape.piece();
-        let unsaved = if save { 0 } else { rows * shape.width };
+        let unsaved = |len: usize| Buffer::stale(if save { 0 } else { len });
         Self {
-            probabilities: Buffer::stale(rows * shape.tokens),
-            normed: Buffer::stale(rows * shape.width),
-            activated: Buffer::stale(rows * shape.hidden),
-            attended: Buffer::stale(unsaved),
-            middle: Buffer::stale(unsaved),
+            attention: shape.heads().scratch(rows, false),
+            normed: Buffer::stale(shape.whole().values(rows)),
+            activated: Buffer::stale(shape.inner().values(rows)),
+            attended: unsaved(shape.heads().merged().values(rows)),
+            middle: unsaved(rows * shape.width),
         }
     }
 }
@@ -325,92 +409,113 @@ pub(crate) fn backward(
     g: &[f32],
     with_parameters: bool,
 ) -> (Vec<f32>, Option<Gradients>) {
-    let (n, d, h, rows) = (shape.tokens, shape.width, shape.hidden, shape.rows());
-    let matrices = Matrices::backward(&weights);
-    let mut dx = vec![0f32; rows * d];
-    let buffer = |columns: usize| Buffer::stale(rows * columns);
+    let (n, d) = (shape.tokens, shape.width);
+    let (whole, inner) = (shape.whole(), shape.inner());
+    let [packed, merged] = [shape.heads().packed(), shape.heads().merged()];
+    let matrices = Matrices::backward(&weights, shape.heads);
+    let mut dx = vec![0f32; shape.rows() * d];
     // Inputs of the four products and gradients of their outputs, whole, for the weights' gradients.
-    let (mut z1, mut dqkv, mut g1) = (buffer(d), buffer(3 * d), buffer(d));
-    let (mut z2, mut dhidden, mut activated) = (buffer(d), buffer(h), buffer(h));
-    let scaled = shape.factors.map(|[_, factors]| {
-        let mut scaled = buffer(d);
-        let images = scaled.chunks_mut(n * d).zip(g.chunks(n * d));
-        for ((scaled, g), factor) in images.zip(factors) {
-            let pairs = scaled.iter_mut().zip(g);
-            pairs.for_each(|(scaled, g)| *scaled = factor * g);
-        }
-        scaled
-    });
-    let g2 = scaled.as_deref().unwrap_or(g);
+    let [mut z1, mut z2, mut g1, mut g2] = [(); 4].map(|()| shape.buffer(whole));
+    let [mut dhidden, mut activated] = [(); 2].map(|()| shape.buffer(inner));
+    let mut dqkv = shape.buffer(packed);
     let mut norms = vec![0f32; shape.images * 4 * d];
+    let [image_whole, image_inner] = [whole.values(n), inner.values(n)];
     (
         dx.par_chunks_mut(n * d),
-        z1.par_chunks_mut(n * d),
-        dqkv.par_chunks_mut(n * 3 * d),
-        g1.par_chunks_mut(n * d),
-        z2.par_chunks_mut(n * d),
-        dhidden.par_chunks_mut(n * h),
-        activated.par_chunks_mut(n * h),
+        z1.par_chunks_mut(image_whole),
+        dqkv.par_chunks_mut(packed.values(n)),
+        g1.par_chunks_mut(image_whole),
+        z2.par_chunks_mut(image_whole),
+        dhidden.par_chunks_mut(image_inner),
+        activated.par_chunks_mut(image_inner),
+        g2.par_chunks_mut(image_whole),
         norms.par_chunks_mut(4 * d),
     )
         .into_par_iter()
         .enumerate()
         .for_each_init(
-            || [n * n, n * n, n * d].map(Buffer::stale),
-            |[p, dp, dz], (image, (dx, z1, dqkv, g1, z2, dhidden, activated, norms))| {
-                let of =
-                    |rows| -> std::ops::Range<usize> { image * n * rows..(image + 1) * n * rows };
+            || {
+                (
+                    shape.heads().scratch(n, true),
+                    Buffer::stale(n * d),
+                    Buffer::stale(merged.values(n)),
+                )
+            },
+            |(scratch, dz, dattended), (image, parts)| {
+                let (dx, z1, dqkv, g1, z2, dhidden, activated, g2, norms) = parts;
+                let of = |rows: usize| image * n * rows..(image + 1) * n * rows;
                 let (norm1, norm2) = norms.split_at_mut(2 * d);
+                let rows = |values, columns| Rows::all(values, n, columns);
                 // MLP.
-                product(dhidden, Start::Zero, &g2[of(d)], &matrices.fc2, 1.0);
+                fill(g2, &g[of(d)], whole, shape.factor(1, image));
+                into_blocks(dhidden, rows(g2, whole), &matrices.fc2);
+                let hidden = shape.image(&saved.hidden, inner, image);
                 vectorised!(|| {
-                    let hidden = &saved.hidden[of(h)];
                     for ((dh, a), &x) in dhidden.iter_mut().zip(activated).zip(hidden) {
                         let (value, derivative) = math::gelu_and_derivative(x);
                         *a = value;
                         *dh *= derivative;
                     }
                 });
-                product(dz, Start::Zero, dhidden, &matrices.fc1, 1.0);
+                into_rows(dz, rows(dhidden, inner), &matrices.fc1);
                 dx.copy_from_slice(&g[of(d)]);
                 let middle = &saved.middle[of(d)];
-                norm::backward(dx, z2, norm2, middle, dz, weights.norm2, shape.eps);
+                let [weight, bias] = weights.norm2;
+                let z2 = &mut split(z2, n)[..];
+                norm::backward(dx, norm2, middle, dz, weight, shape.eps, Some((z2, bias)));
                 // Attention; dx now holds the gradient of the MLP branch's input.
-                let factor = shape.factor(0, image);
-                g1.iter_mut()
-                    .zip(&*dx)
-                    .for_each(|(g, &dx)| *g = factor * dx);
-                product(dz, Start::Zero, g1, &matrices.projection, 1.0);
-                let packed = &saved.qkv[of(3 * d)];
-                shape.heads().backward(dqkv, packed, dz, p, dp);
-                product(dz, Start::Zero, dqkv, &matrices.qkv, 1.0);
-                norm::backward(dx, z1, norm1, &x[of(d)], dz, weights.norm1, shape.eps);
+                fill(g1, dx, whole, shape.factor(0, image));
+                into_blocks(dattended, rows(g1, whole), &matrices.projection);
+                let qkv = shape.image(&saved.qkv, packed, image);
+                shape.heads().backward(dqkv, qkv, dattended, scratch);
+                into_rows(dz, rows(dqkv, packed), &matrices.qkv);
+                let [weight, bias] = weights.norm1;
+                let z1 = &mut split(z1, n)[..];
+                norm::backward(
+                    dx,
+                    norm1,
+                    &x[of(d)],
+                    dz,
+                    weight,
+                    shape.eps,
+                    Some((z1, bias)),
+                );
             },
         );
     if !with_parameters {
         return (dx, None);
     }
     let maps = [
-        Products(&dqkv, 3 * d, &z1, d),
-        Products(&g1, d, &saved.attended, d),
-        Products(&dhidden, h, &z2, d),
-        Products(g2, d, &activated, h),
+        [(&dqkv, packed), (&z1, whole)],
+        [(&g1, whole), (&saved.attended, merged)],
+        [(&dhidden, inner), (&z2, whole)],
+        [(&g2, whole), (&activated, inner)],
     ];
-    (dx, Some(parameter_gradients(&norms, maps, rows)))
+    let maps = maps.map(|sides| sides.map(|(values, columns)| shape.stack(values, columns)));
+    (dx, Some(parameter_gradients(&norms, &maps)))
 }
 
-/// What the gradient of an affine map's parameters is made of: the gradient of its output `[rows, outputs]` and its input
-/// `[rows, inputs]`, each with its columns.
-#[derive(Clone, Copy)]
-struct Products<'a>(&'a [f32], usize, &'a [f32], usize);
+/// `out = x M`, in blocks.
+fn into_blocks(out: &mut [f32], x: Rows<'_>, matrix: &Packed) {
+    let blocks = &mut split(out, x.count)[..];
+    product(Target::Blocks(blocks), Start::Zero, x, matrix.panels(), 1.0);
+}
 
-/// From the sums of both norms, `[B, 4 D]`, and the four maps, in the order that they are used.
-fn parameter_gradients(norms: &[f32], maps: [Products<'_>; 4], rows: usize) -> Gradients {
-    let d = maps[0].3;
+/// `out = x M`, row-major.
+fn into_rows(out: &mut [f32], x: Rows<'_>, matrix: &Packed) {
+    product(Target::Rows(out), Start::Zero, x, matrix.panels(), 1.0);
+}
+
+/// From the sums of both norms, `[B, 4 D]`, and the four maps in the order that they are used: the gradient of each one's
+/// output, and its input.
+fn parameter_gradients(norms: &[f32], maps: &[[Stack<'_>; 2]; 4]) -> Gradients {
+    let d = maps[0][1].columns.count;
     let sums = column_sums(norms, 4 * d);
     let part = |i: usize| sums[i * d..(i + 1) * d].to_vec();
-    let [qkv, projection, fc1, fc2] = weight_gradients(maps, rows);
-    let bias = |i: usize| column_sums(maps[i].0, maps[i].1);
+    let gradient = |i: usize| weight_gradient(maps[i][0], maps[i][1]);
+    let pair = |i| rayon::join(|| gradient(i), || gradient(i + 1));
+    let ((qkv, projection), (fc1, fc2)) = rayon::join(|| pair(0), || pair(2));
+    let bias = |i: usize| maps[i][0].column_sums();
     [
         part(0),
         part(1),
@@ -425,16 +530,4 @@ fn parameter_gradients(norms: &[f32], maps: [Products<'_>; 4], rows: usize) -> G
         fc2,
         bias(3),
     ]
-}
-
-/// `G^T X` of each map, from G `[rows, outputs]` and X `[rows, inputs]`.
-fn weight_gradients(maps: [Products<'_>; 4], rows: usize) -> [Vec<f32>; 4] {
-    let gradient = |Products(g, outputs, x, inputs): Products<'_>| {
-        let g = Packed::tiles(g, rows, outputs);
-        transposed_product(&g, &Packed::new(x, rows, inputs))
-    };
-    let [qkv, projection, fc1, fc2] = maps;
-    let pair = |a, b| rayon::join(|| gradient(a), || gradient(b));
-    let ((qkv, projection), (fc1, fc2)) = rayon::join(|| pair(qkv, projection), || pair(fc1, fc2));
-    [qkv, projection, fc1, fc2]
 }

@@ -134,12 +134,12 @@ pub fn max(x: &[f32]) -> f32 {
     all.fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
 }
 
-/// Replaces a row of logits by `softmax(scale * row)`.
+/// Replaces a row of logits by their softmax.
 #[inline(always)]
-pub(crate) fn softmax_row(row: &mut [f32], scale: f32) {
-    let top = max(row) * scale;
+pub(crate) fn softmax_row(row: &mut [f32]) {
+    let top = max(row);
     for v in row.iter_mut() {
-        *v = exp(*v * scale - top);
+        *v = exp(*v - top);
     }
     let norm = 1.0 / sum(row);
     for v in row.iter_mut() {
@@ -202,7 +202,7 @@ mod tests {
     #[test]
     fn softmax_of_extreme_logits_is_finite() {
         let mut row = vec![-1e4, 0.0, 1e4];
-        softmax_row(&mut row, 1.0);
+        softmax_row(&mut row);
         assert!((row[2] - 1.0).abs() < 1e-6 && row[0] == row[1] && row[0] < 1e-30);
     }
 }

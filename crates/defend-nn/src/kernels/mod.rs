@@ -1,19 +1,16 @@
 //! `f32` CPU kernels behind [`crate::ops`].
 //!
-//! `unsafe` only to call the `gemm` crate, whose interface is raw pointers: [`product`] checks every extent before it hands
-//! them over. (The CUDA kernels' launches are the other place of the workspace that may use it.)
 
 use crate::vectorised;
 use rayon::prelude::*;
 
 pub(crate) mod attention;
 pub(crate) mod block;
+pub(crate) mod blocked;
 pub(crate) mod math;
 pub(crate) mod norm;
 pub(crate) mod packed;
 pub(crate) mod pool;
-#[allow(unsafe_code)]
-pub(crate) mod product;
 
 /// Rows a parallel task handles in element-wise kernels: fixed, so that sums over rows are added in
 /// the same order whatever the number of threads.

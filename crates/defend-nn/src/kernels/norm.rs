@@ -1,5 +1,6 @@
 //! LayerNorm of rows.
 
+use super::blocked::{self, scatter};
 use super::math;
 use crate::vectorised;
 
@@ -25,35 +26,53 @@ pub(crate) fn forward(out: &mut [f32], x: &[f32], [weight, bias]: [&[f32]; 2], e
     });
 }
 
-/// Adds the gradient of the rows of `x` to `dx` and those of weight and bias to `sums` `[2 D]`, from the gradient `g` of
-/// the output; the output itself goes to `out`.
-///
-/// With n = (x - mean) / std and g' = g * w: dx = (g' - mean(g') - n mean(g' n)) / std.
-pub(crate) fn backward(
-    dx: &mut [f32],
-    out: &mut [f32],
-    sums: &mut [f32],
+/// Normalises the rows of `x` into blocks, one slice `[rows, W]` for each.
+pub(crate) fn forward_blocks(
+    out: &mut [&mut [f32]],
     x: &[f32],
-    g: &[f32],
     [weight, bias]: [&[f32]; 2],
     eps: f32,
 ) {
     let d = weight.len();
-    let (dw, db) = sums.split_at_mut(d);
-    let mut scaled = vec![0f32; d];
+    let width = blocked::width();
+    let mut line = vec![0f32; d];
     vectorised!(|| {
-        for (((dx, out), x), g) in dx
-            .chunks_exact_mut(d)
-            .zip(out.chunks_exact_mut(d))
-            .zip(x.chunks_exact(d))
-            .zip(g.chunks_exact(d))
-        {
+        for (row, x) in x.chunks_exact(d).enumerate() {
+            let (mean, scale) = moments(x, eps);
+            for (((o, &x), &w), &b) in line.iter_mut().zip(x).zip(weight).zip(bias) {
+                *o = (x - mean) * scale * w + b;
+            }
+            scatter(out, row, &line, width);
+        }
+    });
+}
+
+/// Adds the gradient of the rows of `x` to `dx` and those of weight and bias to `sums` `[2 D]`, from the gradient `g` of
+/// the output; with the bias, the output itself goes to `out` in blocks.
+///
+/// With n = (x - mean) / std and g' = g * w: dx = (g' - mean(g') - n mean(g' n)) / std.
+pub(crate) fn backward(
+    dx: &mut [f32],
+    sums: &mut [f32],
+    x: &[f32],
+    g: &[f32],
+    weight: &[f32],
+    eps: f32,
+    mut out: Option<(&mut [&mut [f32]], &[f32])>,
+) {
+    let d = weight.len();
+    let width = blocked::width();
+    let (dw, db) = sums.split_at_mut(d);
+    let (mut line, mut scaled) = (vec![0f32; d], vec![0f32; d]);
+    vectorised!(|| {
+        let rows = x.chunks_exact(d).zip(g.chunks_exact(d));
+        for (row, (dx, (x, g))) in dx.chunks_exact_mut(d).zip(rows).enumerate() {
             let (mean, scale) = moments(x, eps);
             // One row stays in the nearest cache, and loops over few slices become vector instructions.
-            for (n, x) in out.iter_mut().zip(x) {
+            for (n, x) in line.iter_mut().zip(x) {
                 *n = (x - mean) * scale;
             }
-            for ((dw, g), n) in dw.iter_mut().zip(g).zip(&*out) {
+            for ((dw, g), n) in dw.iter_mut().zip(g).zip(&line) {
                 *dw += g * n;
             }
             for (db, g) in db.iter_mut().zip(g) {
@@ -63,12 +82,15 @@ pub(crate) fn backward(
                 *scaled = g * w;
             }
             let mean_g = math::sum(&scaled) / d as f32;
-            let mean_gn = math::dot(&scaled, out) / d as f32;
-            for ((dx, scaled), n) in dx.iter_mut().zip(&scaled).zip(&*out) {
+            let mean_gn = math::dot(&scaled, &line) / d as f32;
+            for ((dx, scaled), n) in dx.iter_mut().zip(&scaled).zip(&line) {
                 *dx += (scaled - mean_g - n * mean_gn) * scale;
             }
-            for ((n, w), b) in out.iter_mut().zip(weight).zip(bias) {
-                *n = *n * w + b;
+            if let Some((out, bias)) = &mut out {
+                for ((n, w), b) in line.iter_mut().zip(weight).zip(*bias) {
+                    *n = *n * w + b;
+                }
+                scatter(out, row, &line, width);
             }
         }
     });

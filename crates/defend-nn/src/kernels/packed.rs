@@ -1,70 +1,59 @@
-//! Products with a matrix that is laid out once for many rows.
+//! Products of activations in [`super::blocked`] layout: with a matrix in panels, and of two activations over their rows.
 //!
-//! `gemm` lays both operands of every product out anew. A weight matrix meets each piece of each image, so here it is
-//! laid out once a call, or once for good where it is frozen; the rows are read where they are.
+//! `gemm` lays both operands of every product out anew. Here a weight matrix is laid out once a call, or once for good where it
+//! is frozen; activations are panels as they are, and on the left side are copied sixteen bytes at a time.
+
+use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::blocked::{Columns, Rows, Stack, VECTORS};
 use super::pool::Buffer;
 
-/// Vectors side by side in a panel: with [`TILE_ROWS`] rows their products fill the registers of AVX2.
-const PANEL_VECTORS: usize = 2;
-/// Rows that a tile handles at most, with 16 registers and with 32.
+/// Rows that a tile handles at most, with 16 registers and with 32: with a block's vectors their sums fill the registers.
 const TILE_ROWS: [usize; 2] = [6, 12];
+/// Steps of the depth that a tile's loop takes at a time. What is left of a core whose other hardware thread is busy is mostly
+/// the number of instructions and of their bytes: counters and bounds are a third of them in a loop of single steps, and eight
+/// steps leave the compiler without registers.
+const UNROLL: usize = 4;
 /// Bytes of a panel that are handled in one go: with the rows' parts they stay in the nearest cache.
 const PANEL_BYTES: usize = 24 * 1024;
 
-/// Steps of the depth that a tile's loop takes at a time. What is left of a core whose other hardware thread is busy is mostly
-/// the number of instructions, and counters and bounds are a third of them in a loop of single steps.
-const UNROLL: usize = 4;
-
-/// A matrix of `depth` rows and `columns` columns as panels of `width` columns each, `[panels, depth, width]`, filled up
-/// with zeros.
+/// A matrix of `depth` rows as panels `[blocks of its columns, depth, W]`.
 #[derive(Debug)]
 pub(crate) struct Packed {
     values: Buffer,
-    depth: usize,
-    columns: usize,
-    width: usize,
+    depth: Columns,
+    columns: Columns,
+}
+
+/// The same, borrowed: of a [`Packed`], or blocks of activations as they are.
+#[derive(Clone, Copy)]
+pub(crate) struct Panels<'a> {
+    pub(crate) values: &'a [f32],
+    /// How the columns of the left side are cut into blocks.
+    pub(crate) depth: Columns,
+    pub(crate) columns: Columns,
 }
 
 impl Packed {
     /// From a matrix `[depth, columns]`, row-major.
-    pub(crate) fn new(matrix: &[f32], depth: usize, columns: usize) -> Self {
-        Self::from_rows(matrix, depth, columns, panel_width())
-    }
-
-    /// The same, for the left side of [`transposed_product`].
-    pub(crate) fn tiles(matrix: &[f32], depth: usize, columns: usize) -> Self {
-        Self::from_rows(matrix, depth, columns, tile_rows())
-    }
-
-    fn from_rows(matrix: &[f32], depth: usize, columns: usize, width: usize) -> Self {
-        Self::of(matrix, depth, columns, width, |panel, first, filled| {
-            let rows = matrix.chunks_exact(columns);
-            // Copies of a known length need no call.
-            match width {
-                6 if filled == 6 => copy::<6>(panel, rows, first),
-                12 if filled == 12 => copy::<12>(panel, rows, first),
-                16 if filled == 16 => copy::<16>(panel, rows, first),
-                32 if filled == 32 => copy::<32>(panel, rows, first),
-                _ => {
-                    for (line, row) in panel.chunks_exact_mut(width).zip(rows) {
-                        line[..filled].copy_from_slice(&row[first..first + filled]);
-                    }
-                }
+    pub(crate) fn new(matrix: &[f32], depth: Columns, columns: Columns) -> Self {
+        Self::of(matrix, depth, columns, |panel, first, filled| {
+            let lines = panel.chunks_exact_mut(columns.width);
+            for (line, row) in lines.zip(matrix.chunks_exact(columns.count)) {
+                line[..filled].copy_from_slice(&row[first..first + filled]);
             }
         })
     }
 
     /// From the transpose `[columns, depth]`, row-major, as the weights of an affine map are kept.
-    pub(crate) fn transposed(matrix: &[f32], depth: usize, columns: usize) -> Self {
-        let width = panel_width();
-        Self::of(matrix, depth, columns, width, |panel, first, filled| {
-            let rows = matrix[first * depth..].chunks_exact(depth).take(filled);
-            for (column, row) in rows.enumerate() {
-                let targets = panel[column..].iter_mut().step_by(width);
+    pub(crate) fn transposed(matrix: &[f32], depth: Columns, columns: Columns) -> Self {
+        Self::of(matrix, depth, columns, |panel, first, filled| {
+            let rows = matrix[first * depth.count..].chunks_exact(depth.count);
+            for (column, row) in rows.take(filled).enumerate() {
+                let targets = panel[column..].iter_mut().step_by(columns.width);
                 targets
                     .zip(row)
                     .for_each(|(target, value)| *target = *value);
@@ -72,66 +61,38 @@ impl Packed {
         })
     }
 
-    /// Keeps the matrix for more than one pass.
-    pub(crate) fn keep(&mut self) {
-        self.values.keep();
-    }
-
     fn of(
         matrix: &[f32],
-        depth: usize,
-        columns: usize,
-        width: usize,
+        depth: Columns,
+        columns: Columns,
         fill: impl Fn(&mut [f32], usize, usize) + Sync,
     ) -> Self {
-        assert_eq!(matrix.len(), depth * columns);
-        let mut values = Buffer::stale(columns.div_ceil(width) * width * depth);
-        let panels = values.par_chunks_exact_mut(width * depth);
-        panels.enumerate().for_each(|(i, values)| {
-            let filled = width.min(columns - i * width);
-            if filled < width {
-                values.fill(0.0);
-            }
-            fill(values, i * width, filled);
+        assert_eq!(matrix.len(), depth.count * columns.count);
+        let mut values = Buffer::stale(columns.values(depth.count));
+        let panels = values.par_chunks_exact_mut(columns.width * depth.count);
+        panels.enumerate().for_each(|(i, panel)| {
+            let (first, filled) = columns.block(i);
+            fill(panel, first, filled);
         });
         Self {
             values,
             depth,
             columns,
-            width,
         }
     }
-}
 
-/// Copies columns `first..first + W` of some rows.
-fn copy<'a, const W: usize>(
-    panel: &mut [f32],
-    rows: impl Iterator<Item = &'a [f32]>,
-    first: usize,
-) {
-    for (line, row) in panel.as_chunks_mut::<W>().0.iter_mut().zip(rows) {
-        line.copy_from_slice(&row[first..first + W]);
+    /// Keeps the matrix for more than one pass.
+    pub(crate) fn keep(&mut self) {
+        self.values.keep();
     }
-}
 
-/// Columns of a panel and rows of a tile on this processor.
-fn extents() -> (usize, usize) {
-    struct Extents;
-    impl WithSimd for Extents {
-        type Output = (usize, usize);
-        fn with_simd<S: Simd>(self, _: S) -> (usize, usize) {
-            (PANEL_VECTORS * S::F32_LANES, most_rows::<S>())
+    pub(crate) fn panels(&self) -> Panels<'_> {
+        Panels {
+            values: &self.values,
+            depth: self.depth,
+            columns: self.columns,
         }
     }
-    pulp::Arch::new().dispatch(Extents)
-}
-
-fn panel_width() -> usize {
-    extents().0
-}
-
-fn tile_rows() -> usize {
-    extents().1
 }
 
 /// Rows whose sums fit into the registers.
@@ -150,143 +111,377 @@ pub(crate) enum Start<'a> {
     Bias(&'a [f32]),
 }
 
-/// `out = start + factor x M` for the rows of `x`: `out` `[rows, columns]`, `x` `[rows, depth]`.
+/// Where a product goes.
+pub(crate) enum Target<'t, 'a> {
+    /// Row-major rows `[rows, columns]`.
+    Rows(&'t mut [f32]),
+    /// One slice `[rows, W]` for each block of columns.
+    Blocks(&'t mut [&'a mut [f32]]),
+}
+
+impl Target<'_, '_> {
+    /// From a block's first value on, and the distance from one row to the next.
+    #[inline(always)]
+    fn block(&mut self, i: usize, columns: Columns) -> (&mut [f32], usize) {
+        match self {
+            Self::Rows(rows) => (&mut rows[columns.block(i).0..], columns.count),
+            Self::Blocks(blocks) => (blocks[i], columns.width),
+        }
+    }
+}
+
+/// `out = start + factor x M` for the rows of `x`, `[rows, depth]`; `out` is `[rows, columns]`.
 ///
 /// A row's result depends on no other row.
-pub(crate) fn product(out: &mut [f32], start: Start<'_>, x: &[f32], matrix: &Packed, factor: f32) {
-    let rows = out.len() / matrix.columns;
-    assert_eq!(out.len(), rows * matrix.columns);
-    assert_eq!(x.len(), rows * matrix.depth);
+pub(crate) fn product(
+    out: Target<'_, '_>,
+    start: Start<'_>,
+    x: Rows<'_>,
+    matrix: Panels<'_>,
+    factor: f32,
+) {
+    assert_eq!(x.columns, matrix.depth);
     if let Start::Bias(bias) = start {
-        assert_eq!(bias.len(), matrix.columns);
+        assert_eq!(bias.len(), matrix.columns.count);
     }
     pulp::Arch::new().dispatch(Product {
         out,
         start,
         x,
-        rows,
         matrix,
         factor,
     });
 }
 
-struct Product<'a> {
-    out: &'a mut [f32],
-    start: Start<'a>,
-    x: &'a [f32],
-    rows: usize,
-    matrix: &'a Packed,
+struct Product<'p, 't, 'a> {
+    out: Target<'t, 'a>,
+    start: Start<'p>,
+    x: Rows<'p>,
+    matrix: Panels<'p>,
     factor: f32,
 }
 
-impl WithSimd for Product<'_> {
-    type Output = ();
-
+impl Rows<'_> {
+    /// Columns of some blocks as tiles one after the other, each `[columns / UNROLL, height, UNROLL]` and then, for the columns
+    /// that are left, `[columns, height]`: a tile's values lie in the order in which its product reads them.
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let (depth, columns) = (self.matrix.depth, self.matrix.columns);
-        let width = PANEL_VECTORS * S::F32_LANES;
-        // Tiles of nearly equal heights: a last one of a row or two would leave the multipliers idle.
-        let tiles = self.rows.div_ceil(most_rows::<S>());
-        let mut from = 0;
-        while from < depth {
-            let part = (PANEL_BYTES / (4 * width)).min(depth - from);
-            let panels = self.matrix.values.chunks_exact(depth * width);
-            for (i, panel) in panels.enumerate() {
-                let (panel, _) = S::as_simd_f32s(&panel[from * width..][..part * width]);
-                let width = width.min(columns - i * width);
-                let first = i * PANEL_VECTORS * S::F32_LANES;
-                let start = match self.start {
-                    _ if from > 0 => Start::Kept,
-                    Start::Bias(bias) => Start::Bias(&bias[first..first + width]),
-                    start => start,
-                };
-                for tile in 0..tiles {
-                    let row = tile * self.rows / tiles;
-                    let rows = (tile + 1) * self.rows / tiles - row;
-                    let tile = Tile {
-                        x: &self.x[row * depth + from..],
-                        depth,
-                        panel,
-                        columns,
-                        width,
-                        start,
-                        factor: self.factor,
-                    };
-                    let out = &mut self.out[row * columns + first..];
-                    match rows {
-                        1 => tile.one(simd, out),
-                        2 => tile.two(simd, out),
-                        3 => tile.three(simd, out),
-                        4 => tile.four(simd, out),
-                        5 => tile.five(simd, out),
-                        6 => tile.six(simd, out),
-                        7 => tile.seven(simd, out),
-                        8 => tile.eight(simd, out),
-                        9 => tile.nine(simd, out),
-                        10 => tile.ten(simd, out),
-                        11 => tile.eleven(simd, out),
-                        _ => tile.twelve(simd, out),
+    fn tiles(&self, out: &mut [f32], blocks: Range<usize>, depth: usize, heights: Heights) {
+        let width = self.columns.width;
+        let grouped = depth / UNROLL * UNROLL;
+        let (mut row, mut rest) = (0, out);
+        for height in heights {
+            let (tile, others) = rest.split_at_mut(height * depth);
+            rest = others;
+            let (groups, left) = tile.split_at_mut(height * grouped);
+            let mut k = 0usize;
+            for block in blocks.clone() {
+                let filled = self.columns.block(block).1;
+                let lines = &self.blocks[block][row * width..][..height * width];
+                if k.is_multiple_of(UNROLL) && filled.is_multiple_of(UNROLL) {
+                    let groups = &mut groups[k * height..][..filled * height];
+                    interleave(groups, lines, width, height);
+                } else {
+                    for (r, line) in lines.chunks_exact(width).enumerate() {
+                        for (k, value) in (k..).zip(&line[..filled]) {
+                            if k < grouped {
+                                let group = k / UNROLL * height + r;
+                                groups[group * UNROLL + k % UNROLL] = *value;
+                            } else {
+                                left[(k - grouped) * height + r] = *value;
+                            }
+                        }
                     }
                 }
+                k += filled;
             }
-            from += part;
+            row += height;
+        }
+    }
+
+    /// The longest run of blocks from `from` on whose columns are at most `most` together, or one block; and those columns.
+    fn run(&self, from: usize, most: usize) -> (Range<usize>, usize) {
+        let (mut to, mut depth) = (from, 0);
+        while to < self.columns.blocks() {
+            let filled = self.columns.block(to).1;
+            if to > from && depth + filled > most {
+                break;
+            }
+            depth += filled;
+            to += 1;
+        }
+        (from..to, depth)
+    }
+}
+
+/// Heights of tiles that are nearly equal: a last one of a row or two would leave the multipliers idle.
+#[derive(Clone)]
+struct Heights {
+    height: usize,
+    tiles: usize,
+    /// Tiles that are one higher; they come first.
+    higher: usize,
+}
+
+impl Heights {
+    /// For so many rows, of at most `most` each.
+    #[inline(always)]
+    fn of(rows: usize, most: usize) -> Self {
+        let tiles = rows.div_ceil(most);
+        Self {
+            height: rows.checked_div(tiles).unwrap_or(0),
+            tiles,
+            higher: rows.checked_rem(tiles).unwrap_or(0),
         }
     }
 }
 
-/// A few rows times a part of a panel.
-struct Tile<'a, S: Simd> {
-    /// From the first row's first value on.
-    x: &'a [f32],
-    /// From one row of `x` to the next.
-    depth: usize,
-    panel: &'a [S::f32s],
+impl Iterator for Heights {
+    type Item = usize;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<usize> {
+        self.tiles = self.tiles.checked_sub(1)?;
+        let higher = usize::from(self.higher > 0);
+        self.higher -= higher;
+        Some(self.height + higher)
+    }
+}
+
+impl WithSimd for Product<'_, '_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let (depth, columns) = (self.matrix.depth.count, self.matrix.columns);
+        let width = VECTORS * S::F32_LANES;
+        let heights = Heights::of(self.x.count, most_rows::<S>());
+        let most = PANEL_BYTES / (4 * width);
+        let mut tiles = Buffer::stale(self.x.count * depth.min(most.max(width)));
+        let (mut block, mut from) = (0, 0);
+        while block < self.x.columns.blocks() {
+            let (blocks, part) = self.x.run(block, most);
+            self.x
+                .tiles(&mut tiles, blocks.clone(), part, heights.clone());
+            let panels = self.matrix.values.chunks_exact(depth * width);
+            for (i, panel) in panels.enumerate() {
+                let (panel, _) = S::as_simd_f32s(&panel[from * width..][..part * width]);
+                let (first, filled) = columns.block(i);
+                let start = match self.start {
+                    _ if from > 0 => Start::Kept,
+                    Start::Bias(bias) => Start::Bias(&bias[first..first + filled]),
+                    start => start,
+                };
+                let (out, stride) = self.out.block(i, columns);
+                let add = Add {
+                    filled,
+                    stride,
+                    start,
+                    factor: self.factor,
+                };
+                let mut row = 0;
+                for rows in heights.clone() {
+                    let x = &tiles[row * part..][..rows * part];
+                    ByRow { x, panel, add }.run(simd, rows, &mut out[row * stride..]);
+                    row += rows;
+                }
+            }
+            (block, from) = (blocks.end, from + part);
+        }
+    }
+}
+
+/// What becomes of a tile's sums.
+#[derive(Clone, Copy)]
+struct Add<'a> {
+    /// Columns of the block.
+    filled: usize,
     /// From one row of the result to the next.
-    columns: usize,
-    /// Columns of the panel that are not filled up.
-    width: usize,
-    /// For the panel's columns.
+    stride: usize,
+    /// For the block's columns.
     start: Start<'a>,
     factor: f32,
 }
 
-/// Tiles of each height: sums in variables of their own, which the compiler keeps in registers as it does not with arrays,
-/// and [`UNROLL`] steps of the depth at a time.
+impl Add<'_> {
+    /// `out = start + factor x sums`, row by row.
+    #[inline(always)]
+    fn add<S: Simd, const H: usize>(
+        &self,
+        simd: S,
+        out: &mut [f32],
+        sums: [[S::f32s; VECTORS]; H],
+    ) {
+        let factor = simd.splat_f32s(self.factor);
+        if self.filled == VECTORS * S::F32_LANES {
+            let start = match self.start {
+                Start::Kept => {
+                    for (i, sums) in sums.into_iter().enumerate() {
+                        let out = self.row::<S>(out, i);
+                        out[0] = simd.mul_add_f32s(factor, sums[0], out[0]);
+                        out[1] = simd.mul_add_f32s(factor, sums[1], out[1]);
+                    }
+                    return;
+                }
+                Start::Zero => [simd.splat_f32s(0.0); VECTORS],
+                Start::Bias(bias) => {
+                    let (bias, _) = S::as_simd_f32s(bias);
+                    [bias[0], bias[1]]
+                }
+            };
+            for (i, sums) in sums.into_iter().enumerate() {
+                let out = self.row::<S>(out, i);
+                out[0] = simd.mul_add_f32s(factor, sums[0], start[0]);
+                out[1] = simd.mul_add_f32s(factor, sums[1], start[1]);
+            }
+        } else {
+            for (i, sums) in sums.into_iter().enumerate() {
+                let sums: &[f32] = pulp::bytemuck::cast_slice(&sums);
+                let out = &mut out[i * self.stride..][..self.filled];
+                for (c, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
+                    let start = match self.start {
+                        Start::Kept => *out,
+                        Start::Zero => 0.0,
+                        Start::Bias(bias) => bias[c],
+                    };
+                    // Rounded once, as above.
+                    *out = self.factor.mul_add(*sum, start);
+                }
+            }
+        }
+    }
+
+    /// Row `i` of a block that is filled.
+    #[inline(always)]
+    fn row<'o, S: Simd>(&self, out: &'o mut [f32], i: usize) -> &'o mut [S::f32s] {
+        let row = &mut out[i * self.stride..][..VECTORS * S::F32_LANES];
+        S::as_mut_simd_f32s(row).0
+    }
+}
+
+/// A few rows times a part of a panel.
+struct ByRow<'a, S: Simd> {
+    /// A tile of [`Rows::tiles`].
+    x: &'a [f32],
+    panel: &'a [S::f32s],
+    add: Add<'a>,
+}
+
+/// A few columns times a block, over the rows of both: gradients of weights.
+struct ByColumn<'a> {
+    left: Stack<'a>,
+    right: Stack<'a>,
+    /// Pieces of both.
+    pieces: Range<usize>,
+    /// Block of the left side, and the tile's first column in it.
+    from: (usize, usize),
+    /// Block of the right side.
+    to: usize,
+    add: Add<'a>,
+}
+
+/// Tiles of each height: sums in variables of their own, which the compiler keeps in registers as it does not with arrays.
 macro_rules! tiles {
-    ($($name:ident: $($i:literal $x:ident $low:ident $high:ident),*;)*) => {
-        impl<S: Simd> Tile<'_, S> {
+    ($($height:literal $by_row:ident $by_column:ident: $($i:literal $x:ident $low:ident $high:ident),*;)*) => {
+        /// Brings `height` lines of a block, `width` values each, into groups `[height, UNROLL]`, as many as `groups` holds.
+        #[inline(always)]
+        fn interleave(groups: &mut [f32], lines: &[f32], width: usize, height: usize) {
+            match height {
+                $($height => {
+                    let (groups, _) = groups.as_chunks_mut::<{ UNROLL * $height }>();
+                    // Of a length that the compiler knows to be the loop's.
+                    let count = groups.len();
+                    $(let $x = &lines[$i * width..][..width].as_chunks::<UNROLL>().0[..count];)*
+                    for (i, group) in groups.iter_mut().enumerate() {
+                        $(group[$i * UNROLL..][..UNROLL].copy_from_slice(&$x[i]);)*
+                    }
+                })*
+                _ => unreachable!("a tile of {height} rows"),
+            }
+        }
+
+        impl<S: Simd> ByRow<'_, S> {
+            #[inline(always)]
+            fn run(&self, simd: S, rows: usize, out: &mut [f32]) {
+                match rows {
+                    // Higher tiles are compiled only where there are registers for them.
+                    $($height if $height <= most_rows::<S>() => self.$by_row(simd, out),)*
+                    _ => unreachable!("a tile of {rows} rows"),
+                }
+            }
+
             $(
                 #[inline(always)]
-                fn $name(&self, simd: S, out: &mut [f32]) {
-                    let part = self.panel.len() / PANEL_VECTORS;
-                    let (panel, panel_rest) = self.panel.as_chunks::<{ UNROLL * PANEL_VECTORS }>();
-                    let steps = panel.len();
+                fn $by_row(&self, simd: S, out: &mut [f32]) {
                     $(
-                        let x = &self.x[$i * self.depth..][..part];
-                        // Of a length that the compiler knows to be the loop's.
-                        let $x = &x.as_chunks::<UNROLL>().0[..steps];
                         let mut $low = simd.splat_f32s(0.0);
                         let mut $high = simd.splat_f32s(0.0);
                     )*
-                    for step in 0..steps {
+                    let (panel, panel_rest) = self.panel.as_chunks::<{ UNROLL * VECTORS }>();
+                    let (x, x_rest) = self.x.split_at(panel.len() * UNROLL * $height);
+                    let (x, _) = x.as_chunks::<{ UNROLL * $height }>();
+                    for (values, lines) in x.iter().zip(panel) {
                         for k in 0..UNROLL {
-                            let panel = &panel[step][PANEL_VECTORS * k..];
                             $(
-                                let value = simd.splat_f32s($x[step][k]);
-                                $low = simd.mul_add_f32s(value, panel[0], $low);
-                                $high = simd.mul_add_f32s(value, panel[1], $high);
+                                let value = simd.splat_f32s(values[$i * UNROLL + k]);
+                                $low = simd.mul_add_f32s(value, lines[VECTORS * k], $low);
+                                $high = simd.mul_add_f32s(value, lines[VECTORS * k + 1], $high);
                             )*
                         }
                     }
-                    for (k, panel) in panel_rest.chunks_exact(PANEL_VECTORS).enumerate() {
+                    let rest = x_rest.chunks_exact($height);
+                    for (values, line) in rest.zip(panel_rest.chunks_exact(VECTORS)) {
                         $(
-                            let value = simd.splat_f32s(self.x[$i * self.depth + steps * UNROLL + k]);
-                            $low = simd.mul_add_f32s(value, panel[0], $low);
-                            $high = simd.mul_add_f32s(value, panel[1], $high);
+                            let value = simd.splat_f32s(values[$i]);
+                            $low = simd.mul_add_f32s(value, line[0], $low);
+                            $high = simd.mul_add_f32s(value, line[1], $high);
                         )*
                     }
-                    $(self.add(simd, &mut out[$i * self.columns..], [$low, $high]);)*
+                    self.add.add(simd, out, [$([$low, $high]),*]);
+                }
+            )*
+        }
+
+        impl ByColumn<'_> {
+            #[inline(always)]
+            fn run<S: Simd>(&self, simd: S, columns: usize, out: &mut [f32]) {
+                match columns {
+                    $($height if $height <= most_rows::<S>() => self.$by_column(simd, out),)*
+                    _ => unreachable!("a tile of {columns} columns"),
+                }
+            }
+
+            $(
+                #[inline(always)]
+                fn $by_column<S: Simd>(&self, simd: S, out: &mut [f32]) {
+                    let width = VECTORS * S::F32_LANES;
+                    $(
+                        let mut $low = simd.splat_f32s(0.0);
+                        let mut $high = simd.splat_f32s(0.0);
+                    )*
+                    for piece in self.pieces.clone() {
+                        let left = self.left.block(piece, self.from.0);
+                        let (right, _) = S::as_simd_f32s(self.right.block(piece, self.to));
+                        let (steps, rest) = right.as_chunks::<{ UNROLL * VECTORS }>();
+                        for (values, lines) in left.chunks_exact(UNROLL * width).zip(steps) {
+                            let values = &values[self.from.1..][..(UNROLL - 1) * width + $height];
+                            for k in 0..UNROLL {
+                                $(
+                                    let value = simd.splat_f32s(values[k * width + $i]);
+                                    $low = simd.mul_add_f32s(value, lines[VECTORS * k], $low);
+                                    $high = simd.mul_add_f32s(value, lines[VECTORS * k + 1], $high);
+                                )*
+                            }
+                        }
+                        for (k, line) in rest.chunks_exact(VECTORS).enumerate() {
+                            let values = &left[(steps.len() * UNROLL + k) * width + self.from.1..][..$height];
+                            $(
+                                let value = simd.splat_f32s(values[$i]);
+                                $low = simd.mul_add_f32s(value, line[0], $low);
+                                $high = simd.mul_add_f32s(value, line[1], $high);
+                            )*
+                        }
+                    }
+                    self.add.add(simd, out, [$([$low, $high]),*]);
                 }
             )*
         }
@@ -294,211 +489,176 @@ macro_rules! tiles {
 }
 
 tiles! {
-    one: 0 x0 a0 b0;
-    two: 0 x0 a0 b0, 1 x1 a1 b1;
-    three: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2;
-    four: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3;
-    five: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4;
-    six: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5;
-    seven: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6;
-    eight: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7;
-    nine: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8;
-    ten: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9;
-    eleven: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9, 10 x10 a10 b10;
-    twelve: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9, 10 x10 a10 b10, 11 x11 a11 b11;
+    1 one one_column: 0 x0 a0 b0;
+    2 two two_columns: 0 x0 a0 b0, 1 x1 a1 b1;
+    3 three three_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2;
+    4 four four_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3;
+    5 five five_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4;
+    6 six six_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5;
+    7 seven seven_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6;
+    8 eight eight_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7;
+    9 nine nine_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8;
+    10 ten ten_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9;
+    11 eleven eleven_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9, 10 x10 a10 b10;
+    12 twelve twelve_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9, 10 x10 a10 b10, 11 x11 a11 b11;
 }
 
-impl<S: Simd> Tile<'_, S> {
-    /// Adds a row's sums to what it starts with.
-    #[inline(always)]
-    fn add(&self, simd: S, out: &mut [f32], sums: [S::f32s; PANEL_VECTORS]) {
-        add(simd, &mut out[..self.width], self.start, self.factor, sums);
-    }
-}
-
-/// A row's `out = start + factor x sums`, over the columns that a panel has.
-#[inline(always)]
-fn add<S: Simd>(
-    simd: S,
-    out: &mut [f32],
-    start: Start<'_>,
+/// `factor G^T X` for the columns of some blocks of `left`, G, and all of `right`, X, over their rows.
+///
+/// An element's sum is taken in an order that depends on nothing but the rows.
+pub(crate) fn transposed_product(
+    out: Target<'_, '_>,
+    left: Stack<'_>,
+    blocks: Range<usize>,
+    right: Stack<'_>,
     factor: f32,
-    sums: [S::f32s; PANEL_VECTORS],
 ) {
-    let width = out.len();
-    let factor = simd.splat_f32s(factor);
-    let zeros = [simd.splat_f32s(0.0); PANEL_VECTORS];
-    let start = match start {
-        Start::Kept => Some(&*out),
-        Start::Zero => None,
-        Start::Bias(bias) => Some(&bias[..width]),
-    };
-    if width == PANEL_VECTORS * S::F32_LANES {
-        let start = start.map_or(zeros, |start| {
-            let (start, _) = S::as_simd_f32s(start);
-            [start[0], start[1]]
-        });
-        let (out, _) = S::as_mut_simd_f32s(out);
-        for ((out, start), sum) in out.iter_mut().zip(start).zip(sums) {
-            *out = simd.mul_add_f32s(factor, sum, start);
+    assert_eq!((left.rows, left.piece), (right.rows, right.piece));
+    pulp::Arch::new().dispatch(TransposedProduct {
+        out,
+        left,
+        blocks,
+        right,
+        factor,
+    });
+}
+
+struct TransposedProduct<'p, 't, 'a> {
+    out: Target<'t, 'a>,
+    left: Stack<'p>,
+    blocks: Range<usize>,
+    right: Stack<'p>,
+    factor: f32,
+}
+
+impl WithSimd for TransposedProduct<'_, '_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let columns = self.left.columns;
+        let width = VECTORS * S::F32_LANES;
+        // Whole pieces whose rows of one block stay in the nearest cache.
+        let step = (PANEL_BYTES / (4 * width) / self.left.piece).max(1);
+        let first_row = columns.block(self.blocks.start).0;
+        for from in (0..self.left.pieces()).step_by(step) {
+            let pieces = from..(from + step).min(self.left.pieces());
+            let start = if from == 0 { Start::Zero } else { Start::Kept };
+            for to in 0..self.right.columns.blocks() {
+                let (out, stride) = self.out.block(to, self.right.columns);
+                let add = Add {
+                    filled: self.right.columns.block(to).1,
+                    stride,
+                    start,
+                    factor: self.factor,
+                };
+                for block in self.blocks.clone() {
+                    let (first, filled) = columns.block(block);
+                    let mut column = 0;
+                    for height in Heights::of(filled, most_rows::<S>()) {
+                        let tile = ByColumn {
+                            left: self.left,
+                            right: self.right,
+                            pieces: pieces.clone(),
+                            from: (block, column),
+                            to,
+                            add,
+                        };
+                        let row = first - first_row + column;
+                        tile.run(simd, height, &mut out[row * stride..]);
+                        column += height;
+                    }
+                }
+            }
         }
-    } else {
-        // The same on a padded copy.
-        let mut padded = zeros;
-        let values: &mut [f32] = pulp::bytemuck::cast_slice_mut(&mut padded);
-        if let Some(start) = start {
-            values[..width].copy_from_slice(start);
-        }
-        for (padded, sum) in padded.iter_mut().zip(sums) {
-            *padded = simd.mul_add_f32s(factor, sum, *padded);
-        }
-        let values: &[f32] = pulp::bytemuck::cast_slice(&padded);
-        out.copy_from_slice(&values[..width]);
     }
 }
 
-/// Tiles that a task works on at most: their part of the depth stays in the second cache.
-const TILES_PER_TASK: usize = 16;
+/// Blocks of the left side that a task works on at most: their rows' part stays in the second cache.
+const BLOCKS_PER_TASK: usize = 8;
 
-/// `G^T X`, `[G's columns, X's columns]`, with G as [`Packed::tiles`] and X as [`Packed::new`]: the gradient of a map's
-/// weights from that of its output and its input.
-pub(crate) fn transposed_product(g: &Packed, x: &Packed) -> Vec<f32> {
-    assert_eq!((g.depth, g.width), (x.depth, tile_rows()));
-    assert_eq!(x.width, panel_width());
-    let mut out = vec![0f32; g.columns * x.columns];
-    // Enough tasks for all threads; a tile's sums do not depend on its task.
-    let tiles = g.columns.div_ceil(g.width);
-    let per_task = tiles.div_ceil(2 * rayon::current_num_threads());
-    let rows = per_task.clamp(1, TILES_PER_TASK) * g.width;
-    let tasks = out.par_chunks_mut(rows * x.columns);
-    tasks.enumerate().for_each(|(i, out)| {
-        let tiles = &g.values[i * rows * g.depth..];
-        pulp::Arch::new().dispatch(TransposedProduct { out, tiles, x });
+/// `G^T X`, `[G's columns, X's columns]`, row-major, on all threads: the gradient of a map's weights from that of its output
+/// and its input.
+pub(crate) fn weight_gradient(g: Stack<'_>, x: Stack<'_>) -> Vec<f32> {
+    let inputs = x.columns.count;
+    let mut out = vec![0f32; g.columns.count * inputs];
+    // Enough tasks for all threads; a sum does not depend on its task.
+    let blocks = g.columns.blocks();
+    let per_task = blocks.div_ceil(2 * rayon::current_num_threads());
+    let per_task = per_task.clamp(1, BLOCKS_PER_TASK);
+    let mut tasks = Vec::new();
+    let mut rest = &mut out[..];
+    for first in (0..blocks).step_by(per_task) {
+        let blocks = first..(first + per_task).min(blocks);
+        let rows: usize = blocks.clone().map(|block| g.columns.block(block).1).sum();
+        let (out, others) = rest.split_at_mut(rows * inputs);
+        tasks.push((out, blocks));
+        rest = others;
+    }
+    tasks.into_par_iter().for_each(|(out, blocks)| {
+        transposed_product(Target::Rows(out), g, blocks, x, 1.0);
     });
     out
 }
 
-struct TransposedProduct<'a> {
-    out: &'a mut [f32],
-    /// From the task's first tile on.
-    tiles: &'a [f32],
-    x: &'a Packed,
-}
-
-impl WithSimd for TransposedProduct<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let (depth, columns) = (self.x.depth, self.x.columns);
-        let (width, height) = (PANEL_VECTORS * S::F32_LANES, most_rows::<S>());
-        let rows = self.out.len() / columns;
-        let mut from = 0;
-        while from < depth {
-            let part = (PANEL_BYTES / (4 * width)).min(depth - from);
-            let start = if from == 0 { Start::Zero } else { Start::Kept };
-            let panels = self.x.values.chunks_exact(depth * width);
-            for (i, panel) in panels.enumerate() {
-                let (panel, _) = S::as_simd_f32s(&panel[from * width..][..part * width]);
-                let first = i * width;
-                let width = width.min(columns - first);
-                let tiles = self.tiles.chunks_exact(depth * height);
-                for (tile, row) in tiles.zip((0..rows).step_by(height)) {
-                    let tile = &tile[from * height..][..part * height];
-                    let out = &mut self.out[row * columns..];
-                    let rows = out.chunks_mut(columns).take(height);
-                    let rows = rows.map(|row| &mut row[first..first + width]);
-                    if height == TILE_ROWS[0] {
-                        let sums = six_by_depth(simd, tile, panel);
-                        rows.zip(sums)
-                            .for_each(|(out, sums)| add(simd, out, start, 1.0, sums));
-                    } else {
-                        let sums = twelve_by_depth(simd, tile, panel);
-                        rows.zip(sums)
-                            .for_each(|(out, sums)| add(simd, out, start, 1.0, sums));
-                    }
-                }
-            }
-            from += part;
-        }
-    }
-}
-
-/// Sums over the depth of a tile `[depth, rows]` times a panel, one pair of vectors a row.
-macro_rules! by_depth {
-    ($name:ident, $rows:literal: $($i:literal $low:ident $high:ident),*) => {
-        #[inline(always)]
-        fn $name<S: Simd>(simd: S, tile: &[f32], panel: &[S::f32s]) -> [[S::f32s; PANEL_VECTORS]; $rows] {
-            $(
-                let mut $low = simd.splat_f32s(0.0);
-                let mut $high = simd.splat_f32s(0.0);
-            )*
-            let (lines, lines_rest) = tile.as_chunks::<{ UNROLL * $rows }>();
-            let (panel, panel_rest) = panel.as_chunks::<{ UNROLL * PANEL_VECTORS }>();
-            for (values, panel) in lines.iter().zip(panel) {
-                for k in 0..UNROLL {
-                    let (values, panel) = (&values[$rows * k..], &panel[PANEL_VECTORS * k..]);
-                    $(
-                        let value = simd.splat_f32s(values[$i]);
-                        $low = simd.mul_add_f32s(value, panel[0], $low);
-                        $high = simd.mul_add_f32s(value, panel[1], $high);
-                    )*
-                }
-            }
-            let rest = lines_rest.chunks_exact($rows);
-            for (values, panel) in rest.zip(panel_rest.chunks_exact(PANEL_VECTORS)) {
-                $(
-                    let value = simd.splat_f32s(values[$i]);
-                    $low = simd.mul_add_f32s(value, panel[0], $low);
-                    $high = simd.mul_add_f32s(value, panel[1], $high);
-                )*
-            }
-            [$([$low, $high]),*]
-        }
-    };
-}
-
-by_depth!(six_by_depth, 6: 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3, 4 a4 b4, 5 a5 b5);
-by_depth!(
-    twelve_by_depth, 12: 0 a0 b0, 1 a1 b1, 2 a2 b2, 3 a3 b3, 4 a4 b4, 5 a5 b5, 6 a6 b6, 7 a7 b7, 8 a8 b8, 9 a9 b9, 10 a10 b10,
-    11 a11 b11
-);
-
 #[cfg(test)]
 mod tests {
+    use super::super::blocked::{fill, split};
     use super::*;
 
     fn noise(len: usize, step: f32) -> Vec<f32> {
         (0..len).map(|i| (i as f32 * step).sin()).collect()
     }
 
+    fn blocks(x: &[f32], columns: Columns) -> Vec<f32> {
+        let mut blocks = vec![f32::NAN; columns.values(x.len() / columns.count)];
+        fill(&mut blocks, x, columns, 1.0);
+        blocks
+    }
+
     #[test]
     fn products_of_every_height_and_odd_widths_match_loops() {
-        for (rows, depth, columns) in [
-            (1, 5, 3),
-            (2, 400, 16),
-            (3, 7, 33),
-            (4, 16, 31),
-            (5, 800, 17),
-            (6, 384, 64),
-            (13, 385, 40),
+        for (rows, depth, inner, columns, outer) in [
+            (1, 5, 1, 3, 1),
+            (2, 400, 2, 16, 4),
+            (3, 7, 1, 33, 3),
+            (4, 16, 2, 31, 1),
+            (5, 800, 1, 17, 1),
+            (6, 384, 3, 64, 2),
+            (13, 385, 5, 40, 1),
         ] {
             let (x, m) = (noise(rows * depth, 0.37), noise(depth * columns, 0.73));
             let transpose: Vec<f32> = (0..columns * depth)
                 .map(|i| m[i % depth * columns + i / depth])
                 .collect();
+            let [depths, outs] = [(depth, inner), (columns, outer)]
+                .map(|(count, groups)| Columns::grouped(count, groups));
+            let blocked = blocks(&x, depths);
+            let x_rows = || Rows::all(&blocked, rows, depths);
             let start = noise(rows * columns, 0.11);
-            let [mut a, mut b] = [start.clone(), start.clone()];
+            let mut a = start.clone();
+            let packed = Packed::new(&m, depths, outs);
             product(
-                &mut a,
+                Target::Rows(&mut a),
                 Start::Kept,
-                &x,
-                &Packed::new(&m, depth, columns),
+                x_rows(),
+                packed.panels(),
                 0.5,
             );
-            let transposed = Packed::transposed(&transpose, depth, columns);
-            product(&mut b, Start::Kept, &x, &transposed, 0.5);
-            assert_eq!(a, b);
+            let mut b = blocks(&start, outs);
+            let transposed = Packed::transposed(&transpose, depths, outs);
+            let target = &mut split(&mut b, rows)[..];
+            product(
+                Target::Blocks(target),
+                Start::Kept,
+                x_rows(),
+                transposed.panels(),
+                0.5,
+            );
+            let mut expected_blocks = b.clone();
+            fill(&mut expected_blocks, &a, outs, 1.0);
+            let same = b.iter().zip(&expected_blocks);
+            assert!(same.into_iter().all(|(a, b)| a == b || a.is_nan()));
             for (i, (found, start)) in a.iter().zip(&start).enumerate() {
                 let (r, c) = (i / columns, i % columns);
                 let terms =
@@ -513,13 +673,31 @@ mod tests {
     }
 
     #[test]
-    fn transposed_products_match_loops() {
-        for (depth, rows, columns) in [(5, 3, 3), (400, 12, 16), (900, 250, 40), (7, 13, 33)] {
+    fn weight_gradients_match_loops() {
+        for (pieces, piece, rows, columns) in [
+            (1, 5, 3, 3),
+            (4, 100, 12, 16),
+            (9, 100, 250, 40),
+            (3, 7, 13, 33),
+        ] {
+            // The last piece is not whole.
+            let depth = pieces * piece - piece / 3;
             let (g, x) = (noise(depth * rows, 0.37), noise(depth * columns, 0.73));
-            let found = transposed_product(
-                &Packed::tiles(&g, depth, rows),
-                &Packed::new(&x, depth, columns),
-            );
+            let [gs, xs] = [(&g, rows), (&x, columns)].map(|(values, count)| {
+                let columns = Columns::whole(count);
+                let pieces = values.chunks(piece * count);
+                (
+                    pieces.flat_map(|x| blocks(x, columns)).collect::<Vec<_>>(),
+                    columns,
+                )
+            });
+            let stack = |(values, columns)| Stack {
+                values,
+                rows: depth,
+                piece,
+                columns,
+            };
+            let found = weight_gradient(stack((&gs.0, gs.1)), stack((&xs.0, xs.1)));
             assert_eq!(found.len(), rows * columns);
             for (i, found) in found.iter().enumerate() {
                 let (r, c) = (i / columns, i % columns);
@@ -537,16 +715,22 @@ mod tests {
     #[test]
     fn a_row_does_not_depend_on_the_others() {
         let (x, m) = (noise(11 * 50, 0.37), noise(50 * 20, 0.73));
-        let m = Packed::new(&m, 50, 20);
+        let (depth, columns) = (Columns::whole(50), Columns::whole(20));
+        let m = Packed::new(&m, depth, columns);
         let bias = noise(20, 0.2);
-        let mut all = vec![0.0; 11 * 20];
-        product(&mut all, Start::Bias(&bias), &x, &m, 1.0);
+        let run = |x: &[f32], start: Start<'_>| {
+            let rows = x.len() / 50;
+            let mut out = vec![7.0; rows * 20];
+            let x = blocks(x, depth);
+            let x = Rows::all(&x, rows, depth);
+            product(Target::Rows(&mut out), start, x, m.panels(), 1.0);
+            out
+        };
+        let all = run(&x, Start::Bias(&bias));
         for row in 0..11 {
-            let mut one = vec![0.0; 20];
-            product(&mut one, Start::Bias(&bias), &x[row * 50..][..50], &m, 1.0);
+            let one = run(&x[row * 50..][..50], Start::Bias(&bias));
             assert_eq!(one, all[row * 20..][..20]);
-            let mut bare = vec![7.0; 20];
-            product(&mut bare, Start::Zero, &x[row * 50..][..50], &m, 1.0);
+            let bare = run(&x[row * 50..][..50], Start::Zero);
             let pairs = one.iter().zip(&bare).zip(&bias);
             assert!(
                 pairs

@@ -5,6 +5,8 @@ use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
 use crate::kernels::attention::Heads;
+use crate::kernels::blocked::{fill, read, split};
+use crate::kernels::pool::Buffer;
 
 /// Queries a parallel task handles: fixed, so that a result does not depend on batch or threads.
 const QUERIES_PER_TASK: usize = 128;
@@ -99,20 +101,38 @@ impl CustomOp1 for Attention {
         let qkv = slice("attention", qkv, layout)?;
         let mut out = vec![0f32; b * n * width];
         if !out.is_empty() {
+            let heads = self.of(n);
+            let (image, merged) = (heads.packed().values(n), heads.merged());
+            let mut blocks = Buffer::stale(b * image);
+            blocks
+                .par_chunks_mut(image)
+                .zip(qkv.par_chunks(n * packed))
+                .for_each(|(blocks, rows)| fill(blocks, rows, heads.packed(), 1.0));
             let tasks: Vec<_> = out
                 .chunks_mut(n * width)
-                .zip(qkv.chunks(n * packed))
+                .zip(blocks.chunks(image))
                 .flat_map(|(out, image)| {
                     out.chunks_mut(QUERIES_PER_TASK * width)
                         .enumerate()
                         .map(move |(i, out)| (image, i * QUERIES_PER_TASK, out))
                 })
                 .collect();
-            tasks.into_par_iter().for_each(|(image, first, out)| {
-                let queries = out.len() / width;
-                let mut p = vec![0f32; queries * n];
-                self.of(n).attend(out, image, first, &mut p, None);
-            });
+            let most = QUERIES_PER_TASK.min(n);
+            tasks.into_par_iter().for_each_init(
+                || {
+                    (
+                        heads.scratch(most, false),
+                        Buffer::stale(merged.values(most)),
+                    )
+                },
+                |(scratch, attended), (image, first, out)| {
+                    let queries = out.len() / width;
+                    let attended = &mut attended[..merged.values(queries)];
+                    let target = &mut split(attended, queries)[..];
+                    heads.attend(target, image, (first, queries), scratch, None);
+                    read(out, attended, merged);
+                },
+            );
         }
         Ok((CpuStorage::F32(out), (b, n, width).into()))
     }
@@ -122,14 +142,25 @@ impl CustomOp1 for Attention {
         let width = self.width();
         with_slices("attention", [qkv, grad], |[xs, gs]| {
             let mut dx = vec![0f32; xs.len()];
+            let heads = self.of(n);
+            let columns = heads.packed();
             let images = dx
                 .par_chunks_mut(n * packed)
                 .zip(xs.par_chunks(n * packed))
                 .zip(gs.par_chunks(n * width));
-            images.for_each(|((dx, x), g)| {
-                let (mut p, mut dp) = (vec![0f32; n * n], vec![0f32; n * n]);
-                self.of(n).backward(dx, x, g, &mut p, &mut dp);
-            });
+            images.for_each_init(
+                || {
+                    let [dqkv, qkv] = [(); 2].map(|()| Buffer::stale(columns.values(n)));
+                    let g = Buffer::stale(heads.merged().values(n));
+                    (heads.scratch(n, true), dqkv, qkv, g)
+                },
+                |(scratch, dqkv, qkv, blocks), ((dx, x), g)| {
+                    fill(qkv, x, columns, 1.0);
+                    fill(blocks, g, heads.merged(), 1.0);
+                    heads.backward(dqkv, qkv, blocks, scratch);
+                    read(dx, dqkv, columns);
+                },
+            );
             from_vec(dx, qkv.dims()).map(Some)
         })
     }

@@ -49,10 +49,10 @@ impl BlockParameters {
     fn matrices(&self, weights: &kernel::Weights<'_>) -> Arc<Matrices> {
         let of = [&self.qkv, &self.projection, &self.fc1, &self.fc2].map(|[matrix, _]| matrix);
         if of.iter().any(|matrix| matrix.track_op()) {
-            return Arc::new(Matrices::forward(weights));
+            return Arc::new(Matrices::forward(weights, self.heads));
         }
         let ids = of.map(Tensor::id);
-        let make = || (ids, Arc::new(Matrices::forward(weights).kept()));
+        let make = || (ids, Arc::new(Matrices::forward(weights, self.heads).kept()));
         let (made_of, matrices) = self.prepared.0.get_or_init(make);
         if *made_of == ids {
             Arc::clone(matrices)
@@ -395,20 +395,24 @@ mod tests {
 
     /// Input and the twelve parameters for width 12, hidden 20.
     fn inputs(images: usize, tokens: usize) -> Vec<Tensor> {
+        sized([images, tokens], 12, 20)
+    }
+
+    fn sized([images, tokens]: [usize; 2], d: usize, hidden: usize) -> Vec<Tensor> {
         let shapes: [&[usize]; 13] = [
-            &[images, tokens, 12],
-            &[12],
-            &[12],
-            &[36, 12],
-            &[36],
-            &[12, 12],
-            &[12],
-            &[12],
-            &[12],
-            &[20, 12],
-            &[20],
-            &[12, 20],
-            &[12],
+            &[images, tokens, d],
+            &[d],
+            &[d],
+            &[3 * d, d],
+            &[3 * d],
+            &[d, d],
+            &[d],
+            &[d],
+            &[d],
+            &[hidden, d],
+            &[hidden],
+            &[d, hidden],
+            &[d],
         ];
         let tensors = shapes.iter().zip(0..);
         tensors.map(|(shape, seed)| noise(shape, seed)).collect()
@@ -439,6 +443,42 @@ mod tests {
         check_gradients(&inputs(2, 5), |t| run(t, None));
         let factors = [vec![1.25, 0.0, 0.5], vec![0.0, 2.0, 1.0]];
         check_gradients(&inputs(3, 4), |t| run(t, Some(&factors)));
+    }
+
+    /// Heads that fill the kernel's blocks, as real ones do; parameters are divided so that no sum is large.
+    #[test]
+    fn whole_blocks_of_columns_match_the_composition_in_double_precision() -> Result<()> {
+        let mut t = sized([2, 70], 96, 64);
+        for matrix in [3, 5, 9, 11] {
+            t[matrix] = (&t[matrix] / 10.0)?;
+        }
+        let gradients = |dtype: DType| -> Result<(Tensor, Vec<Tensor>)> {
+            let vars = t
+                .iter()
+                .map(|t| candle_core::Var::from_tensor(&t.to_dtype(dtype)?))
+                .collect::<Result<Vec<_>>>()?;
+            let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+            let out = run(&tensors, None)?;
+            let grads = (&out * noise(out.dims(), 99).to_dtype(dtype)?)?
+                .sum_all()?
+                .backward()?;
+            let of = |var: &candle_core::Var| grads.get(var).unwrap().clone();
+            Ok((out, vars.iter().map(of).collect()))
+        };
+        let (expected, expected_gradients) = gradients(DType::F64)?;
+        let (found, found_gradients) = gradients(DType::F32)?;
+        assert!(distance(&found, &expected) < 1e-5);
+        for (i, (found, expected)) in found_gradients.iter().zip(&expected_gradients).enumerate() {
+            let (off, scale) = (
+                distance(found, expected),
+                distance(expected, &expected.zeros_like()?),
+            );
+            assert!(
+                off < 1e-5 * scale.max(1.0),
+                "gradient {i}: {off} of {scale}"
+            );
+        }
+        Ok(())
     }
 
     #[test]

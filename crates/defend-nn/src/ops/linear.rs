@@ -4,15 +4,19 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
-use crate::kernels::column_sums;
-use crate::kernels::math;
-use crate::kernels::product::{Into, MatRef, affine, product};
+use crate::kernels::blocked::{Columns, Rows, Stack, fill};
+use crate::kernels::packed::{Packed, Panels, Start, Target, product, weight_gradient};
+use crate::kernels::pool::Buffer;
+use crate::kernels::{column_sums, math};
 use crate::vectorised;
+
+/// Rows that a task handles: what lies between reading and writing them stays in the cache.
+const ROWS_PER_TASK: usize = 128;
 
 /// Affine map of the last dimension: `x W^T + b`.
 ///
 /// `x`: `[..., I]`; `weight`: `[O, I]`; `bias`: `[O]`; returns `[..., O]`. Differentiable with respect
-/// to all three. A `[B, N, I]` input is worked image by image, so a row's result does not depend on B.
+/// to all three. A row's result depends on no other row.
 ///
 /// # Errors
 /// When the shapes do not fit.
@@ -143,39 +147,16 @@ impl CustomOp3 for Linear {
         if let Some(last) = shape.last_mut() {
             *last = outputs;
         }
-        if xs.is_empty() {
+        if xs.is_empty() || outputs == 0 {
             return Ok((CpuStorage::F32(Vec::new()), Shape::from(shape)));
         }
-        let rows = xs.len() / inputs;
-        // A task is one image: the same product whatever else is in the batch.
-        let rows_per_task = if dims.len() >= 3 {
-            dims[dims.len() - 2]
-        } else {
-            rows
-        };
-        let threads = rayon::current_num_threads();
-        let inner_threads = if rows / rows_per_task >= threads {
-            1
-        } else {
-            threads
-        };
-        let task = |(out, xs): (&mut [f32], &[f32])| {
-            affine(out, xs, [ws, bs], inner_threads);
+        let mut out = vec![0f32; xs.len() / inputs * outputs];
+        let weight = Packed::transposed(ws, Columns::whole(inputs), Columns::whole(outputs));
+        map_rows(&mut out, Start::Bias(bs), xs, &weight, |out| {
             if self.activation == Activation::Gelu {
                 vectorised!(|| out.iter_mut().for_each(|v| *v = math::gelu(*v)));
             }
-        };
-        let mut out = vec![0f32; rows * outputs];
-        let (out_task, in_task) = (rows_per_task * outputs, rows_per_task * inputs);
-        if inner_threads == 1 {
-            out.par_chunks_mut(out_task)
-                .zip(xs.par_chunks(in_task))
-                .for_each(task);
-        } else {
-            out.chunks_mut(out_task)
-                .zip(xs.chunks(in_task))
-                .for_each(task);
-        }
+        });
         Ok((CpuStorage::F32(out), Shape::from(shape)))
     }
 
@@ -189,33 +170,61 @@ impl CustomOp3 for Linear {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (outputs, inputs) = weight.dims2()?;
         let rows = grad.elem_count() / outputs;
-        let threads = rayon::current_num_threads();
+        let [inner, outer] = [inputs, outputs].map(Columns::whole);
         with_slices("linear", [x, weight, grad], |[xs, ws, gs]| {
-            let g = MatRef::dense(gs, rows, outputs);
             let dx = self.needs[0].then(|| {
                 let mut dx = vec![0f32; rows * inputs];
-                let weight = MatRef::dense(ws, outputs, inputs);
-                product(&mut dx, inputs, Into::Overwrite, g, weight, 1.0, threads);
+                let weight = Packed::new(ws, outer, inner);
+                map_rows(&mut dx, Start::Zero, gs, &weight, |_| ());
                 from_vec(dx, x.dims())
             });
             let dw = self.needs[1].then(|| {
-                let mut dw = vec![0f32; outputs * inputs];
-                let x = MatRef::dense(xs, rows, inputs);
-                product(
-                    &mut dw,
-                    inputs,
-                    Into::Overwrite,
-                    g.transposed(),
-                    x,
-                    1.0,
-                    threads,
-                );
-                from_vec(dw, (outputs, inputs))
+                let blocks = |values: &[f32], columns: Columns| {
+                    let mut blocks = Buffer::stale(columns.values(rows));
+                    let pieces = blocks.par_chunks_mut(columns.values(ROWS_PER_TASK));
+                    pieces
+                        .zip(values.par_chunks(ROWS_PER_TASK * columns.count))
+                        .for_each(|(blocks, values)| fill(blocks, values, columns, 1.0));
+                    blocks
+                };
+                let (g, x) = (blocks(gs, outer), blocks(xs, inner));
+                let [g, x] = [(&g, outer), (&x, inner)].map(|(values, columns)| Stack {
+                    values,
+                    rows,
+                    piece: ROWS_PER_TASK,
+                    columns,
+                });
+                from_vec(weight_gradient(g, x), (outputs, inputs))
             });
             let db = self.needs[2].then(|| from_vec(column_sums(gs, outputs), outputs));
             Ok((dx.transpose()?, dw.transpose()?, db.transpose()?))
         })
     }
+}
+
+/// `out = start + x M` for row-major rows, and `finish` for each task's rows.
+fn map_rows(
+    out: &mut [f32],
+    start: Start<'_>,
+    x: &[f32],
+    matrix: &Packed,
+    finish: impl Fn(&mut [f32]) + Sync,
+) {
+    let Panels { depth, columns, .. } = matrix.panels();
+    let tasks = out.par_chunks_mut(ROWS_PER_TASK * columns.count);
+    tasks
+        .zip(x.par_chunks(ROWS_PER_TASK * depth.count))
+        .for_each_init(
+            || Buffer::stale(depth.values(ROWS_PER_TASK)),
+            |blocks, (out, x)| {
+                let rows = x.len() / depth.count;
+                let blocks = &mut blocks[..depth.values(rows)];
+                fill(blocks, x, depth, 1.0);
+                let x = Rows::all(blocks, rows, depth);
+                product(Target::Rows(out), start, x, matrix.panels(), 1.0);
+                finish(out);
+            },
+        );
 }
 
 #[cfg(test)]

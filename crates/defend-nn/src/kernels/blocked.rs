@@ -1,0 +1,312 @@
+//! Activations in blocks of columns, the layout in which every product of a transformer block reads its operands in place.
+//!
+//! A matrix `[rows, columns]` is `[blocks, rows, W]`, with a [`width`] W of two vector registers. A few rows of a block lie side
+//! by side, as a product wants its left side; a whole block is a panel, as a product over the rows wants its right side; and a
+//! few columns of a block are a tile for the gradient of weights. So nothing is laid out anew between products, and no
+//! product pays for addresses that it computes.
+
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use crate::vectorised;
+
+/// Vectors side by side in a block.
+pub(crate) const VECTORS: usize = 2;
+
+/// Columns of a block, W: two vector registers of this processor.
+pub(crate) fn width() -> usize {
+    struct Width;
+    impl WithSimd for Width {
+        type Output = usize;
+        fn with_simd<S: Simd>(self, _: S) -> usize {
+            VECTORS * S::F32_LANES
+        }
+    }
+    pulp::Arch::new().dispatch(Width)
+}
+
+/// How columns are cut into blocks: no block crosses the border of a group (a head), so a group's last one may be
+/// partly filled. What its other columns hold means nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Columns {
+    pub(crate) count: usize,
+    group: usize,
+    /// Columns of a block.
+    pub(crate) width: usize,
+}
+
+impl Columns {
+    /// `groups` of equal size; divides `count`.
+    pub(crate) fn grouped(count: usize, groups: usize) -> Self {
+        Self {
+            count,
+            group: count / groups,
+            width: width(),
+        }
+    }
+
+    pub(crate) fn whole(count: usize) -> Self {
+        Self::grouped(count, 1)
+    }
+
+    fn blocks_per_group(self) -> usize {
+        self.group.div_ceil(self.width)
+    }
+
+    pub(crate) fn blocks(self) -> usize {
+        self.count / self.group * self.blocks_per_group()
+    }
+
+    /// First column of a block and their number.
+    #[inline(always)]
+    pub(crate) fn block(self, i: usize) -> (usize, usize) {
+        let (group, within) = (i / self.blocks_per_group(), i % self.blocks_per_group());
+        let start = within * self.width;
+        (
+            group * self.group + start,
+            self.width.min(self.group - start),
+        )
+    }
+
+    /// Values of a matrix of so many rows.
+    pub(crate) fn values(self, rows: usize) -> usize {
+        self.blocks() * rows * self.width
+    }
+}
+
+/// Some rows of a matrix in blocks.
+pub(crate) struct Rows<'a> {
+    /// Each block from the first of the rows on.
+    pub(crate) blocks: Vec<&'a [f32]>,
+    /// Their number.
+    pub(crate) count: usize,
+    pub(crate) columns: Columns,
+}
+
+impl<'a> Rows<'a> {
+    /// Rows `first..first + count` of a matrix of `all` rows.
+    pub(crate) fn part(
+        values: &'a [f32],
+        all: usize,
+        columns: Columns,
+        first: usize,
+        count: usize,
+    ) -> Self {
+        let blocks = values.chunks_exact(all * columns.width);
+        let blocks = blocks.take(columns.blocks());
+        Self {
+            blocks: blocks
+                .map(|block| &block[first * columns.width..])
+                .collect(),
+            count,
+            columns,
+        }
+    }
+
+    /// All rows of a matrix.
+    pub(crate) fn all(values: &'a [f32], rows: usize, columns: Columns) -> Self {
+        Self::part(values, rows, columns, 0, rows)
+    }
+
+    /// Of blocks that were written to.
+    pub(crate) fn of(blocks: &'a [&mut [f32]], count: usize, columns: Columns) -> Self {
+        Self {
+            blocks: blocks.iter().map(|block| &**block).collect(),
+            count,
+            columns,
+        }
+    }
+}
+
+/// Numbers that are handled at a time where a line of a block is short: a whole number of lines' parts on every processor that
+/// has vectors.
+const PART: usize = 8;
+
+/// Copies as many values as `to` holds.
+#[inline(always)]
+pub(crate) fn copy(to: &mut [f32], from: &[f32], factor: f32) {
+    let (parts, rest) = to.as_chunks_mut::<PART>();
+    let (from_parts, from_rest) = from.as_chunks::<PART>();
+    let done = parts.len();
+    for (to, from) in parts.iter_mut().zip(from_parts) {
+        *to = from.map(|v| factor * v);
+    }
+    let from_rest = if done < from_parts.len() {
+        &from_parts[done][..]
+    } else {
+        from_rest
+    };
+    for (to, from) in rest.iter_mut().zip(from_rest) {
+        *to = factor * from;
+    }
+}
+
+/// Writes one row of a matrix of one group to its place in the blocks.
+#[inline(always)]
+pub(crate) fn scatter(blocks: &mut [&mut [f32]], row: usize, values: &[f32], width: usize) {
+    for (block, values) in blocks.iter_mut().zip(values.chunks(width)) {
+        copy(&mut block[row * width..][..values.len()], values, 1.0);
+    }
+}
+
+/// Reads one row of a matrix of one group.
+#[inline(always)]
+pub(crate) fn gather(values: &mut [f32], blocks: &[&mut [f32]], row: usize, width: usize) {
+    for (block, values) in blocks.iter().zip(values.chunks_mut(width)) {
+        copy(values, &block[row * width..], 1.0);
+    }
+}
+
+/// The blocks `[rows, W]` of a matrix to write to.
+pub(crate) fn split(values: &mut [f32], rows: usize) -> Vec<&mut [f32]> {
+    values.chunks_mut(rows * width()).collect()
+}
+
+/// The blocks of pieces of `piece` rows, for each of the images of `rows` rows in `values`, piece after piece.
+pub(crate) fn split_pieces(
+    values: &mut [f32],
+    columns: Columns,
+    rows: usize,
+    piece: usize,
+) -> Vec<Vec<&mut [f32]>> {
+    let pieces = rows.div_ceil(piece);
+    let images = values.chunks_mut(columns.values(rows).max(1));
+    images
+        .flat_map(|image| {
+            let mut blocks: Vec<Vec<&mut [f32]>> = (0..pieces)
+                .map(|_| Vec::with_capacity(columns.blocks()))
+                .collect();
+            for block in image.chunks_mut(rows * columns.width) {
+                for (blocks, part) in blocks
+                    .iter_mut()
+                    .zip(block.chunks_mut(piece * columns.width))
+                {
+                    blocks.push(part);
+                }
+            }
+            blocks
+        })
+        .collect()
+}
+
+/// Brings row-major rows into blocks, multiplied by `factor`.
+pub(crate) fn fill(out: &mut [f32], x: &[f32], columns: Columns, factor: f32) {
+    let rows = x.len() / columns.count;
+    let w = columns.width;
+    vectorised!(|| {
+        for (i, block) in out.chunks_exact_mut(rows * w).enumerate() {
+            let (first, len) = columns.block(i);
+            let rows = x.chunks_exact(columns.count);
+            for (line, row) in block.chunks_exact_mut(w).zip(rows) {
+                copy(&mut line[..len], &row[first..], factor);
+            }
+        }
+    });
+}
+
+/// Brings blocks into row-major rows: the reverse of [`fill`].
+pub(crate) fn read(out: &mut [f32], blocks: &[f32], columns: Columns) {
+    let rows = out.len() / columns.count;
+    let w = columns.width;
+    vectorised!(|| {
+        for (i, block) in blocks.chunks_exact(rows * w).enumerate() {
+            let (first, len) = columns.block(i);
+            let rows = out.chunks_exact_mut(columns.count);
+            for (line, row) in block.chunks_exact(w).zip(rows) {
+                copy(&mut row[first..first + len], line, 1.0);
+            }
+        }
+    });
+}
+
+/// Pieces of rows one after the other, each in blocks: a whole batch.
+#[derive(Clone, Copy)]
+pub(crate) struct Stack<'a> {
+    pub(crate) values: &'a [f32],
+    /// Rows of all pieces.
+    pub(crate) rows: usize,
+    /// Rows of a piece; the last may have fewer.
+    pub(crate) piece: usize,
+    pub(crate) columns: Columns,
+}
+
+impl<'a> Stack<'a> {
+    pub(crate) fn pieces(&self) -> usize {
+        self.rows.div_ceil(self.piece)
+    }
+
+    /// A block of a piece, `[rows, W]`.
+    #[inline(always)]
+    pub(crate) fn block(&self, piece: usize, block: usize) -> &'a [f32] {
+        let first = piece * self.piece;
+        let len = self.piece.min(self.rows - first) * self.columns.width;
+        &self.values[self.columns.values(first) + block * len..][..len]
+    }
+
+    /// Sums over all rows, in an order that does not depend on the threads.
+    pub(crate) fn column_sums(&self) -> Vec<f32> {
+        let w = self.columns.width;
+        let sums = (0..self.columns.blocks()).into_par_iter().map(|block| {
+            let mut sums = vec![0f32; w];
+            vectorised!(|| {
+                // Some columns after the others, so that their sums stay in a register.
+                for (part, sums) in sums.chunks_mut(PART).enumerate() {
+                    let mut part_sums = [0f32; PART];
+                    for piece in 0..self.pieces() {
+                        for row in self.block(piece, block).chunks_exact(w) {
+                            let row = row[part * PART..].iter();
+                            part_sums.iter_mut().zip(row).for_each(|(s, v)| *s += v);
+                        }
+                    }
+                    sums.copy_from_slice(&part_sums[..sums.len()]);
+                }
+            });
+            sums.truncate(self.columns.block(block).1);
+            sums
+        });
+        sums.collect::<Vec<_>>().concat()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_have_blocks_of_their_own() {
+        let w = width();
+        let columns = Columns::grouped(3 * (w + 1), 3);
+        assert_eq!(columns.blocks(), 6);
+        assert_eq!(columns.block(2), (w + 1, w));
+        assert_eq!(columns.block(3), (2 * w + 1, 1));
+        assert_eq!(Columns::whole(2 * w).blocks(), 2);
+    }
+
+    #[test]
+    fn filled_rows_come_back() {
+        let columns = Columns::grouped(10, 2);
+        let x: Vec<f32> = (0..30).map(|i| i as f32).collect();
+        let mut blocks = vec![f32::NAN; columns.values(3)];
+        fill(&mut blocks, &x, columns, 2.0);
+        let stack = Stack {
+            values: &blocks,
+            rows: 3,
+            piece: 3,
+            columns,
+        };
+        for block in 0..columns.blocks() {
+            let (first, len) = columns.block(block);
+            let rows = stack.block(0, block).chunks(width());
+            for (row, line) in rows.enumerate() {
+                for (i, value) in line[..len].iter().enumerate() {
+                    assert_eq!(*value, 2.0 * x[row * 10 + first + i]);
+                }
+            }
+        }
+        let mut back = vec![0.0; 30];
+        read(&mut back, &blocks, columns);
+        assert!(back.iter().zip(&x).all(|(back, x)| *back == 2.0 * x));
+        let sums: Vec<f32> = (0..10).map(|i| 2.0 * (30 + 3 * i) as f32).collect();
+        assert_eq!(stack.column_sums(), sums);
+    }
+}
