@@ -1,5 +1,6 @@
-//! `f32` CPU kernels behind [`crate::ops`].
+//! `f32` CPU kernels behind [`crate::ops`], in safe code.
 //!
+//! Products ([`packed`]) and what lies between them work on activations in blocks of columns ([`blocked`]).
 
 use crate::vectorised;
 use rayon::prelude::*;
