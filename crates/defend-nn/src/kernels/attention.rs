@@ -31,12 +31,12 @@ pub(crate) struct Scratch {
 
 impl Heads {
     /// How queries, keys and values of all heads, 3 D columns, are cut into blocks.
-    pub(crate) fn packed(self) -> Columns {
+    pub(crate) fn qkv_columns(self) -> Columns {
         Columns::grouped(3 * self.width, 3 * self.count)
     }
 
     /// The same for the D columns of the output.
-    pub(crate) fn merged(self) -> Columns {
+    pub(crate) fn output_columns(self) -> Columns {
         Columns::grouped(self.width, self.count)
     }
 
@@ -69,7 +69,7 @@ impl Heads {
         self.head().values(self.tokens)
     }
 
-    /// Blocks of a head in a matrix of several heads; in [`Heads::packed`], keys and values are further heads.
+    /// Blocks of a head in a matrix of several heads; in [`Heads::qkv_columns`], keys and values are further heads.
     fn blocks(self, head: usize) -> Range<usize> {
         let blocks = self.head().blocks();
         head * blocks..(head + 1) * blocks
@@ -90,7 +90,7 @@ impl Heads {
         }
     }
 
-    /// The same, for a product over tokens with a left side that is not transposed.
+    /// All rows of a head as either side of a [`transposed_product`].
     fn stack(self, blocks: &[f32], head: usize) -> Stack<'_> {
         Stack {
             values: &blocks[head * self.head_values()..][..self.head_values()],
@@ -115,7 +115,7 @@ impl Heads {
                         let targets = lines[token..].iter_mut().step_by(width);
                         targets.zip(channels).for_each(|(to, from)| *to = *from);
                     }
-                    // Products with what is not filled are thrown away, but must not be slow.
+                    // Products with what is not filled are thrown away; denormal numbers would make them slow.
                     for line in lines.chunks_exact_mut(width) {
                         line[filled..].fill(0.0);
                     }
@@ -144,7 +144,7 @@ impl Heads {
     }
 
     /// Attention of `queries` of an image from `first` on into the blocks of `out` `[queries, D]`; `packed` holds the image's
-    /// blocks, [`Heads::packed`]. The first query's attention to the other tokens goes into `first_row` `[h, T - 1]`.
+    /// blocks, [`Heads::qkv_columns`]. The first query's attention to the other tokens goes into `first_row` `[h, T - 1]`.
     pub(crate) fn attend(
         self,
         out: &mut [&mut [f32]],

@@ -28,7 +28,7 @@ pub(crate) struct Weights<'a> {
     pub(crate) fc2: [&'a [f32]; 2],
 }
 
-/// The four matrices of a block, laid out for the rows that they are multiplied with.
+/// The four matrices of a block in panels.
 #[derive(Debug)]
 pub(crate) struct Matrices {
     qkv: Packed,
@@ -72,11 +72,11 @@ impl Matrices {
         pack: impl Fn(&[f32], Columns, Columns) -> Packed,
     ) -> Self {
         let (d, hidden) = (weights.projection[1].len(), weights.fc1[1].len());
-        let (whole, split) = (Columns::whole(d), Columns::grouped(d, heads));
+        let (whole, by_head) = (Columns::whole(d), Columns::grouped(d, heads));
         let hidden = Columns::whole(hidden);
         Self {
             qkv: pack(weights.qkv[0], whole, Columns::grouped(3 * d, 3 * heads)),
-            projection: pack(weights.projection[0], split, whole),
+            projection: pack(weights.projection[0], by_head, whole),
             fc1: pack(weights.fc1[0], whole, hidden),
             fc2: pack(weights.fc2[0], hidden, whole),
         }
@@ -197,7 +197,13 @@ fn residual(out: &mut [f32], x: &[f32], y: Rows<'_>, weight: &Packed, bias: &[f3
             }
         }
     });
-    product(Target::Rows(out), Start::Kept, y, weight.panels(), factor);
+    product(
+        Target::RowMajor(out),
+        Start::Kept,
+        y,
+        weight.panels(),
+        factor,
+    );
 }
 
 /// Queries, keys and values of all images in blocks.
@@ -209,7 +215,7 @@ fn queries_keys_values(
 ) -> Buffer {
     let (n, d) = (shape.tokens, shape.width);
     let (piece, whole) = (shape.piece(), shape.whole());
-    let packed = shape.heads().packed();
+    let packed = shape.heads().qkv_columns();
     let mut qkv = shape.buffer(packed);
     (split_pieces(&mut qkv, packed, n, piece), shape.origins())
         .into_par_iter()
@@ -243,7 +249,7 @@ pub(crate) fn forward(
     save: bool,
 ) -> (Vec<f32>, Option<Saved>) {
     let (n, d, piece) = (shape.tokens, shape.width, shape.piece());
-    let (whole, inner, merged) = (shape.whole(), shape.inner(), shape.heads().merged());
+    let (whole, inner, merged) = (shape.whole(), shape.inner(), shape.heads().output_columns());
     let qkv = queries_keys_values(&shape, &weights, matrices, x);
     let mut out = vec![0f32; shape.rows() * d];
     let origins = shape.origins();
@@ -283,7 +289,7 @@ pub(crate) fn forward(
             |scratch, (out, (image, first), attended, middle, hidden, cls)| {
                 let rows = out.len() / d;
                 let x = &x[(image * n + first) * d..][..rows * d];
-                let packed = shape.image(&qkv, shape.heads().packed(), image);
+                let packed = shape.image(&qkv, shape.heads().qkv_columns(), image);
                 let z = &mut scratch.normed[..whole.values(rows)];
                 let mut attended = attended
                     .unwrap_or_else(|| split(&mut scratch.attended[..merged.values(rows)], rows));
@@ -394,7 +400,7 @@ impl Scratch {
             attention: shape.heads().scratch(rows, false),
             normed: Buffer::stale(shape.whole().values(rows)),
             activated: Buffer::stale(shape.inner().values(rows)),
-            attended: unsaved(shape.heads().merged().values(rows)),
+            attended: unsaved(shape.heads().output_columns().values(rows)),
             middle: unsaved(rows * shape.width),
         }
     }
@@ -411,7 +417,7 @@ pub(crate) fn backward(
 ) -> (Vec<f32>, Option<Gradients>) {
     let (n, d) = (shape.tokens, shape.width);
     let (whole, inner) = (shape.whole(), shape.inner());
-    let [packed, merged] = [shape.heads().packed(), shape.heads().merged()];
+    let [packed, merged] = [shape.heads().qkv_columns(), shape.heads().output_columns()];
     let matrices = Matrices::backward(&weights, shape.heads);
     let mut dx = vec![0f32; shape.rows() * d];
     // Inputs of the four products and gradients of their outputs, whole, for the weights' gradients.
@@ -443,7 +449,7 @@ pub(crate) fn backward(
             },
             |(scratch, dz, dattended), (image, parts)| {
                 let (dx, z1, dqkv, g1, z2, dhidden, activated, g2, norms) = parts;
-                let of = |rows: usize| image * n * rows..(image + 1) * n * rows;
+                let of = |columns: usize| image * n * columns..(image + 1) * n * columns;
                 let (norm1, norm2) = norms.split_at_mut(2 * d);
                 let rows = |values, columns| Rows::all(values, n, columns);
                 // MLP.
@@ -503,7 +509,7 @@ fn into_blocks(out: &mut [f32], x: Rows<'_>, matrix: &Packed) {
 
 /// `out = x M`, row-major.
 fn into_rows(out: &mut [f32], x: Rows<'_>, matrix: &Packed) {
-    product(Target::Rows(out), Start::Zero, x, matrix.panels(), 1.0);
+    product(Target::RowMajor(out), Start::Zero, x, matrix.panels(), 1.0);
 }
 
 /// From the sums of both norms, `[B, 4 D]`, and the four maps in the order that they are used: the gradient of each one's

@@ -1,13 +1,13 @@
-//! Activations in blocks of columns, the layout in which every product of a transformer block reads its operands in place.
+//! Activations in blocks of columns, the layout between the products of a transformer block.
 //!
-//! A matrix `[rows, columns]` is `[blocks, rows, W]`, with a [`width`] W of two vector registers. A few rows of a block lie side
-//! by side, as a product wants its left side; a whole block is a panel, as a product over the rows wants its right side; and a
-//! few columns of a block are a tile for the gradient of weights. So nothing is laid out anew between products, and no
-//! product pays for addresses that it computes.
+//! A matrix `[rows, columns]` is `[blocks, rows, W]`, with a [`width`] W of two vector registers. A block is a panel, as a product
+//! over the rows wants its right side, and a few of its columns are a tile, as a gradient of weights wants its left side: both
+//! are read in place. As the left side of a product with a matrix, a few rows are copied into a tile, four values at a time.
 
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::pool::Buffer;
 use crate::vectorised;
 
 /// Vectors side by side in a block.
@@ -38,6 +38,7 @@ pub(crate) struct Columns {
 impl Columns {
     /// `groups` of equal size; divides `count`.
     pub(crate) fn grouped(count: usize, groups: usize) -> Self {
+        debug_assert!(count > 0 && count.is_multiple_of(groups));
         Self {
             count,
             group: count / groups,
@@ -118,13 +119,13 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Numbers that are handled at a time where a line of a block is short: a whole number of lines' parts on every processor that
-/// has vectors.
+/// Values that short loops handle at a time: divides W on every processor that has vectors.
 const PART: usize = 8;
 
-/// Copies as many values as `to` holds.
+/// `factor` times the first values of `from`, as many as `to` holds.
 #[inline(always)]
-pub(crate) fn copy(to: &mut [f32], from: &[f32], factor: f32) {
+fn copy_scaled(to: &mut [f32], from: &[f32], factor: f32) {
+    debug_assert!(from.len() >= to.len());
     let (parts, rest) = to.as_chunks_mut::<PART>();
     let (from_parts, from_rest) = from.as_chunks::<PART>();
     let done = parts.len();
@@ -145,7 +146,7 @@ pub(crate) fn copy(to: &mut [f32], from: &[f32], factor: f32) {
 #[inline(always)]
 pub(crate) fn scatter(blocks: &mut [&mut [f32]], row: usize, values: &[f32], width: usize) {
     for (block, values) in blocks.iter_mut().zip(values.chunks(width)) {
-        copy(&mut block[row * width..][..values.len()], values, 1.0);
+        copy_scaled(&mut block[row * width..][..values.len()], values, 1.0);
     }
 }
 
@@ -153,7 +154,7 @@ pub(crate) fn scatter(blocks: &mut [&mut [f32]], row: usize, values: &[f32], wid
 #[inline(always)]
 pub(crate) fn gather(values: &mut [f32], blocks: &[&mut [f32]], row: usize, width: usize) {
     for (block, values) in blocks.iter().zip(values.chunks_mut(width)) {
-        copy(values, &block[row * width..], 1.0);
+        copy_scaled(values, &block[row * width..], 1.0);
     }
 }
 
@@ -170,7 +171,7 @@ pub(crate) fn split_pieces(
     piece: usize,
 ) -> Vec<Vec<&mut [f32]>> {
     let pieces = rows.div_ceil(piece);
-    let images = values.chunks_mut(columns.values(rows).max(1));
+    let images = values.chunks_mut(columns.values(rows));
     images
         .flat_map(|image| {
             let mut blocks: Vec<Vec<&mut [f32]>> = (0..pieces)
@@ -192,16 +193,30 @@ pub(crate) fn split_pieces(
 /// Brings row-major rows into blocks, multiplied by `factor`.
 pub(crate) fn fill(out: &mut [f32], x: &[f32], columns: Columns, factor: f32) {
     let rows = x.len() / columns.count;
-    let w = columns.width;
+    for (i, block) in out.chunks_exact_mut(rows * columns.width).enumerate() {
+        fill_block(block, x, columns, i, factor);
+    }
+}
+
+/// One block of [`fill`].
+pub(crate) fn fill_block(block: &mut [f32], x: &[f32], columns: Columns, i: usize, factor: f32) {
+    let (first, filled) = columns.block(i);
     vectorised!(|| {
-        for (i, block) in out.chunks_exact_mut(rows * w).enumerate() {
-            let (first, len) = columns.block(i);
-            let rows = x.chunks_exact(columns.count);
-            for (line, row) in block.chunks_exact_mut(w).zip(rows) {
-                copy(&mut line[..len], &row[first..], factor);
-            }
+        let rows = x.chunks_exact(columns.count);
+        for (line, row) in block.chunks_exact_mut(columns.width).zip(rows) {
+            copy_scaled(&mut line[..filled], &row[first..], factor);
         }
     });
+}
+
+/// Brings row-major rows into blocks, piece by piece of `piece` rows, on all threads.
+pub(crate) fn fill_pieces(x: &[f32], columns: Columns, piece: usize) -> Buffer {
+    let mut out = Buffer::stale(columns.values(x.len() / columns.count));
+    let pieces = out.par_chunks_mut(columns.values(piece));
+    pieces
+        .zip(x.par_chunks(piece * columns.count))
+        .for_each(|(out, x)| fill(out, x, columns, 1.0));
+    out
 }
 
 /// Brings blocks into row-major rows: the reverse of [`fill`].
@@ -213,7 +228,7 @@ pub(crate) fn read(out: &mut [f32], blocks: &[f32], columns: Columns) {
             let (first, len) = columns.block(i);
             let rows = out.chunks_exact_mut(columns.count);
             for (line, row) in block.chunks_exact(w).zip(rows) {
-                copy(&mut row[first..first + len], line, 1.0);
+                copy_scaled(&mut row[first..first + len], line, 1.0);
             }
         }
     });
@@ -251,14 +266,14 @@ impl<'a> Stack<'a> {
             vectorised!(|| {
                 // Some columns after the others, so that their sums stay in a register.
                 for (part, sums) in sums.chunks_mut(PART).enumerate() {
-                    let mut part_sums = [0f32; PART];
                     for piece in 0..self.pieces() {
+                        let mut piece_sums = [0f32; PART];
                         for row in self.block(piece, block).chunks_exact(w) {
                             let row = row[part * PART..].iter();
-                            part_sums.iter_mut().zip(row).for_each(|(s, v)| *s += v);
+                            piece_sums.iter_mut().zip(row).for_each(|(s, v)| *s += v);
                         }
+                        sums.iter_mut().zip(piece_sums).for_each(|(s, v)| *s += v);
                     }
-                    sums.copy_from_slice(&part_sums[..sums.len()]);
                 }
             });
             sums.truncate(self.columns.block(block).1);

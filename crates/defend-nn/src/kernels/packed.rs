@@ -1,21 +1,22 @@
 //! Products of activations in [`super::blocked`] layout: with a matrix in panels, and of two activations over their rows.
 //!
 //! `gemm` lays both operands of every product out anew. Here a weight matrix is laid out once a call, or once for good where it
-//! is frozen; activations are panels as they are, and on the left side are copied sixteen bytes at a time.
+//! is frozen; activations are panels as they are, and both sides of a product over their rows. Only the left side of a product
+//! with a matrix is copied, into tiles that stay in the cache.
 
 use std::ops::Range;
 
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::blocked::{Columns, Rows, Stack, VECTORS};
+use super::blocked::{Columns, Rows, Stack, VECTORS, fill_block};
 use super::pool::Buffer;
 
 /// Rows that a tile handles at most, with 16 registers and with 32: with a block's vectors their sums fill the registers.
 const TILE_ROWS: [usize; 2] = [6, 12];
-/// Steps of the depth that a tile's loop takes at a time. What is left of a core whose other hardware thread is busy is mostly
-/// the number of instructions and of their bytes: counters and bounds are a third of them in a loop of single steps, and eight
-/// steps leave the compiler without registers.
+/// Steps of the depth that a tile's loop takes at a time. A core that another process shares is limited by the number of
+/// instructions: in a loop of single steps a third of them are counters and bounds. With eight steps the compiler runs out of
+/// registers.
 const UNROLL: usize = 4;
 /// Bytes of a panel that are handled in one go: with the rows' parts they stay in the nearest cache.
 const PANEL_BYTES: usize = 24 * 1024;
@@ -40,17 +41,15 @@ pub(crate) struct Panels<'a> {
 impl Packed {
     /// From a matrix `[depth, columns]`, row-major.
     pub(crate) fn new(matrix: &[f32], depth: Columns, columns: Columns) -> Self {
-        Self::of(matrix, depth, columns, |panel, first, filled| {
-            let lines = panel.chunks_exact_mut(columns.width);
-            for (line, row) in lines.zip(matrix.chunks_exact(columns.count)) {
-                line[..filled].copy_from_slice(&row[first..first + filled]);
-            }
+        Self::of(matrix, depth, columns, |panel, i| {
+            fill_block(panel, matrix, columns, i, 1.0);
         })
     }
 
     /// From the transpose `[columns, depth]`, row-major, as the weights of an affine map are kept.
     pub(crate) fn transposed(matrix: &[f32], depth: Columns, columns: Columns) -> Self {
-        Self::of(matrix, depth, columns, |panel, first, filled| {
+        Self::of(matrix, depth, columns, |panel, i| {
+            let (first, filled) = columns.block(i);
             let rows = matrix[first * depth.count..].chunks_exact(depth.count);
             for (column, row) in rows.take(filled).enumerate() {
                 let targets = panel[column..].iter_mut().step_by(columns.width);
@@ -65,15 +64,12 @@ impl Packed {
         matrix: &[f32],
         depth: Columns,
         columns: Columns,
-        fill: impl Fn(&mut [f32], usize, usize) + Sync,
+        fill: impl Fn(&mut [f32], usize) + Sync,
     ) -> Self {
         assert_eq!(matrix.len(), depth.count * columns.count);
         let mut values = Buffer::stale(columns.values(depth.count));
         let panels = values.par_chunks_exact_mut(columns.width * depth.count);
-        panels.enumerate().for_each(|(i, panel)| {
-            let (first, filled) = columns.block(i);
-            fill(panel, first, filled);
-        });
+        panels.enumerate().for_each(|(i, panel)| fill(panel, i));
         Self {
             values,
             depth,
@@ -113,18 +109,30 @@ pub(crate) enum Start<'a> {
 
 /// Where a product goes.
 pub(crate) enum Target<'t, 'a> {
-    /// Row-major rows `[rows, columns]`.
-    Rows(&'t mut [f32]),
+    /// Rows `[rows, columns]` one after the other.
+    RowMajor(&'t mut [f32]),
     /// One slice `[rows, W]` for each block of columns.
     Blocks(&'t mut [&'a mut [f32]]),
 }
 
 impl Target<'_, '_> {
+    /// Whether it holds so many rows and columns.
+    fn check(&self, rows: usize, columns: Columns) {
+        match self {
+            Self::RowMajor(values) => assert_eq!(values.len(), rows * columns.count),
+            Self::Blocks(blocks) => {
+                assert_eq!(blocks.len(), columns.blocks());
+                let len = rows * columns.width;
+                assert!(blocks.iter().all(|block| block.len() == len));
+            }
+        }
+    }
+
     /// From a block's first value on, and the distance from one row to the next.
     #[inline(always)]
     fn block(&mut self, i: usize, columns: Columns) -> (&mut [f32], usize) {
         match self {
-            Self::Rows(rows) => (&mut rows[columns.block(i).0..], columns.count),
+            Self::RowMajor(rows) => (&mut rows[columns.block(i).0..], columns.count),
             Self::Blocks(blocks) => (blocks[i], columns.width),
         }
     }
@@ -141,6 +149,12 @@ pub(crate) fn product(
     factor: f32,
 ) {
     assert_eq!(x.columns, matrix.depth);
+    assert_eq!(x.blocks.len(), x.columns.blocks());
+    assert_eq!(
+        matrix.values.len(),
+        matrix.columns.values(matrix.depth.count)
+    );
+    out.check(x.count, matrix.columns);
     if let Start::Bias(bias) = start {
         assert_eq!(bias.len(), matrix.columns.count);
     }
@@ -317,8 +331,8 @@ impl Add<'_> {
                 Start::Kept => {
                     for (i, sums) in sums.into_iter().enumerate() {
                         let out = self.row::<S>(out, i);
-                        out[0] = simd.mul_add_f32s(factor, sums[0], out[0]);
-                        out[1] = simd.mul_add_f32s(factor, sums[1], out[1]);
+                        out[0] = simd.mul_add_e_f32s(factor, sums[0], out[0]);
+                        out[1] = simd.mul_add_e_f32s(factor, sums[1], out[1]);
                     }
                     return;
                 }
@@ -330,22 +344,25 @@ impl Add<'_> {
             };
             for (i, sums) in sums.into_iter().enumerate() {
                 let out = self.row::<S>(out, i);
-                out[0] = simd.mul_add_f32s(factor, sums[0], start[0]);
-                out[1] = simd.mul_add_f32s(factor, sums[1], start[1]);
+                out[0] = simd.mul_add_e_f32s(factor, sums[0], start[0]);
+                out[1] = simd.mul_add_e_f32s(factor, sums[1], start[1]);
             }
         } else {
+            // The same on padded copies.
             for (i, sums) in sums.into_iter().enumerate() {
-                let sums: &[f32] = pulp::bytemuck::cast_slice(&sums);
                 let out = &mut out[i * self.stride..][..self.filled];
-                for (c, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
-                    let start = match self.start {
-                        Start::Kept => *out,
-                        Start::Zero => 0.0,
-                        Start::Bias(bias) => bias[c],
-                    };
-                    // Rounded once, as above.
-                    *out = self.factor.mul_add(*sum, start);
+                let mut padded = [simd.splat_f32s(0.0); VECTORS];
+                let values: &mut [f32] = pulp::bytemuck::cast_slice_mut(&mut padded);
+                match self.start {
+                    Start::Kept => values[..self.filled].copy_from_slice(out),
+                    Start::Zero => (),
+                    Start::Bias(bias) => values[..self.filled].copy_from_slice(bias),
                 }
+                for (padded, sum) in padded.iter_mut().zip(sums) {
+                    *padded = simd.mul_add_e_f32s(factor, sum, *padded);
+                }
+                let values: &[f32] = pulp::bytemuck::cast_slice(&padded);
+                out.copy_from_slice(&values[..self.filled]);
             }
         }
     }
@@ -423,8 +440,8 @@ macro_rules! tiles {
                         for k in 0..UNROLL {
                             $(
                                 let value = simd.splat_f32s(values[$i * UNROLL + k]);
-                                $low = simd.mul_add_f32s(value, lines[VECTORS * k], $low);
-                                $high = simd.mul_add_f32s(value, lines[VECTORS * k + 1], $high);
+                                $low = simd.mul_add_e_f32s(value, lines[VECTORS * k], $low);
+                                $high = simd.mul_add_e_f32s(value, lines[VECTORS * k + 1], $high);
                             )*
                         }
                     }
@@ -432,8 +449,8 @@ macro_rules! tiles {
                     for (values, line) in rest.zip(panel_rest.chunks_exact(VECTORS)) {
                         $(
                             let value = simd.splat_f32s(values[$i]);
-                            $low = simd.mul_add_f32s(value, line[0], $low);
-                            $high = simd.mul_add_f32s(value, line[1], $high);
+                            $low = simd.mul_add_e_f32s(value, line[0], $low);
+                            $high = simd.mul_add_e_f32s(value, line[1], $high);
                         )*
                     }
                     self.add.add(simd, out, [$([$low, $high]),*]);
@@ -467,8 +484,8 @@ macro_rules! tiles {
                             for k in 0..UNROLL {
                                 $(
                                     let value = simd.splat_f32s(values[k * width + $i]);
-                                    $low = simd.mul_add_f32s(value, lines[VECTORS * k], $low);
-                                    $high = simd.mul_add_f32s(value, lines[VECTORS * k + 1], $high);
+                                    $low = simd.mul_add_e_f32s(value, lines[VECTORS * k], $low);
+                                    $high = simd.mul_add_e_f32s(value, lines[VECTORS * k + 1], $high);
                                 )*
                             }
                         }
@@ -476,8 +493,8 @@ macro_rules! tiles {
                             let values = &left[(steps.len() * UNROLL + k) * width + self.from.1..][..$height];
                             $(
                                 let value = simd.splat_f32s(values[$i]);
-                                $low = simd.mul_add_f32s(value, line[0], $low);
-                                $high = simd.mul_add_f32s(value, line[1], $high);
+                                $low = simd.mul_add_e_f32s(value, line[0], $low);
+                                $high = simd.mul_add_e_f32s(value, line[1], $high);
                             )*
                         }
                     }
@@ -505,7 +522,7 @@ tiles! {
 
 /// `factor G^T X` for the columns of some blocks of `left`, G, and all of `right`, X, over their rows.
 ///
-/// An element's sum is taken in an order that depends on nothing but the rows.
+/// An element's sum is taken in an order that depends on nothing but the pieces.
 pub(crate) fn transposed_product(
     out: Target<'_, '_>,
     left: Stack<'_>,
@@ -514,6 +531,13 @@ pub(crate) fn transposed_product(
     factor: f32,
 ) {
     assert_eq!((left.rows, left.piece), (right.rows, right.piece));
+    for side in [&left, &right] {
+        assert_eq!(side.values.len(), side.columns.values(side.rows));
+    }
+    let last = left.columns.blocks().min(blocks.end);
+    assert_eq!(last, blocks.end);
+    let rows = blocks.clone().map(|block| left.columns.block(block).1);
+    out.check(rows.sum(), right.columns);
     pulp::Arch::new().dispatch(TransposedProduct {
         out,
         left,
@@ -596,14 +620,14 @@ pub(crate) fn weight_gradient(g: Stack<'_>, x: Stack<'_>) -> Vec<f32> {
         rest = others;
     }
     tasks.into_par_iter().for_each(|(out, blocks)| {
-        transposed_product(Target::Rows(out), g, blocks, x, 1.0);
+        transposed_product(Target::RowMajor(out), g, blocks, x, 1.0);
     });
     out
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::blocked::{fill, split};
+    use super::super::blocked::{fill, read, split};
     use super::*;
 
     fn noise(len: usize, step: f32) -> Vec<f32> {
@@ -616,60 +640,60 @@ mod tests {
         blocks
     }
 
+    fn check_product(
+        rows: usize,
+        [depth, inner]: [usize; 2],
+        [columns, outer]: [usize; 2],
+        start: Start<'_>,
+    ) {
+        let (x, m) = (noise(rows * depth, 0.37), noise(depth * columns, 0.73));
+        let transpose: Vec<f32> = (0..columns * depth)
+            .map(|i| m[i % depth * columns + i / depth])
+            .collect();
+        let [depths, outs] = [(depth, inner), (columns, outer)]
+            .map(|(count, groups)| Columns::grouped(count, groups));
+        let blocked = blocks(&x, depths);
+        let x_rows = || Rows::all(&blocked, rows, depths);
+        let before = noise(rows * columns, 0.11);
+        let mut a = before.clone();
+        let packed = Packed::new(&m, depths, outs);
+        let target = Target::RowMajor(&mut a);
+        product(target, start, x_rows(), packed.panels(), 0.5);
+        let mut b = blocks(&before, outs);
+        let transposed = Packed::transposed(&transpose, depths, outs);
+        let target = Target::Blocks(&mut split(&mut b, rows));
+        product(target, start, x_rows(), transposed.panels(), 0.5);
+        let mut same = vec![0.0; a.len()];
+        read(&mut same, &b, outs);
+        assert_eq!(a, same);
+        for (i, found) in a.iter().enumerate() {
+            let (r, c) = (i / columns, i % columns);
+            let terms =
+                (0..depth).map(|k| f64::from(x[r * depth + k]) * f64::from(m[k * columns + c]));
+            let start = match start {
+                Start::Kept => before[i],
+                Start::Zero => 0.0,
+                Start::Bias(bias) => bias[c],
+            };
+            let expected = f64::from(start) + 0.5 * terms.sum::<f64>();
+            assert!(
+                (f64::from(*found) - expected).abs() < 1e-4,
+                "{rows} {depth} {columns} at {i}"
+            );
+        }
+    }
+
     #[test]
     fn products_of_every_height_and_odd_widths_match_loops() {
-        for (rows, depth, inner, columns, outer) in [
-            (1, 5, 1, 3, 1),
-            (2, 400, 2, 16, 4),
-            (3, 7, 1, 33, 3),
-            (4, 16, 2, 31, 1),
-            (5, 800, 1, 17, 1),
-            (6, 384, 3, 64, 2),
-            (13, 385, 5, 40, 1),
-        ] {
-            let (x, m) = (noise(rows * depth, 0.37), noise(depth * columns, 0.73));
-            let transpose: Vec<f32> = (0..columns * depth)
-                .map(|i| m[i % depth * columns + i / depth])
-                .collect();
-            let [depths, outs] = [(depth, inner), (columns, outer)]
-                .map(|(count, groups)| Columns::grouped(count, groups));
-            let blocked = blocks(&x, depths);
-            let x_rows = || Rows::all(&blocked, rows, depths);
-            let start = noise(rows * columns, 0.11);
-            let mut a = start.clone();
-            let packed = Packed::new(&m, depths, outs);
-            product(
-                Target::Rows(&mut a),
-                Start::Kept,
-                x_rows(),
-                packed.panels(),
-                0.5,
-            );
-            let mut b = blocks(&start, outs);
-            let transposed = Packed::transposed(&transpose, depths, outs);
-            let target = &mut split(&mut b, rows)[..];
-            product(
-                Target::Blocks(target),
-                Start::Kept,
-                x_rows(),
-                transposed.panels(),
-                0.5,
-            );
-            let mut expected_blocks = b.clone();
-            fill(&mut expected_blocks, &a, outs, 1.0);
-            let same = b.iter().zip(&expected_blocks);
-            assert!(same.into_iter().all(|(a, b)| a == b || a.is_nan()));
-            for (i, (found, start)) in a.iter().zip(&start).enumerate() {
-                let (r, c) = (i / columns, i % columns);
-                let terms =
-                    (0..depth).map(|k| f64::from(x[r * depth + k]) * f64::from(m[k * columns + c]));
-                let expected = f64::from(*start) + 0.5 * terms.sum::<f64>();
-                assert!(
-                    (f64::from(*found) - expected).abs() < 1e-4,
-                    "{rows} {depth} {columns} at {i}"
-                );
-            }
+        let bias = noise(64, 0.2);
+        for rows in 1..=13 {
+            check_product(rows, [7, 1], [33, 3], Start::Kept);
+            check_product(rows, [64, 2], [64, 1], Start::Bias(&bias));
         }
+        // The depth is taken in several parts.
+        check_product(5, [800, 1], [64, 2], Start::Bias(&bias));
+        check_product(6, [900, 3], [17, 1], Start::Zero);
+        check_product(13, [385, 5], [40, 1], Start::Kept);
     }
 
     #[test]
@@ -679,6 +703,8 @@ mod tests {
             (4, 100, 12, 16),
             (9, 100, 250, 40),
             (3, 7, 13, 33),
+            (2, 9, 1, 64),
+            (2, 9, 2, 5),
         ] {
             // The last piece is not whole.
             let depth = pieces * piece - piece / 3;
@@ -723,7 +749,7 @@ mod tests {
             let mut out = vec![7.0; rows * 20];
             let x = blocks(x, depth);
             let x = Rows::all(&x, rows, depth);
-            product(Target::Rows(&mut out), start, x, m.panels(), 1.0);
+            product(Target::RowMajor(&mut out), start, x, m.panels(), 1.0);
             out
         };
         let all = run(&x, Start::Bias(&bias));

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
 use crate::kernels::attention::Heads;
-use crate::kernels::blocked::{fill, read, split};
+use crate::kernels::blocked::{fill, fill_pieces, read, split};
 use crate::kernels::pool::Buffer;
 
 /// Queries a parallel task handles: fixed, so that a result does not depend on batch or threads.
@@ -25,6 +25,9 @@ pub fn attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
         bail!("attention: {width} channels are not three times a multiple of {heads} heads")
     }
     let d = width / 3 / heads;
+    if qkv.elem_count() == 0 {
+        return qkv.narrow(2, 0, heads * d);
+    }
     if is_fast(&[qkv]) {
         return qkv.contiguous()?.apply_op1(Attention { heads, d });
     }
@@ -96,44 +99,38 @@ impl CustomOp1 for Attention {
     }
 
     fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (b, n, packed) = layout.shape().dims3()?;
+        let (b, n, _) = layout.shape().dims3()?;
         let width = self.width();
         let qkv = slice("attention", qkv, layout)?;
         let mut out = vec![0f32; b * n * width];
-        if !out.is_empty() {
-            let heads = self.of(n);
-            let (image, merged) = (heads.packed().values(n), heads.merged());
-            let mut blocks = Buffer::stale(b * image);
-            blocks
-                .par_chunks_mut(image)
-                .zip(qkv.par_chunks(n * packed))
-                .for_each(|(blocks, rows)| fill(blocks, rows, heads.packed(), 1.0));
-            let tasks: Vec<_> = out
-                .chunks_mut(n * width)
-                .zip(blocks.chunks(image))
-                .flat_map(|(out, image)| {
-                    out.chunks_mut(QUERIES_PER_TASK * width)
-                        .enumerate()
-                        .map(move |(i, out)| (image, i * QUERIES_PER_TASK, out))
-                })
-                .collect();
-            let most = QUERIES_PER_TASK.min(n);
-            tasks.into_par_iter().for_each_init(
-                || {
-                    (
-                        heads.scratch(most, false),
-                        Buffer::stale(merged.values(most)),
-                    )
-                },
-                |(scratch, attended), (image, first, out)| {
-                    let queries = out.len() / width;
-                    let attended = &mut attended[..merged.values(queries)];
-                    let target = &mut split(attended, queries)[..];
-                    heads.attend(target, image, (first, queries), scratch, None);
-                    read(out, attended, merged);
-                },
-            );
-        }
+        let heads = self.of(n);
+        let (image, merged) = (heads.qkv_columns().values(n), heads.output_columns());
+        let blocks = fill_pieces(qkv, heads.qkv_columns(), n);
+        let tasks: Vec<_> = out
+            .chunks_mut(n * width)
+            .zip(blocks.chunks(image))
+            .flat_map(|(out, image)| {
+                out.chunks_mut(QUERIES_PER_TASK * width)
+                    .enumerate()
+                    .map(move |(i, out)| (image, i * QUERIES_PER_TASK, out))
+            })
+            .collect();
+        let most = QUERIES_PER_TASK.min(n);
+        tasks.into_par_iter().for_each_init(
+            || {
+                (
+                    heads.scratch(most, false),
+                    Buffer::stale(merged.values(most)),
+                )
+            },
+            |(scratch, attended), (image, first, out)| {
+                let queries = out.len() / width;
+                let attended = &mut attended[..merged.values(queries)];
+                let target = &mut split(attended, queries)[..];
+                heads.attend(target, image, (first, queries), scratch, None);
+                read(out, attended, merged);
+            },
+        );
         Ok((CpuStorage::F32(out), (b, n, width).into()))
     }
 
@@ -143,7 +140,7 @@ impl CustomOp1 for Attention {
         with_slices("attention", [qkv, grad], |[xs, gs]| {
             let mut dx = vec![0f32; xs.len()];
             let heads = self.of(n);
-            let columns = heads.packed();
+            let columns = heads.qkv_columns();
             let images = dx
                 .par_chunks_mut(n * packed)
                 .zip(xs.par_chunks(n * packed))
@@ -151,12 +148,12 @@ impl CustomOp1 for Attention {
             images.for_each_init(
                 || {
                     let [dqkv, qkv] = [(); 2].map(|()| Buffer::stale(columns.values(n)));
-                    let g = Buffer::stale(heads.merged().values(n));
+                    let g = Buffer::stale(heads.output_columns().values(n));
                     (heads.scratch(n, true), dqkv, qkv, g)
                 },
                 |(scratch, dqkv, qkv, blocks), ((dx, x), g)| {
                     fill(qkv, x, columns, 1.0);
-                    fill(blocks, g, heads.merged(), 1.0);
+                    fill(blocks, g, heads.output_columns(), 1.0);
                     heads.backward(dqkv, qkv, blocks, scratch);
                     read(dx, dqkv, columns);
                 },
@@ -175,6 +172,12 @@ mod tests {
     fn gradients_match_finite_differences() {
         check_gradients(&[noise(&[2, 9, 3 * 24], 1)], |t| attention(&t[0], 3));
         check_gradients(&[noise(&[2, 9, 3 * 24], 1)], |t| cls_attention(&t[0], 3));
+    }
+
+    #[test]
+    fn no_image_has_an_empty_result() -> Result<()> {
+        assert_eq!(attention(&noise(&[0, 5, 48], 1), 2)?.dims(), [0, 5, 16]);
+        Ok(())
     }
 
     #[test]

@@ -39,10 +39,13 @@ pub struct BlockParameters {
 
 /// A frozen block's matrices in the layout of the CPU kernel; `default()` until the first call.
 ///
-/// Clones share it. It is used with the tensors that it was made of and no others. Matrices that train are laid out anew
+/// Clones share it. It is used with the tensors and the number of heads that it was made of and no others. Matrices that train are laid out anew
 /// in every call.
 #[derive(Debug, Clone, Default)]
-pub struct Prepared(Arc<OnceLock<([TensorId; 4], Arc<Matrices>)>>);
+pub struct Prepared(Arc<OnceLock<(PreparedOf, Arc<Matrices>)>>);
+
+/// The four matrices and the number of heads.
+type PreparedOf = ([TensorId; 4], usize);
 
 impl BlockParameters {
     /// The matrices for a forward pass.
@@ -51,10 +54,11 @@ impl BlockParameters {
         if of.iter().any(|matrix| matrix.track_op()) {
             return Arc::new(Matrices::forward(weights, self.heads));
         }
-        let ids = of.map(Tensor::id);
-        let make = || (ids, Arc::new(Matrices::forward(weights, self.heads).kept()));
+        // The layout depends on the number of heads.
+        let key = (of.map(Tensor::id), self.heads);
+        let make = || (key, Arc::new(Matrices::forward(weights, self.heads).kept()));
         let (made_of, matrices) = self.prepared.0.get_or_init(make);
-        if *made_of == ids {
+        if *made_of == key {
             Arc::clone(matrices)
         } else {
             make().1
@@ -201,7 +205,7 @@ fn check(x: &Tensor, p: &BlockParameters, factors: Option<&[Vec<f32>; 2]>) -> Re
             )
         }
     }
-    if b == 0 || t == 0 || hidden == 0 || p.heads == 0 || d % p.heads != 0 {
+    if b == 0 || t == 0 || d == 0 || hidden == 0 || p.heads == 0 || d % p.heads != 0 {
         bail!(
             "transformer block: input {:?} and {hidden} hidden channels do not fit {} heads",
             x.dims(),
@@ -445,10 +449,17 @@ mod tests {
         check_gradients(&inputs(3, 4), |t| run(t, Some(&factors)));
     }
 
-    /// Heads that fill the kernel's blocks, as real ones do; parameters are divided so that no sum is large.
+    /// Heads that fill the kernel's blocks, as real ones do, in images of one piece and of several.
     #[test]
     fn whole_blocks_of_columns_match_the_composition_in_double_precision() -> Result<()> {
-        let mut t = sized([2, 70], 96, 64);
+        whole_blocks([2, 70])?;
+        whole_blocks([2, 150])?;
+        whole_blocks([2, 1])
+    }
+
+    fn whole_blocks(extents: [usize; 2]) -> Result<()> {
+        let mut t = sized(extents, 96, 64);
+        // No sum is large.
         for matrix in [3, 5, 9, 11] {
             t[matrix] = (&t[matrix] / 10.0)?;
         }
@@ -516,6 +527,10 @@ mod tests {
         assert!(distance(&other, &composed(&t[0], &p, None, false)?.0) < 1e-5);
         let again = transformer_block(&t[0], &shared, None, false)?.0;
         assert_eq!(distance(&first, &again), 0.0);
+        let mut other_heads = shared.clone();
+        other_heads.heads = 6;
+        let other = transformer_block(&t[0], &other_heads, None, false)?.0;
+        assert!(distance(&other, &composed(&t[0], &other_heads, None, false)?.0) < 1e-5);
         // A variable changes in place, under the same name.
         let var = candle_core::Var::from_tensor(&t[3])?;
         p.qkv[0] = var.as_tensor().clone();

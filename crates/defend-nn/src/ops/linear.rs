@@ -4,14 +4,11 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
-use crate::kernels::blocked::{Columns, Rows, Stack, fill};
+use crate::kernels::blocked::{Columns, Rows, Stack, fill, fill_pieces};
 use crate::kernels::packed::{Packed, Panels, Start, Target, product, weight_gradient};
 use crate::kernels::pool::Buffer;
-use crate::kernels::{column_sums, math};
+use crate::kernels::{ROWS_PER_TASK, column_sums, math};
 use crate::vectorised;
-
-/// Rows that a task handles: what lies between reading and writing them stays in the cache.
-const ROWS_PER_TASK: usize = 128;
 
 /// Affine map of the last dimension: `x W^T + b`.
 ///
@@ -147,9 +144,6 @@ impl CustomOp3 for Linear {
         if let Some(last) = shape.last_mut() {
             *last = outputs;
         }
-        if xs.is_empty() || outputs == 0 {
-            return Ok((CpuStorage::F32(Vec::new()), Shape::from(shape)));
-        }
         let mut out = vec![0f32; xs.len() / inputs * outputs];
         let weight = Packed::transposed(ws, Columns::whole(inputs), Columns::whole(outputs));
         map_rows(&mut out, Start::Bias(bs), xs, &weight, |out| {
@@ -179,14 +173,7 @@ impl CustomOp3 for Linear {
                 from_vec(dx, x.dims())
             });
             let dw = self.needs[1].then(|| {
-                let blocks = |values: &[f32], columns: Columns| {
-                    let mut blocks = Buffer::stale(columns.values(rows));
-                    let pieces = blocks.par_chunks_mut(columns.values(ROWS_PER_TASK));
-                    pieces
-                        .zip(values.par_chunks(ROWS_PER_TASK * columns.count))
-                        .for_each(|(blocks, values)| fill(blocks, values, columns, 1.0));
-                    blocks
-                };
+                let blocks = |values, columns| fill_pieces(values, columns, ROWS_PER_TASK);
                 let (g, x) = (blocks(gs, outer), blocks(xs, inner));
                 let [g, x] = [(&g, outer), (&x, inner)].map(|(values, columns)| Stack {
                     values,
@@ -211,20 +198,22 @@ fn map_rows(
     finish: impl Fn(&mut [f32]) + Sync,
 ) {
     let Panels { depth, columns, .. } = matrix.panels();
-    let tasks = out.par_chunks_mut(ROWS_PER_TASK * columns.count);
-    tasks
-        .zip(x.par_chunks(ROWS_PER_TASK * depth.count))
-        .for_each_init(
-            || Buffer::stale(depth.values(ROWS_PER_TASK)),
-            |blocks, (out, x)| {
-                let rows = x.len() / depth.count;
-                let blocks = &mut blocks[..depth.values(rows)];
-                fill(blocks, x, depth, 1.0);
-                let x = Rows::all(blocks, rows, depth);
-                product(Target::Rows(out), start, x, matrix.panels(), 1.0);
-                finish(out);
-            },
-        );
+    // A row's result depends on no other row, so few rows may be spread over all threads.
+    let rows = x.len() / depth.count;
+    let task = rows.div_ceil(rayon::current_num_threads());
+    let task = task.clamp(1, ROWS_PER_TASK);
+    let tasks = out.par_chunks_mut(task * columns.count);
+    tasks.zip(x.par_chunks(task * depth.count)).for_each_init(
+        || Buffer::stale(depth.values(task)),
+        |blocks, (out, x)| {
+            let rows = x.len() / depth.count;
+            let blocks = &mut blocks[..depth.values(rows)];
+            fill(blocks, x, depth, 1.0);
+            let x = Rows::all(blocks, rows, depth);
+            product(Target::RowMajor(out), start, x, matrix.panels(), 1.0);
+            finish(out);
+        },
+    );
 }
 
 #[cfg(test)]
@@ -265,6 +254,18 @@ mod tests {
             let alone = linear(&x.narrow(0, i, 1)?, &w, &b)?;
             assert_eq!(distance(&alone, &whole.narrow(0, i, 1)?), 0.0);
         }
+        Ok(())
+    }
+
+    #[test]
+    fn few_rows_are_spread_and_none_are_nothing() -> Result<()> {
+        let (w, b) = (noise(&[12, 8], 2), noise(&[12], 3));
+        let x = noise(&[7, 8], 1);
+        let expected = x.matmul(&w.t()?)?.broadcast_add(&b)?;
+        assert!(distance(&linear(&x, &w, &b)?, &expected) < 1e-6);
+        let none = noise(&[0, 5, 8], 1);
+        assert_eq!(linear(&none, &w, &b)?.dims(), [0, 5, 12]);
+        assert_eq!(linear_gelu(&none, &w, &b)?.dims(), [0, 5, 12]);
         Ok(())
     }
 

@@ -28,11 +28,11 @@ pub use pick::{pick_of_each, pick_rows};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Tensor, bail};
 
-/// Whether the fused CPU kernels apply to all of these tensors.
+/// Whether the fused CPU kernels apply to all of these tensors: none is empty.
 pub(crate) fn is_fast(tensors: &[&Tensor]) -> bool {
     tensors
         .iter()
-        .all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
+        .all(|t| t.device().is_cpu() && t.dtype() == DType::F32 && t.elem_count() > 0)
 }
 
 /// The contiguous `f32` slice of an operand inside a custom operation.
