@@ -1,7 +1,7 @@
 //! The same network as one writes it with candle's own operations: what the kernels of defend-nn have to beat.
 //!
 //! The forward pass takes candle's fused softmax and LayerNorm, which have no gradient; the training step the ones that
-//! have. Products are candle's, by the same `gemm` as in the whole workspace.
+//! have. Products are candle's, by `gemm` with AVX-512 where the processor has it.
 
 use std::collections::HashMap;
 
