@@ -143,12 +143,12 @@ impl Heads {
         });
     }
 
-    /// Attention of `queries` of an image from `first` on into the blocks of `out` `[queries, D]`; `packed` holds the image's
+    /// Attention of `queries` of an image from `first` on into the blocks of `out` `[queries, D]`; `qkv` holds the image's
     /// blocks, [`Heads::qkv_columns`]. The first query's attention to the other tokens goes into `first_row` `[h, T - 1]`.
     pub(crate) fn attend(
         self,
         out: &mut [&mut [f32]],
-        packed: &[f32],
+        qkv: &[f32],
         (first, queries): (usize, usize),
         scratch: &mut Scratch,
         mut first_row: Option<&mut [f32]>,
@@ -157,28 +157,22 @@ impl Heads {
         let p = &mut scratch.probabilities[..keys.values(queries)];
         let p = &mut split(p, queries)[..];
         for head in 0..self.count {
-            let q = self.rows(packed, head, first, queries);
-            let k = self.transposed(&mut scratch.transposed, packed, self.count + head);
+            let q = self.rows(qkv, head, first, queries);
+            let k = self.transposed(&mut scratch.transposed, qkv, self.count + head);
             self.probabilities(p, q, k);
             if let Some(first_row) = &mut first_row {
                 let mut line = vec![0f32; n];
                 gather(&mut line, p, 0, keys.width);
                 first_row[head * (n - 1)..][..n - 1].copy_from_slice(&line[1..]);
             }
-            let v = self.over_tokens(packed, 2 * self.count + head);
+            let v = self.over_tokens(qkv, 2 * self.count + head);
             let out = Target::Blocks(&mut out[self.blocks(head)]);
             product(out, Start::Zero, Rows::of(p, queries, keys), v, 1.0);
         }
     }
 
-    /// Gradient of an image's `packed` blocks from that of its attention's output `g`, blocks of `[T, D]`.
-    pub(crate) fn backward(
-        self,
-        dqkv: &mut [f32],
-        packed: &[f32],
-        g: &[f32],
-        scratch: &mut Scratch,
-    ) {
+    /// Gradient of an image's `qkv` blocks from that of its attention's output `g`, blocks of `[T, D]`.
+    pub(crate) fn backward(self, dqkv: &mut [f32], qkv: &[f32], g: &[f32], scratch: &mut Scratch) {
         let (n, keys, scale) = (self.tokens, self.keys(), self.scale());
         let dqkv = &mut split(dqkv, n)[..];
         let Scratch {
@@ -188,8 +182,8 @@ impl Heads {
         } = scratch;
         for head in 0..self.count {
             let [q, k, v] = [0, 1, 2].map(|which| which * self.count + head);
-            let queries = self.rows(packed, q, 0, n);
-            let panels = self.transposed(transposed, packed, k);
+            let queries = self.rows(qkv, q, 0, n);
+            let panels = self.transposed(transposed, qkv, k);
             self.probabilities(&mut split(p, n), queries, panels);
             let over_queries = |out: &mut [&mut [f32]], left: &[f32], right, factor| {
                 let left = Stack {
@@ -202,7 +196,7 @@ impl Heads {
                 transposed_product(Target::Blocks(out), left, blocks, right, factor);
             };
             over_queries(&mut dqkv[self.blocks(v)], p, self.stack(g, head), 1.0);
-            let panels = self.transposed(transposed, packed, v);
+            let panels = self.transposed(transposed, qkv, v);
             {
                 let (p, dp) = (&mut split(p, n)[..], &mut split(dp, n)[..]);
                 let g = self.rows(g, head, 0, n);
@@ -221,9 +215,9 @@ impl Heads {
                 });
                 let ds = Rows::of(dp, n, keys);
                 let out = Target::Blocks(&mut dqkv[self.blocks(q)]);
-                product(out, Start::Zero, ds, self.over_tokens(packed, k), scale);
+                product(out, Start::Zero, ds, self.over_tokens(qkv, k), scale);
             }
-            over_queries(&mut dqkv[self.blocks(k)], dp, self.stack(packed, q), scale);
+            over_queries(&mut dqkv[self.blocks(k)], dp, self.stack(qkv, q), scale);
         }
     }
 }

@@ -13,15 +13,21 @@ fn moments(row: &[f32], eps: f32) -> (f32, f32) {
     (mean, 1.0 / (variance + eps).sqrt())
 }
 
+/// One row.
+#[inline(always)]
+fn normalise(out: &mut [f32], x: &[f32], [weight, bias]: [&[f32]; 2], eps: f32) {
+    let (mean, scale) = moments(x, eps);
+    for (((o, &x), &w), &b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+        *o = (x - mean) * scale * w + b;
+    }
+}
+
 /// Normalises the rows of `x` into `out`.
 pub(crate) fn forward(out: &mut [f32], x: &[f32], [weight, bias]: [&[f32]; 2], eps: f32) {
     let d = weight.len();
     vectorised!(|| {
         for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-            let (mean, scale) = moments(x, eps);
-            for (((o, &x), &w), &b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
-                *o = (x - mean) * scale * w + b;
-            }
+            normalise(out, x, [weight, bias], eps);
         }
     });
 }
@@ -38,10 +44,7 @@ pub(crate) fn forward_blocks(
     let mut line = vec![0f32; d];
     vectorised!(|| {
         for (row, x) in x.chunks_exact(d).enumerate() {
-            let (mean, scale) = moments(x, eps);
-            for (((o, &x), &w), &b) in line.iter_mut().zip(x).zip(weight).zip(bias) {
-                *o = (x - mean) * scale * w + b;
-            }
+            normalise(&mut line, x, [weight, bias], eps);
             scatter(out, row, &line, width);
         }
     });
