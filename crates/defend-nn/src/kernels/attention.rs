@@ -64,9 +64,10 @@ impl Heads {
         (1.0 / (self.head().count as f64).sqrt()) as f32
     }
 
-    /// Values of one head's blocks.
-    fn head_values(self) -> usize {
-        self.head().values(self.tokens)
+    /// The part of a matrix of several heads that is one head's.
+    fn blocks_of(self, blocks: &[f32], head: usize) -> &[f32] {
+        let len = self.head().values(self.tokens);
+        &blocks[head * len..][..len]
     }
 
     /// Blocks of a head in a matrix of several heads; in [`Heads::qkv_columns`], keys and values are further heads.
@@ -77,14 +78,14 @@ impl Heads {
 
     /// Rows `first..first + rows` of a head.
     fn rows(self, blocks: &[f32], head: usize, first: usize, rows: usize) -> Rows<'_> {
-        let blocks = &blocks[head * self.head_values()..];
+        let blocks = self.blocks_of(blocks, head);
         Rows::part(blocks, self.tokens, self.head(), first, rows)
     }
 
     /// All rows of a head as the right side of a product over tokens.
     fn over_tokens(self, blocks: &[f32], head: usize) -> Panels<'_> {
         Panels {
-            values: &blocks[head * self.head_values()..][..self.head_values()],
+            values: self.blocks_of(blocks, head),
             depth: self.keys(),
             columns: self.head(),
         }
@@ -92,18 +93,13 @@ impl Heads {
 
     /// All rows of a head as either side of a [`transposed_product`].
     fn stack(self, blocks: &[f32], head: usize) -> Stack<'_> {
-        Stack {
-            values: &blocks[head * self.head_values()..][..self.head_values()],
-            rows: self.tokens,
-            piece: self.tokens,
-            columns: self.head(),
-        }
+        Stack::one(self.blocks_of(blocks, head), self.tokens, self.head())
     }
 
     /// The transpose of a head, `[d, T]`, as panels in `out`.
     fn transposed<'a>(self, out: &'a mut [f32], blocks: &[f32], head: usize) -> Panels<'a> {
         let (width, d, n) = (self.head().width, self.head().count, self.tokens);
-        let blocks = &blocks[head * self.head_values()..][..self.head_values()];
+        let blocks = self.blocks_of(blocks, head);
         vectorised!(|| {
             for (i, panel) in out.chunks_exact_mut(d * width).enumerate() {
                 let first = i * width;
@@ -186,12 +182,7 @@ impl Heads {
             let panels = self.transposed(transposed, qkv, k);
             self.probabilities(&mut split(p, n), queries, panels);
             let over_queries = |out: &mut [&mut [f32]], left: &[f32], right, factor| {
-                let left = Stack {
-                    values: left,
-                    rows: n,
-                    piece: n,
-                    columns: keys,
-                };
+                let left = Stack::one(left, n, keys);
                 let blocks = 0..keys.blocks();
                 transposed_product(Target::Blocks(out), left, blocks, right, factor);
             };

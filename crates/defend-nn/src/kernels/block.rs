@@ -258,23 +258,10 @@ pub(crate) fn forward(
     let mut attended = kept(shape.images * merged.values(n));
     let mut middle = kept(shape.rows() * d);
     let mut hidden = kept(shape.images * inner.values(n));
-    let [attended_pieces, hidden_pieces] = [(&mut attended, merged), (&mut hidden, inner)].map(
-        |(buffer, columns)| -> Vec<Option<Vec<&mut [f32]>>> {
-            if save {
-                let pieces = split_pieces(buffer, columns, n, piece);
-                pieces.into_iter().map(Some).collect()
-            } else {
-                origins.iter().map(|_| None).collect()
-            }
-        },
-    );
-    let middle_pieces: Vec<Option<&mut [f32]>> = if save {
-        let pieces = shape.pieces(&mut middle, d).into_iter();
-        pieces.map(Some).collect()
-    } else {
-        origins.iter().map(|_| None).collect()
-    };
-    let cls_attention = first_rows(&shape, cls_attention);
+    let [attended_pieces, hidden_pieces] = [(&mut attended, merged), (&mut hidden, inner)]
+        .map(|(buffer, columns)| or_none(split_pieces(buffer, columns, n, piece), &origins));
+    let middle_pieces = or_none(shape.pieces(&mut middle, d), &origins);
+    let cls_attention = first_rows(&shape, cls_attention, &origins);
     (
         shape.pieces(&mut out, d),
         origins,
@@ -333,15 +320,21 @@ pub(crate) fn forward(
     (out, saved)
 }
 
+/// A buffer's part for each piece; an empty buffer has none.
+fn or_none<T>(parts: Vec<T>, origins: &[(usize, usize)]) -> Vec<Option<T>> {
+    let mut parts = parts.into_iter();
+    origins.iter().map(|_| parts.next()).collect()
+}
+
 /// Where the first token's attention of each piece goes: only an image's first piece has that token.
 fn first_rows<'a>(
     shape: &Shape<'_>,
     cls_attention: Option<&'a mut [f32]>,
+    origins: &[(usize, usize)],
 ) -> Vec<Option<&'a mut [f32]>> {
     let len = shape.heads * (shape.tokens - 1).max(1);
     let mut images = cls_attention.map(|attention| attention.chunks_mut(len));
-    let origins = shape.origins().into_iter();
-    let rows = origins.map(|(_, first)| match (first, &mut images) {
+    let rows = origins.iter().map(|(_, first)| match (first, &mut images) {
         (0, Some(images)) => images.next(),
         _ => None,
     });

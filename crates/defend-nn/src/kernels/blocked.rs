@@ -125,18 +125,11 @@ const PART: usize = 8;
 /// `factor` times the first values of `from`, as many as `to` holds.
 #[inline(always)]
 fn copy_scaled(to: &mut [f32], from: &[f32], factor: f32) {
-    debug_assert!(from.len() >= to.len());
+    let (from_parts, from_rest) = from[..to.len()].as_chunks::<PART>();
     let (parts, rest) = to.as_chunks_mut::<PART>();
-    let (from_parts, from_rest) = from.as_chunks::<PART>();
-    let done = parts.len();
     for (to, from) in parts.iter_mut().zip(from_parts) {
         *to = from.map(|v| factor * v);
     }
-    let from_rest = if done < from_parts.len() {
-        &from_parts[done][..]
-    } else {
-        from_rest
-    };
     for (to, from) in rest.iter_mut().zip(from_rest) {
         *to = factor * from;
     }
@@ -246,6 +239,16 @@ pub(crate) struct Stack<'a> {
 }
 
 impl<'a> Stack<'a> {
+    /// Of one piece.
+    pub(crate) fn one(values: &'a [f32], rows: usize, columns: Columns) -> Self {
+        Self {
+            values,
+            rows,
+            piece: rows,
+            columns,
+        }
+    }
+
     pub(crate) fn pieces(&self) -> usize {
         self.rows.div_ceil(self.piece)
     }
@@ -303,12 +306,7 @@ mod tests {
         let x: Vec<f32> = (0..30).map(|i| i as f32).collect();
         let mut blocks = vec![f32::NAN; columns.values(3)];
         fill(&mut blocks, &x, columns, 2.0);
-        let stack = Stack {
-            values: &blocks,
-            rows: 3,
-            piece: 3,
-            columns,
-        };
+        let stack = Stack::one(&blocks, 3, columns);
         for block in 0..columns.blocks() {
             let (first, len) = columns.block(block);
             let rows = stack.block(0, block).chunks(width());

@@ -39,8 +39,8 @@ pub struct BlockParameters {
 
 /// A frozen block's matrices in the layout of the CPU kernel; `default()` until the first call.
 ///
-/// Clones share it. It is used with the tensors and the number of heads that it was made of and no others. Matrices that train are laid out anew
-/// in every call.
+/// Clones share it. It is used with the tensors and the number of heads that it was made of and no others. Matrices that
+/// train are laid out anew in every call.
 #[derive(Debug, Clone, Default)]
 pub struct Prepared(Arc<OnceLock<(PreparedOf, Arc<Matrices>)>>);
 
@@ -179,25 +179,29 @@ fn composed(
     Ok(((&x + scaled(branch, 1)?)?, cls))
 }
 
+/// Of the parameters for D channels and so many hidden ones, in the order of [`BlockParameters::tensors`].
+fn shapes(d: usize, hidden: usize) -> [Vec<usize>; 12] {
+    [
+        vec![d],
+        vec![d],
+        vec![3 * d, d],
+        vec![3 * d],
+        vec![d, d],
+        vec![d],
+        vec![d],
+        vec![d],
+        vec![hidden, d],
+        vec![hidden],
+        vec![d, hidden],
+        vec![d],
+    ]
+}
+
 /// Refuses what the kernel would read beyond its bounds.
 fn check(x: &Tensor, p: &BlockParameters, factors: Option<&[Vec<f32>; 2]>) -> Result<()> {
     let (b, t, d) = x.dims3()?;
     let hidden = p.fc1[1].elem_count();
-    let expected: [&[usize]; 12] = [
-        &[d],
-        &[d],
-        &[3 * d, d],
-        &[3 * d],
-        &[d, d],
-        &[d],
-        &[d],
-        &[d],
-        &[hidden, d],
-        &[hidden],
-        &[d, hidden],
-        &[d],
-    ];
-    for (found, expected) in p.tensors().iter().zip(expected) {
+    for (found, expected) in p.tensors().iter().zip(shapes(d, hidden)) {
         if found.dims() != expected {
             bail!(
                 "transformer block: a parameter has shape {:?}, expected {expected:?}",
@@ -403,23 +407,9 @@ mod tests {
     }
 
     fn sized([images, tokens]: [usize; 2], d: usize, hidden: usize) -> Vec<Tensor> {
-        let shapes: [&[usize]; 13] = [
-            &[images, tokens, d],
-            &[d],
-            &[d],
-            &[3 * d, d],
-            &[3 * d],
-            &[d, d],
-            &[d],
-            &[d],
-            &[d],
-            &[hidden, d],
-            &[hidden],
-            &[d, hidden],
-            &[d],
-        ];
-        let tensors = shapes.iter().zip(0..);
-        tensors.map(|(shape, seed)| noise(shape, seed)).collect()
+        let input = vec![images, tokens, d];
+        let tensors = std::iter::once(input).chain(shapes(d, hidden)).zip(0..);
+        tensors.map(|(shape, seed)| noise(&shape, seed)).collect()
     }
 
     fn parameters(t: &[Tensor]) -> BlockParameters {
