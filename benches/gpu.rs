@@ -14,9 +14,9 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
-use defend_distill::{DistillObjective, FeatureDistance};
-use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng, normal};
-use defend_vit::{Architecture, Backbone, BackboneSpec, TokenSet, TrainScope, Trainable, Vit};
+use defend_benches::{StudentStep, random_vit};
+use defend_nn::{Rng, normal};
+use defend_vit::{Architecture, Backbone, TrainScope, Vit};
 use serde_json::json;
 
 /// Times forward passes, student steps and a large product on the best device.
@@ -45,12 +45,11 @@ struct Model {
 
 impl Model {
     fn new(name: &'static str, architecture: Architecture) -> Self {
-        let spec = BackboneSpec::new(architecture.clone());
-        let vit = Vit::random(spec, 0.0, &mut Rng::seed(0), &Device::Cpu);
+        let vit = random_vit(&architecture);
         Self {
             name,
             architecture,
-            vit: vit.expect("a backbone"),
+            vit,
         }
     }
 }
@@ -212,35 +211,14 @@ impl Place {
     fn student_step(&self, model: &Model, batch: usize) {
         let (name, arch) = (model.name, &model.architecture);
         let student = self.vit(model, TrainScope::All).with_fixed_positions();
-        let kept = arch.grid().patches() / 2;
-        let images = self.images(arch, batch);
+        let kept = StudentStep::kept(arch);
         let target = self.noise(&[batch, kept, arch.width], 2);
-        let row: Vec<u32> = (0..kept as u32).map(|i| 2 * i).collect();
-        let keep = TokenSet::from_rows(&vec![row; batch], arch.grid(), &self.device);
-        let keep = keep.expect("tokens");
-        let group = ParameterGroup {
-            parameters: student.parameters(),
-            learning_rate: 1e-6,
-            weight_decay: 0.05,
-        };
-        let config = AdamWConfig {
-            beta2: 0.95,
-            ..AdamWConfig::default()
-        };
-        let mut optimiser = AdamW::new(vec![group], config).expect("an optimiser");
+        let mut step = StudentStep::new(student, arch, self.images(arch, batch), target);
         // Backwards twice the products, but none to the pixels.
         let [blocks, embedding] = flop(arch, kept);
         let work = format!("student step, {name}, {} tokens, batch {batch}", kept + 1);
         let flop = batch as f64 * (3.0 * blocks + 2.0 * embedding);
-        self.measure(&work, batch, flop, || {
-            let found = student
-                .training_features(&images, Some(&keep), &mut Rng::seed(0))
-                .expect("features");
-            let distances = FeatureDistance::default().distances(&target, &found.patches);
-            let loss = distances.expect("distances").mean_all().expect("a loss");
-            let grads = loss.backward().expect("gradients");
-            optimiser.step(&grads, 1.0).expect("a step");
-        });
+        self.measure(&work, batch, flop, || step.run());
     }
 }
 

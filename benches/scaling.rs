@@ -15,10 +15,11 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use clap::Parser;
+use defend_benches::{frozen_vit, noise};
 use defend_distill::{DistillConfig, Distiller, FeatureDistance};
 use defend_nn::{Rng, normal};
 use defend_ot::{Assigner, SinkhornKnopp};
-use defend_vit::{Architecture, Backbone, BackboneSpec, Error, ImageSource, TrainScope, Vit};
+use defend_vit::{Architecture, Backbone, BackboneSpec, Error, ImageSource, Vit};
 use plotters::prelude::*;
 
 #[global_allocator]
@@ -82,27 +83,16 @@ fn milliseconds(rounds: usize, mut work: impl FnMut()) -> f64 {
     times[times.len() / 2]
 }
 
-fn frozen(architecture: Architecture) -> Vit {
-    let spec = BackboneSpec::new(architecture);
-    let vit = Vit::random(spec, 0.0, &mut Rng::seed(0), &Device::Cpu);
-    vit.and_then(|vit| vit.copy(TrainScope::Frozen))
-        .expect("a backbone")
-}
-
-fn noise(shape: &[usize]) -> Tensor {
-    normal(shape, 1.0, &mut Rng::seed(1), &Device::Cpu).expect("a tensor")
-}
-
 /// Milliseconds of a forward pass.
 fn forward(vit: &Vit, batch: usize, side: usize, rounds: usize) -> f64 {
-    let images = noise(&[batch, 3, side, side]);
+    let images = noise(&[batch, 3, side, side], 1);
     milliseconds(rounds, || {
         vit.features(&images).expect("features");
     })
 }
 
 fn by_batch(rounds: usize) -> Panel {
-    let vit = frozen(Architecture::vit_tiny());
+    let vit = frozen_vit(&Architecture::vit_tiny());
     let point = |batch| {
         (
             batch as f64,
@@ -118,7 +108,7 @@ fn by_batch(rounds: usize) -> Panel {
 }
 
 fn by_tokens(rounds: usize) -> Panel {
-    let vit = frozen(Architecture::vit_tiny());
+    let vit = frozen_vit(&Architecture::vit_tiny());
     let point = |side: usize| {
         let tokens = (side / 16).pow(2) + 1;
         (
@@ -136,7 +126,7 @@ fn by_tokens(rounds: usize) -> Panel {
 
 fn by_depth(rounds: usize) -> Panel {
     let point = |depth: usize| {
-        let vit = frozen(Architecture {
+        let vit = frozen_vit(&Architecture {
             depth,
             ..Architecture::vit_tiny()
         });
@@ -155,7 +145,7 @@ fn by_depth(rounds: usize) -> Panel {
 
 fn by_prototypes(rounds: usize) -> Panel {
     let point = |k: usize| {
-        let scores = noise(&[6272, k]).tanh().expect("scores");
+        let scores = noise(&[6272, k], 1).tanh().expect("scores");
         let time = milliseconds(rounds, || {
             SinkhornKnopp::default().assign(&scores).expect("Q");
         });
@@ -192,7 +182,7 @@ impl ImageSource for Made {
 /// Two epochs of distillation: the time of an image, and the peak memory with the teacher's features kept and without.
 fn by_images() -> Vec<Panel> {
     let spec = BackboneSpec::new(Architecture::vit_tiny());
-    let teacher = frozen(Architecture::vit_tiny());
+    let teacher = frozen_vit(&Architecture::vit_tiny());
     let mut times = Vec::new();
     let mut memory = [Vec::new(), Vec::new()];
     for count in [32, 64, 128, 256] {

@@ -9,23 +9,20 @@ use std::io::Cursor;
 
 use candle_core::{Device, Tensor, Var};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use defend_benches::{frozen_vit, noise, parameter_group, random_vit};
 use defend_data::{Preprocess, RgbImage, decode_image};
 use defend_dense::{CropBox, DenseConfig, DenseObjective, PrototypeObjective};
 use defend_distill::{DistillObjective, FeatureDistance};
-use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng, normal};
+use defend_nn::{AdamW, AdamWConfig, Rng};
 use defend_ot::{Assigner, SinkhornKnopp};
-use defend_vit::{Architecture, Backbone, BackboneSpec, Grid, TrainScope, Trainable, Vit};
+use defend_vit::{Architecture, Backbone, Grid, Trainable};
 use image::{ImageFormat, Rgb};
-
-fn noise(shape: &[usize]) -> Tensor {
-    normal(shape, 1.0, &mut Rng::seed(0), &Device::Cpu).expect("a tensor")
-}
 
 /// A batch of 32 views (6272 patches) against K prototypes.
 fn sinkhorn(c: &mut Criterion) {
     let mut group = c.benchmark_group("Sinkhorn-Knopp, 6272 patches");
     for k in [20, 300] {
-        let scores = noise(&[6272, k]).tanh().expect("scores");
+        let scores = noise(&[6272, k], 0).tanh().expect("scores");
         group.bench_function(BenchmarkId::from_parameter(k), |b| {
             b.iter(|| SinkhornKnopp::default().assign(&scores).expect("Q"));
         });
@@ -38,7 +35,7 @@ fn dense_loss(c: &mut Criterion) {
     let config = DenseConfig::default();
     let objective = PrototypeObjective::random(&config, 192, &mut Rng::seed(0), &Device::Cpu)
         .expect("an objective");
-    let (view, crops) = (noise(&[8, 196, 192]), noise(&[32, 36, 192]));
+    let (view, crops) = (noise(&[8, 196, 192], 0), noise(&[32, 36, 192], 0));
     let square = |side| Grid {
         rows: side,
         columns: side,
@@ -59,7 +56,7 @@ fn dense_loss(c: &mut Criterion) {
 }
 
 fn distance(c: &mut Criterion) {
-    let (teacher, student) = (noise(&[32, 196, 192]), noise(&[32, 196, 192]));
+    let (teacher, student) = (noise(&[32, 196, 192], 0), noise(&[32, 196, 192], 0));
     c.bench_function("feature distance, 32 images of ViT-Ti", |b| {
         b.iter(|| {
             FeatureDistance::default()
@@ -99,15 +96,8 @@ fn products(c: &mut Criterion) {
     let maps = 2 * tokens * d * (4 * d + 2 * hidden);
     let attention = 4 * tokens * tokens * d;
     let patches = 2 * arch.grid().patches() * d * arch.patch_values();
-    let vit = Vit::random(
-        BackboneSpec::new(arch),
-        0.0,
-        &mut Rng::seed(0),
-        &Device::Cpu,
-    )
-    .and_then(|vit| vit.copy(TrainScope::Frozen))
-    .expect("a backbone");
-    let images = noise(&[batch, 3, 224, 224]);
+    let vit = frozen_vit(&arch);
+    let images = noise(&[batch, 3, 224, 224], 0);
     let mut group = c.benchmark_group("floating-point operations");
     group.throughput(Throughput::Elements(
         (batch * (maps + attention + patches)) as u64,
@@ -165,8 +155,7 @@ impl pulp::WithSimd for Peak {
 
 /// One update of all parameters of ViT-S, and candle's.
 fn adamw(c: &mut Criterion) {
-    let spec = BackboneSpec::new(Architecture::vit_small());
-    let vit = Vit::random(spec, 0.0, &mut Rng::seed(0), &Device::Cpu).expect("a backbone");
+    let vit = random_vit(&Architecture::vit_small());
     let variables: Vec<Var> = vit.parameters().into_iter().map(|(_, var)| var).collect();
     let squares = variables.iter().map(|var| var.sqr()?.sum_all());
     let loss = squares
@@ -174,12 +163,8 @@ fn adamw(c: &mut Criterion) {
         .and_then(|all| Tensor::stack(&all, 0)?.sum_all());
     let grads = loss.and_then(|loss| loss.backward()).expect("gradients");
     let mut group = c.benchmark_group("AdamW, ViT-S");
-    let parameters = ParameterGroup {
-        parameters: vit.parameters(),
-        learning_rate: 1e-6,
-        weight_decay: 0.05,
-    };
-    let mut ours = AdamW::new(vec![parameters], AdamWConfig::default()).expect("an optimiser");
+    let group_of_all = parameter_group(&vit, 0.05);
+    let mut ours = AdamW::new(vec![group_of_all], AdamWConfig::default()).expect("an optimiser");
     group.bench_function("defend-nn", |b| {
         b.iter(|| ours.step(&grads, 1.0).expect("a step"));
     });

@@ -5,34 +5,27 @@
     reason = "a benchmark, not an interface"
 )]
 
-use candle_core::{Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng};
-use defend_vit::{
-    Architecture, Backbone, BackboneSpec, Grid, TokenSet, TrainScope, Trainable, Vit,
-};
+use defend_benches::{StudentStep, frozen_vit, noise, random_vit};
+use defend_vit::{Architecture, Backbone};
 
-fn images(batch: usize) -> Tensor {
-    let n = batch * 3 * 224 * 224;
-    let values: Vec<f32> = (0..n).map(|i| (i as f32 * 0.37).sin()).collect();
-    Tensor::from_vec(values, (batch, 3, 224, 224), &Device::Cpu).expect("a tensor")
-}
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-fn vit(architecture: Architecture) -> Vit {
-    let spec = BackboneSpec::new(architecture);
-    Vit::random(spec, 0.0, &mut Rng::seed(0), &Device::Cpu).expect("a backbone")
+fn models() -> [(&'static str, Architecture); 2] {
+    [
+        ("ViT-Ti", Architecture::vit_tiny()),
+        ("ViT-S", Architecture::vit_small()),
+    ]
 }
 
 fn forward(c: &mut Criterion) {
     let mut group = c.benchmark_group("forward");
     group.sample_size(10);
-    for (name, architecture) in [
-        ("ViT-Ti", Architecture::vit_tiny()),
-        ("ViT-S", Architecture::vit_small()),
-    ] {
-        let vit = vit(architecture).copy(TrainScope::Frozen).expect("a copy");
+    for (name, architecture) in models() {
+        let vit = frozen_vit(&architecture);
         for batch in [1, 8, 32] {
-            let images = images(batch);
+            let images = noise(&[batch, 3, 224, 224], 1);
             group.throughput(Throughput::Elements(batch as u64));
             group.bench_function(BenchmarkId::new(name, batch), |b| {
                 b.iter(|| vit.features(&images).expect("features"));
@@ -45,41 +38,14 @@ fn forward(c: &mut Criterion) {
 fn step(c: &mut Criterion) {
     let mut group = c.benchmark_group("student step, 98 of 196 patches");
     group.sample_size(10);
-    let grid = Grid {
-        rows: 14,
-        columns: 14,
-    };
-    for (name, architecture) in [
-        ("ViT-Ti", Architecture::vit_tiny()),
-        ("ViT-S", Architecture::vit_small()),
-    ] {
-        let vit = vit(architecture);
-        let parameters = ParameterGroup {
-            parameters: vit.parameters(),
-            learning_rate: 1e-4,
-            weight_decay: 0.05,
-        };
-        let mut optimiser =
-            AdamW::new(vec![parameters], AdamWConfig::default()).expect("an optimiser");
+    for (name, architecture) in models() {
         let batch = 16;
-        let images = images(batch);
-        let kept: Vec<u32> = (0..98).map(|i| 2 * i).collect();
-        let keep = TokenSet::from_rows(&vec![kept; batch], grid, &Device::Cpu).expect("tokens");
+        let images = noise(&[batch, 3, 224, 224], 1);
+        let target = noise(&[batch, 98, architecture.width], 2);
+        let student = random_vit(&architecture);
+        let mut step = StudentStep::new(student, &architecture, images, target);
         group.throughput(Throughput::Elements(batch as u64));
-        group.bench_function(BenchmarkId::new(name, batch), |b| {
-            b.iter(|| {
-                let features = vit
-                    .training_features(&images, Some(&keep), &mut Rng::seed(0))
-                    .expect("features");
-                let loss = features
-                    .patches
-                    .sqr()
-                    .and_then(|t| t.mean_all())
-                    .expect("a loss");
-                let grads = loss.backward().expect("gradients");
-                optimiser.step(&grads, 1.0).expect("a step");
-            });
-        });
+        group.bench_function(BenchmarkId::new(name, batch), |b| b.iter(|| step.run()));
     }
     group.finish();
 }

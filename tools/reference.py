@@ -435,9 +435,8 @@ def auroc(scores, abnormal):
 # protocol (METHOD.md, section 4)
 
 
-def run(weights, config, seed, normal, test, abnormal, recompute):
-    """One fit and its figures."""
-    start = time.perf_counter()
+def fit(weights, config, seed, normal, recompute):
+    """Teacher, student, and the mean losses of each epoch of both stages."""
     teacher, dense_losses = weights.teacher, []
     if config.dense:
         torch.manual_seed(seed)
@@ -446,6 +445,13 @@ def run(weights, config, seed, normal, test, abnormal, recompute):
     torch.manual_seed(seed)  # so that the student is the same with and without the dense stage
     student = random_student(weights.architecture, config.distill.drop_path)
     losses = distill(teacher, student, normal, config.distill, recompute)
+    return teacher, student, dense_losses, losses
+
+
+def run(weights, config, seed, normal, test, abnormal, recompute):
+    """One fit and its figures."""
+    start = time.perf_counter()
+    teacher, student, dense_losses, losses = fit(weights, config, seed, normal, recompute)
     fitted = time.perf_counter()
     found = discrepancy(teacher, student, test, config.batch)
     # f32 as in Rust, where close scores become ties.

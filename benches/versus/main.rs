@@ -14,6 +14,7 @@
 mod candle;
 mod rows;
 mod theirs;
+mod whole;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -22,12 +23,10 @@ use clap::Parser;
 
 use rows::Row;
 use theirs::Theirs;
+use whole::Files;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
-/// Largest difference that a check allows, relative to the larger of the value and one.
-const TOLERANCE: f64 = 1e-3;
 
 /// Times this workspace and its references in turn.
 #[derive(Parser)]
@@ -38,6 +37,12 @@ struct Arguments {
     /// Folder of JPEG photos for decoding and resizing; that row is left out without it.
     #[arg(long)]
     photos: Option<PathBuf>,
+    /// VOC folder with Annotations, ImageSets and JPEGImages, for whole fits and scores; with `--weights`.
+    #[arg(long, requires = "weights")]
+    voc: Option<PathBuf>,
+    /// timm folder of ViT-Ti, for whole fits and scores.
+    #[arg(long, requires = "voc")]
+    weights: Option<PathBuf>,
     /// A library to preload into one more PyTorch, whose MKL takes the processor for one of Intel's:
     /// `echo 'int mkl_serv_intel_cpu_true(void){return 1;}' | cc -shared -fPIC -x c - -o unlock.so`.
     #[arg(long)]
@@ -63,7 +68,11 @@ fn main() {
         .build_global()
         .expect("a thread pool");
     println!("| | ours | theirs | engine | theirs / ours |\n|---|---|---|---|---|");
-    for row in rows::all(arguments.photos.as_deref()) {
+    let mut rows = rows::all(arguments.photos.as_deref());
+    if let (Some(voc), Some(weights)) = (arguments.voc.clone(), arguments.weights.clone()) {
+        rows.extend(whole::rows(&Files { voc, weights }));
+    }
+    for row in rows {
         if row.name.contains(&arguments.only) {
             compare(row, &arguments);
         }
@@ -81,6 +90,8 @@ fn compare(row: Row, arguments: &Arguments) {
         name,
         engines,
         items,
+        warm_up,
+        tolerance,
         prepare,
     } = row;
     let folder = tempfile::tempdir().expect("a folder");
@@ -103,21 +114,24 @@ fn compare(row: Row, arguments: &Arguments) {
         for (a, b) in ours_check.iter().zip(&other.check) {
             let error = (a - b).abs() / b.abs().max(1.0);
             assert!(
-                error < TOLERANCE,
+                error < tolerance,
                 "{name}: {a} here, {b} in {}",
                 other.engine
             );
         }
     }
-    (work.run)();
-    let start = Instant::now();
-    (work.run)();
-    // A measurement lasts about half a second.
-    let times = (0.5 / start.elapsed().as_secs_f64())
-        .ceil()
-        .clamp(1.0, 1000.0) as usize;
-    for other in &mut theirs {
-        other.run(1);
+    let mut times = 1;
+    if warm_up {
+        (work.run)();
+        let start = Instant::now();
+        (work.run)();
+        // A measurement lasts about half a second.
+        times = (0.5 / start.elapsed().as_secs_f64())
+            .ceil()
+            .clamp(1.0, 1000.0) as usize;
+        for other in &mut theirs {
+            other.run(1);
+        }
     }
     let mut ours = Vec::new();
     let mut others = vec![Vec::new(); theirs.len()];
@@ -138,6 +152,7 @@ fn compare(row: Row, arguments: &Arguments) {
             .map(|(theirs, ours)| theirs / ours);
         let ratio = median(ratios.collect());
         let shown = |seconds: f64| match items {
+            0 if seconds > 1.0 => format!("{seconds:.1} s"),
             0 => format!("{:.2} ms", seconds * 1e3),
             items => format!("{:.1} img/s", items as f64 / seconds),
         };

@@ -1,18 +1,18 @@
 //! The rows: the same work on both sides.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use candle_core::{DType, Device, IndexOp, Tensor};
+use defend_benches::{StudentStep, frozen_vit, noise, random_vit};
 use defend_data::{Fit, Interpolation, Preprocess, decode_image};
 use defend_dense::{CropSampler, DenseConfig, DenseObjective, PrototypeObjective, extract};
 use defend_distill::{DistillObjective, FeatureDistance};
-use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng, normal};
+use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng};
 use defend_ot::{Assigner, SinkhornKnopp};
-use defend_vit::{
-    Architecture, Backbone, BackboneSpec, Grid, Prefix, TokenSet, TrainScope, Trainable, Vit,
-};
+use defend_vit::{Architecture, Backbone, Grid, Prefix, TrainScope, Trainable, Vit};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
@@ -22,6 +22,9 @@ const GRID: Grid = Grid {
     rows: 14,
     columns: 14,
 };
+
+/// Largest difference of results computed from the same numbers, relative to the larger of the value and one.
+const TOLERANCE: f64 = 1e-3;
 
 /// What is timed here, and numbers that the other side should find too.
 pub(crate) struct Work {
@@ -38,6 +41,10 @@ pub(crate) struct Row {
     pub(crate) engines: Vec<&'static str>,
     /// Images a repetition, 0 for rows in milliseconds.
     pub(crate) items: usize,
+    /// Whether it runs before it is timed.
+    pub(crate) warm_up: bool,
+    /// Largest difference that a check allows, relative to the larger of the value and one.
+    pub(crate) tolerance: f64,
     /// Writes weights and inputs into a folder; the request for `theirs.py`, and the work here.
     pub(crate) prepare: Box<Prepare>,
 }
@@ -61,15 +68,6 @@ pub(crate) fn all(photos: Option<&Path>) -> Vec<Row> {
     rows.extend([20, 300].map(sinkhorn));
     rows.extend(photos.map(pictures));
     rows
-}
-
-fn noise(shape: &[usize], seed: u64) -> Tensor {
-    normal(shape, 1.0, &mut Rng::seed(seed), &Device::Cpu).expect("a tensor")
-}
-
-fn random_vit(architecture: &Architecture) -> Vit {
-    let spec = BackboneSpec::new(architecture.clone());
-    Vit::random(spec, 0.0, &mut Rng::seed(0), &Device::Cpu).expect("a backbone")
 }
 
 /// Weights and inputs in files that `theirs.py` reads.
@@ -100,7 +98,7 @@ fn first(t: &Tensor) -> Vec<f64> {
 
 fn forward(timm: &'static str, name: &'static str, arch: Architecture, batch: usize) -> Row {
     let prepare = move |folder: &Path| {
-        let vit = random_vit(&arch).copy(TrainScope::Frozen).expect("a copy");
+        let vit = frozen_vit(&arch);
         let images = noise(&[batch, 3, 224, 224], 1);
         let tensors = HashMap::from([("images", images.clone())]);
         let request = request("forward", folder, Some((timm, &vit)), &tensors);
@@ -122,6 +120,8 @@ fn forward(timm: &'static str, name: &'static str, arch: Architecture, batch: us
         name: format!("forward, {name}, batch {batch}"),
         engines: vec!["torch", "onnxruntime"],
         items: batch,
+        warm_up: true,
+        tolerance: TOLERANCE,
         prepare: Box::new(prepare),
     }
 }
@@ -175,53 +175,29 @@ fn candle_step(
 fn student_step(timm: &'static str, name: &'static str, architecture: Architecture) -> Row {
     let batch = 32;
     let prepare = move |folder: &Path| {
-        let vit = random_vit(&architecture);
+        let student = random_vit(&architecture);
         let images = noise(&[batch, 3, 224, 224], 1);
-        let target = noise(&[batch, 98, architecture.width], 2);
-        let kept: Vec<u32> = (0..98).map(|i| 2 * i).collect();
-        let keep =
-            TokenSet::from_rows(&vec![kept.clone(); batch], GRID, &Device::Cpu).expect("tokens");
+        let kept = StudentStep::kept(&architecture);
+        let target = noise(&[batch, kept, architecture.width], 2);
+        let step = StudentStep::new(student, &architecture, images.clone(), target.clone());
         let tensors = HashMap::from([
             ("images", images.clone()),
             ("target", target.clone()),
-            ("keep", keep.indices().clone()),
+            ("keep", step.keep().indices().clone()),
         ]);
-        let request = request("student_step", folder, Some((timm, &vit)), &tensors);
-        let plain = candle_step(
-            &vit,
-            architecture.clone(),
-            images.clone(),
-            kept,
-            target.clone(),
+        let request = request(
+            "student_step",
+            folder,
+            Some((timm, &step.student)),
+            &tensors,
         );
-        let parameters = ParameterGroup {
-            parameters: vit.parameters(),
-            learning_rate: 1e-6,
-            weight_decay: 0.05,
-        };
-        let config = AdamWConfig {
-            beta2: 0.95,
-            ..AdamWConfig::default()
-        };
-        let mut optimiser = AdamW::new(vec![parameters], config).expect("an optimiser");
-        let vit = Rc::new(vit);
-        let same = Rc::clone(&vit);
-        let loss = move |vit: &Vit| {
-            let features = vit
-                .training_features(&images, Some(&keep), &mut Rng::seed(0))
-                .expect("features");
-            FeatureDistance::default()
-                .distances(&target, &features.patches)
-                .and_then(|d| Ok(d.mean_all()?))
-                .expect("a loss")
-        };
-        let check = loss.clone();
+        let seen = StudentStep::seen(&architecture);
+        let plain = candle_step(&step.student, architecture, images, seen, target);
+        let step = Rc::new(RefCell::new(step));
+        let same = Rc::clone(&step);
         let work = Work {
-            run: Box::new(move || {
-                let grads = loss(&vit).backward().expect("gradients");
-                optimiser.step(&grads, 1.0).expect("a step");
-            }),
-            check: Box::new(move || first(&check(&same))),
+            run: Box::new(move || step.borrow_mut().run()),
+            check: Box::new(move || first(&same.borrow().loss())),
             candle: Some(Box::new(plain)),
         };
         (request, work)
@@ -230,6 +206,8 @@ fn student_step(timm: &'static str, name: &'static str, architecture: Architectu
         name: format!("student step, {name}, 99 tokens, batch {batch}"),
         engines: vec!["torch"],
         items: batch,
+        warm_up: true,
+        tolerance: TOLERANCE,
         prepare: Box::new(prepare),
     }
 }
@@ -276,6 +254,8 @@ fn dense_step() -> Row {
         name: format!("dense step, ViT-Ti, 4 crops, batch {batch}"),
         engines: vec!["torch"],
         items: batch,
+        warm_up: true,
+        tolerance: TOLERANCE,
         prepare: Box::new(prepare),
     }
 }
@@ -300,6 +280,8 @@ fn sinkhorn(prototypes: usize) -> Row {
         name: format!("Sinkhorn, 6272 x {prototypes}"),
         engines: vec!["torch"],
         items: 0,
+        warm_up: true,
+        tolerance: TOLERANCE,
         prepare: Box::new(prepare),
     }
 }
@@ -345,6 +327,8 @@ fn pictures(folder: &Path) -> Row {
         name: format!("decode and resize {items} photos"),
         engines: vec!["pillow", "torchvision"],
         items,
+        warm_up: true,
+        tolerance: TOLERANCE,
         prepare: Box::new(prepare),
     }
 }

@@ -155,7 +155,35 @@ def pictures(row, engine):
     return run, check
 
 
-ROWS = {f.__name__: f for f in (forward, student_step, dense_step, sinkhorn, pictures)}
+def fit(row, engine):
+    """From the files to a trained student; the teacher's features are kept, or with the engine's suffix computed each epoch."""
+    config = reference.settings(row["config"])
+
+    def run():
+        weights = reference.Weights(row["weights"])
+        normal = reference.Pictures(Path(row["voc"]), row["names"], weights)
+        reference.fit(weights, config, 0, normal, recompute=engine.endswith("teacher each epoch"))
+
+    return run, lambda: []
+
+
+def score(row, engine):
+    """From the files to a score for each picture, with the student of a model file."""
+    config, weights = reference.settings(row["config"]), reference.Weights(row["weights"])
+    student = timm.create_model(weights.architecture, num_classes=0)
+    tensors = load_file(row["detector"]).items()
+    student.load_state_dict({k.removeprefix("student."): v for k, v in tensors if k.startswith("student.")})
+    student.eval().requires_grad_(False)
+
+    def run():
+        pictures = reference.Pictures(Path(row["voc"]), row["names"], weights)
+        found = reference.discrepancy(weights.teacher, student, pictures, config.batch)
+        return reference.aggregate(config.aggregation, *found)
+
+    return run, lambda: run().tolist()
+
+
+ROWS = {f.__name__: f for f in (forward, student_step, dense_step, sinkhorn, pictures, fit, score)}
 
 
 def main():

@@ -23,7 +23,10 @@ pub(crate) fn is_complete(bytes: &[u8]) -> bool {
                 at += 2 + usize::from(u16::from_be_bytes([high, low]));
             }
             // Data of a scan, or junk between segments, which decoders skip too.
-            _ => at += 1,
+            _ => match memchr::memchr(0xFF, &bytes[at..]) {
+                Some(skipped) => at += skipped,
+                None => return false,
+            },
         }
     }
     false
