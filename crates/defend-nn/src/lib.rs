@@ -18,7 +18,7 @@ mod training;
 
 /// Building blocks of `f32` loops that the compiler turns into vector instructions.
 pub mod vector {
-    pub use crate::kernels::math::{dispatch, exp, max, sum};
+    pub use crate::kernels::math::{dispatch, dot, exp, max, sum};
 }
 
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};

@@ -1,6 +1,7 @@
-//! Sinkhorn-Knopp in the log domain.
+//! Sinkhorn-Knopp in a form that neither overflows nor starves a prototype.
 
 use candle_core::{DType, Result as CandleResult, Tensor};
+use defend_nn::ops::with_slices;
 use serde::{Deserialize, Serialize};
 
 use crate::{Assigner, Error, kernel};
@@ -8,8 +9,9 @@ use crate::{Assigner, Error, kernel};
 /// Alternating normalisation of `exp(scores / epsilon)` (Cuturi, 2013; SwAV, appendix A).
 ///
 /// One iteration gives every prototype the mass 1/K, then every feature the mass 1/R; the result is
-/// scaled so that a feature's row sums to one. Works on logarithms in `f32` (or the scores' `f64`):
-/// `exp(1 / 0.05)` overflows half precision, and a prototype that is far from every feature starves.
+/// scaled so that a feature's row sums to one. Works in `f32` (or the scores' `f64`): `exp(1 / 0.05)` overflows half
+/// precision. On logarithms, so that a prototype that is far from every feature does not starve; on the CPU on the plain
+/// exponentials where the scores' range divided by `epsilon` is at most 50, as it is for cosines at 0.05.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SinkhornKnopp {
@@ -71,6 +73,21 @@ impl Assigner for SinkhornKnopp {
             _ => DType::F32,
         };
         let scores = scores.detach().to_dtype(wide)?;
+        let not_finite = || {
+            wrong(format!(
+                "of shape [{rows}, {prototypes}] hold NaN or infinite values"
+            ))
+        };
+        if scores.device().is_cpu() && wide == DType::F32 {
+            let epsilon = self.epsilon as f32;
+            let q = with_slices("Sinkhorn-Knopp", [&scores], |[scores]| {
+                Ok(kernel::assign(scores, prototypes, epsilon, self.iterations))
+            });
+            return match q? {
+                Some(q) => Ok(Tensor::from_vec(q, (rows, prototypes), scores.device())?),
+                None => not_finite(),
+            };
+        }
         if !scores
             .sqr()?
             .sum_all()?
@@ -79,14 +96,7 @@ impl Assigner for SinkhornKnopp {
             .to_scalar::<f64>()?
             .is_finite()
         {
-            return wrong(format!(
-                "of shape [{rows}, {prototypes}] hold NaN or infinite values"
-            ));
-        }
-        if scores.device().is_cpu() && wide == DType::F32 {
-            let values = scores.flatten_all()?.to_vec1::<f32>()?;
-            let q = kernel::assign(values, prototypes, self.epsilon as f32, self.iterations);
-            return Ok(Tensor::from_vec(q, (rows, prototypes), scores.device())?);
+            return not_finite();
         }
         let mut log_q = (scores / self.epsilon)?;
         for _ in 0..self.iterations {

@@ -108,7 +108,7 @@ pub fn sum(x: &[f32]) -> f32 {
 
 /// Inner product of two slices of equal length.
 #[inline(always)]
-pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
+pub fn dot(x: &[f32], y: &[f32]) -> f32 {
     let y = &y[..x.len()];
     reduce(x.len(), |i| x[i] * y[i])
 }

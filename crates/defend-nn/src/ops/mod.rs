@@ -46,8 +46,11 @@ pub(crate) fn slice<'a>(op: &str, storage: &'a CpuStorage, layout: &Layout) -> R
     Ok(&storage.as_slice::<f32>()?[start..end])
 }
 
-/// Calls `f` with the contiguous `f32` contents of CPU tensors.
-pub(crate) fn with_slices<const N: usize, R>(
+/// Calls `f` with the contiguous `f32` contents of CPU tensors; `op` is named in errors.
+///
+/// # Errors
+/// Those of `f`, and when a tensor is of another device or type.
+pub fn with_slices<const N: usize, R>(
     op: &str,
     tensors: [&Tensor; N],
     f: impl FnOnce([&[f32]; N]) -> Result<R>,

@@ -1,13 +1,12 @@
-//! Sinkhorn-Knopp on an `f32` matrix in memory.
+//! Sinkhorn-Knopp for any range of scores: `log Q = scores / epsilon - a - b` with an offset `a` for each row and `b` for each
+//! column.
 //!
-//! `log Q = scores / epsilon - a - b` with an offset `a` for each row and `b` for each column: only the offsets change, so
-//! an iteration is one pass over the scores. Rows are worked in blocks of a fixed size whose column sums are joined in
-//! order: the result does not depend on the number of threads.
+//! Only the offsets change, so an iteration is one pass over the scores.
 
 use defend_nn::{vector, vectorised};
 use rayon::prelude::*;
 
-const ROWS_PER_TASK: usize = 256;
+use super::ROWS_PER_TASK;
 
 /// Largest value and `sum(exp(value - largest))` of each column.
 struct Columns {
@@ -15,16 +14,16 @@ struct Columns {
     sums: Vec<f32>,
 }
 
-/// `scores`: `[R, K]`; returns Q with rows that sum to one.
-pub(crate) fn assign(
-    mut scores: Vec<f32>,
+/// `scores`: `[R, K]`; `inverse`: 1 / epsilon.
+pub(super) fn assign(
+    scores: &[f32],
     prototypes: usize,
-    epsilon: f32,
+    inverse: f32,
     iterations: usize,
 ) -> Vec<f32> {
     let task = ROWS_PER_TASK * prototypes;
     let rows = scores.len() / prototypes;
-    let inverse = 1.0 / epsilon;
+    let mut scores = scores.to_vec();
     vectorised!(|| scores.iter_mut().for_each(|s| *s *= inverse));
     let mut row_offsets = vec![0f32; rows];
     let zeros = vec![0f32; ROWS_PER_TASK];
