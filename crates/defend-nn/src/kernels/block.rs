@@ -28,13 +28,15 @@ pub(crate) struct Weights<'a> {
     pub(crate) fc2: [&'a [f32]; 2],
 }
 
-/// The four matrices of a block in panels.
+/// The four matrices of a block in panels, and the biases at the end of both branches: where LayerScale is part of the weights,
+/// these are other than the block's own.
 #[derive(Debug)]
 pub(crate) struct Matrices {
     qkv: Packed,
     projection: Packed,
     fc1: Packed,
     fc2: Packed,
+    biases: [Vec<f32>; 2],
 }
 
 impl Matrices {
@@ -79,6 +81,7 @@ impl Matrices {
             projection: pack(weights.projection[0], by_head, whole),
             fc1: pack(weights.fc1[0], whole, hidden),
             fc2: pack(weights.fc2[0], hidden, whole),
+            biases: [weights.projection[1], weights.fc2[1]].map(<[f32]>::to_vec),
         }
     }
 }
@@ -294,7 +297,7 @@ pub(crate) fn forward(
                     x,
                     Rows::of(&attended, rows, merged),
                     &matrices.projection,
-                    weights.projection[1],
+                    &matrices.biases[0],
                     shape.factor(0, image),
                 );
                 norm::forward_blocks(&mut split(z, rows), middle, weights.norm2, shape.eps);
@@ -306,7 +309,7 @@ pub(crate) fn forward(
                     middle,
                     Rows::all(activated, rows, inner),
                     &matrices.fc2,
-                    weights.fc2[1],
+                    &matrices.biases[1],
                     shape.factor(1, image),
                 );
             },

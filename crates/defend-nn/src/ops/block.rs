@@ -44,25 +44,78 @@ pub struct BlockParameters {
 #[derive(Debug, Clone, Default)]
 pub struct Prepared(Arc<OnceLock<(PreparedOf, Arc<Matrices>)>>);
 
-/// The four matrices and the number of heads.
-type PreparedOf = ([TensorId; 4], usize);
+/// The tensors and the number of heads.
+type PreparedOf = (Vec<TensorId>, usize);
 
 impl BlockParameters {
-    /// The matrices for a forward pass.
-    fn matrices(&self, weights: &kernel::Weights<'_>) -> Arc<Matrices> {
-        let of = [&self.qkv, &self.projection, &self.fc1, &self.fc2].map(|[matrix, _]| matrix);
-        if of.iter().any(|matrix| matrix.track_op()) {
-            return Arc::new(Matrices::forward(weights, self.heads));
+    /// The matrices for a forward pass, with LayerScale in them.
+    fn matrices(&self) -> Result<Arc<Matrices>> {
+        let make = || -> Result<Matrices> {
+            let folded = self.folded()?;
+            folded.with_weights(|weights| Matrices::forward(&weights, self.heads))
+        };
+        let of = self.tensors().into_iter().chain(self.scales());
+        let of: Vec<&Tensor> = of.collect();
+        if of.iter().any(|tensor| tensor.track_op()) {
+            return Ok(Arc::new(make()?));
         }
         // The layout depends on the number of heads.
-        let key = (of.map(Tensor::id), self.heads);
-        let make = || (key, Arc::new(Matrices::forward(weights, self.heads).kept()));
-        let (made_of, matrices) = self.prepared.0.get_or_init(make);
-        if *made_of == key {
-            Arc::clone(matrices)
-        } else {
-            make().1
+        let key = (of.iter().map(|tensor| tensor.id()).collect(), self.heads);
+        match self.prepared.0.get() {
+            Some((made_of, matrices)) if *made_of == key => Ok(Arc::clone(matrices)),
+            _ => {
+                let matrices = Arc::new(make()?.kept());
+                // Kept already for other tensors, or by another thread for these.
+                let _ = self.prepared.0.set((key, Arc::clone(&matrices)));
+                Ok(matrices)
+            }
         }
+    }
+
+    /// LayerScale's factors.
+    fn scales(&self) -> impl Iterator<Item = &Tensor> {
+        self.scales.iter().flatten()
+    }
+
+    /// The same block without LayerScale: its factors are in the matrices and the biases that end the branches, which carry
+    /// gradients to it and to what they were made of.
+    fn folded(&self) -> Result<Self> {
+        let Some([s1, s2]) = &self.scales else {
+            return Ok(self.clone());
+        };
+        let fold = |[matrix, bias]: &[Tensor; 2], scale: &Tensor| -> Result<[Tensor; 2]> {
+            if scale.dims() != bias.dims() {
+                bail!(
+                    "transformer block: LayerScale has shape {:?}, expected {:?}",
+                    scale.dims(),
+                    bias.dims()
+                )
+            }
+            let rows = scale.unsqueeze(1)?;
+            Ok([matrix.broadcast_mul(&rows)?, bias.mul(scale)?])
+        };
+        Ok(Self {
+            projection: fold(&self.projection, s1)?,
+            fc2: fold(&self.fc2, s2)?,
+            scales: None,
+            prepared: Prepared::default(),
+            ..self.clone()
+        })
+    }
+
+    /// Calls `f` with the values of all but LayerScale's.
+    fn with_weights<R>(&self, f: impl FnOnce(kernel::Weights<'_>) -> R) -> Result<R> {
+        with_slices("transformer block", self.tensors(), |slices| {
+            let [a, b, c, d, e, f1, g, h, i, j, k, l] = slices;
+            Ok(f(kernel::Weights {
+                norm1: [a, b],
+                qkv: [c, d],
+                projection: [e, f1],
+                norm2: [g, h],
+                fc1: [i, j],
+                fc2: [k, l],
+            }))
+        })
     }
 
     /// All but LayerScale's, in the kernel's order.
@@ -89,7 +142,7 @@ impl BlockParameters {
 /// `with_cls_attention`, the attention of the first token to the others, `[B, h, T - 1]`, which carries no gradient.
 /// Differentiable with respect to `x` and every parameter. On `f32` CPU tensors one kernel runs the block piece by piece
 /// of each image, so that intermediate values stay in the cache; on CUDA kernels of our own run between cuBLAS's products.
-/// LayerScale (on CUDA only with a backward pass) and other devices compose the operations of this module.
+/// In half precision LayerScale with a backward pass, and other devices, compose the operations of this module.
 ///
 /// # Errors
 /// When the shapes do not fit.
@@ -99,12 +152,18 @@ pub fn transformer_block(
     factors: Option<&[Vec<f32>; 2]>,
     with_cls_attention: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
+    let tensors = parameters.tensors();
+    let all: Vec<&Tensor> = tensors.into_iter().chain(parameters.scales()).collect();
+    let trains = x.track_op() || all.iter().any(|tensor| tensor.track_op());
+    let has_kernels = x.dtype() == DType::F32 && (x.device().is_cpu() || x.device().is_cuda());
+    if parameters.scales.is_some() && trains && has_kernels {
+        return transformer_block(x, &parameters.folded()?, factors, with_cls_attention);
+    }
     #[cfg(feature = "cuda")]
     if let Some(found) = cuda::block(x, parameters, factors, with_cls_attention)? {
         return Ok(found);
     }
-    let tensors = parameters.tensors();
-    if parameters.scales.is_some() || !is_fast(&tensors) || !is_fast(&[x]) {
+    if !is_fast(&all) || !is_fast(&[x]) {
         return composed(x, parameters, factors, with_cls_attention);
     }
     check(x, parameters, factors)?;
@@ -260,21 +319,6 @@ impl Call {
             factors: self.factors.as_ref().map(|[f1, f2]| [&f1[..], &f2[..]]),
         }
     }
-
-    /// Calls `f` with the parameters' values.
-    fn with_weights<R>(&self, f: impl FnOnce(kernel::Weights<'_>) -> R) -> Result<R> {
-        with_slices("transformer block", self.parameters.tensors(), |slices| {
-            let [a, b, c, d, e, f1, g, h, i, j, k, l] = slices;
-            Ok(f(kernel::Weights {
-                norm1: [a, b],
-                qkv: [c, d],
-                projection: [e, f1],
-                norm2: [g, h],
-                fc1: [i, j],
-                fc2: [k, l],
-            }))
-        })
-    }
 }
 
 /// The block itself. An operation of candle has at most three operands, so the parameters are not among them: their
@@ -299,9 +343,9 @@ impl CustomOp2 for Block {
         let attended = dims.0 * call.parameters.heads * (dims.1 - 1);
         let mut attention = vec![0f32; if call.with_cls_attention { attended } else { 0 }];
         let save = call.tracked.contains(&true);
-        let (out, saved) = call.with_weights(|weights| {
+        let matrices = call.parameters.matrices()?;
+        let (out, saved) = call.parameters.with_weights(|weights| {
             let attention = call.with_cls_attention.then_some(&mut attention[..]);
-            let matrices = call.parameters.matrices(&weights);
             kernel::forward(call.shape(dims), weights, &matrices, xs, attention, save)
         })?;
         *lock(&call.saved) = saved;
@@ -324,7 +368,8 @@ impl CustomOp2 for Block {
         };
         let (dx, gradients) = with_slices("transformer block", [x, grad], |[xs, gs]| {
             let shape = call.shape(x.dims3()?);
-            call.with_weights(|w| kernel::backward(shape, w, xs, saved, gs, needs_parameters))
+            let parameters = &call.parameters;
+            parameters.with_weights(|w| kernel::backward(shape, w, xs, saved, gs, needs_parameters))
         })?;
         if let Some(gradients) = gradients {
             let pairs = gradients.into_iter().zip(call.parameters.tensors());
@@ -494,6 +539,48 @@ mod tests {
             let (found, expected) = (attention.unwrap(), expected_attention.unwrap());
             assert!(distance(&found, &expected) < 1e-6);
         }
+        Ok(())
+    }
+
+    /// Input, the twelve parameters, and LayerScale's two.
+    fn scaled_inputs(images: usize, tokens: usize) -> Vec<Tensor> {
+        let mut t = inputs(images, tokens);
+        t.extend([noise(&[12], 50), noise(&[12], 51)]);
+        t
+    }
+
+    fn scaled_parameters(t: &[Tensor]) -> BlockParameters {
+        BlockParameters {
+            scales: Some([t[13].clone(), t[14].clone()]),
+            ..parameters(t)
+        }
+    }
+
+    #[test]
+    fn layer_scale_has_gradients_and_is_kept_where_it_is_frozen() -> Result<()> {
+        let factors = [vec![1.25, 0.0, 0.5], vec![0.0, 2.0, 1.0]];
+        check_gradients(&scaled_inputs(3, 4), |t| {
+            Ok(transformer_block(&t[0], &scaled_parameters(t), Some(&factors), false)?.0)
+        });
+        let t = scaled_inputs(2, 150);
+        let mut p = scaled_parameters(&t);
+        let expected = composed(&t[0], &p, None, false)?.0;
+        for _ in 0..2 {
+            let found = transformer_block(&t[0], &p, None, false)?.0;
+            assert!(distance(&found, &expected) < 1e-5);
+        }
+        // Other factors and another bias are never taken for the kept ones.
+        for change in 0..2 {
+            match change {
+                0 => p.scales = Some([t[14].clone(), t[13].clone()]),
+                _ => p.fc2[1] = (&t[12] * 2.0)?.detach(),
+            }
+            let expected = composed(&t[0], &p, None, false)?.0;
+            let found = transformer_block(&t[0], &p, None, false)?.0;
+            assert!(distance(&found, &expected) < 1e-5);
+        }
+        p.scales = Some([noise(&[1], 0), noise(&[12], 1)]);
+        assert!(transformer_block(&t[0], &p, None, false).is_err());
         Ok(())
     }
 
