@@ -11,7 +11,7 @@ use defend_distill::{DistillObjective, FeatureDistance};
 use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng, normal};
 use defend_vit::{Architecture, BackboneSpec, TokenSet, TrainScope, Trainable, Vit};
 
-/// Of the training steps.
+/// Small, so that a step repeated many times leaves the weights what they were.
 const LEARNING_RATE: f64 = 1e-6;
 
 pub fn noise(shape: &[usize], seed: u64) -> Tensor {

@@ -41,7 +41,10 @@ fn step(c: &mut Criterion) {
     for (name, architecture) in models() {
         let batch = 16;
         let images = noise(&[batch, 3, 224, 224], 1);
-        let target = noise(&[batch, 98, architecture.width], 2);
+        let target = noise(
+            &[batch, StudentStep::kept(&architecture), architecture.width],
+            2,
+        );
         let student = random_vit(&architecture);
         let mut step = StudentStep::new(student, &architecture, images, target);
         group.throughput(Throughput::Elements(batch as u64));

@@ -111,10 +111,14 @@ fn compare(row: Row, arguments: &Arguments) {
     }
     theirs.extend(work.candle.take().map(|work| Theirs::here(*work)));
     for other in &theirs {
+        assert_eq!(ours_check.len(), other.check.len(), "{name}");
+        let size = other
+            .check
+            .iter()
+            .fold(0.0, |size: f64, b| size.max(b.abs()));
         for (a, b) in ours_check.iter().zip(&other.check) {
-            let error = (a - b).abs() / b.abs().max(1.0);
             assert!(
-                error < tolerance,
+                (a - b).abs() <= tolerance * size,
                 "{name}: {a} here, {b} in {}",
                 other.engine
             );

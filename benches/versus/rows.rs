@@ -23,7 +23,7 @@ const GRID: Grid = Grid {
     columns: 14,
 };
 
-/// Largest difference of results computed from the same numbers, relative to the larger of the value and one.
+/// Largest difference of results computed from the same numbers, relative to the largest of them.
 const TOLERANCE: f64 = 1e-3;
 
 /// What is timed here, and numbers that the other side should find too.
@@ -43,7 +43,7 @@ pub(crate) struct Row {
     pub(crate) items: usize,
     /// Whether it runs before it is timed.
     pub(crate) warm_up: bool,
-    /// Largest difference that a check allows, relative to the larger of the value and one.
+    /// Largest difference that a check allows, relative to the largest value.
     pub(crate) tolerance: f64,
     /// Writes weights and inputs into a folder; the request for `theirs.py`, and the work here.
     pub(crate) prepare: Box<Prepare>,
@@ -328,7 +328,8 @@ fn pictures(folder: &Path) -> Row {
         engines: vec!["pillow", "torchvision"],
         items,
         warm_up: true,
-        tolerance: TOLERANCE,
+        // The decoders of both sides round differently.
+        tolerance: 5e-3,
         prepare: Box::new(prepare),
     }
 }

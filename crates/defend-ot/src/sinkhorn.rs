@@ -9,9 +9,9 @@ use crate::{Assigner, Error, kernel};
 /// Alternating normalisation of `exp(scores / epsilon)` (Cuturi, 2013; SwAV, appendix A).
 ///
 /// One iteration gives every prototype the mass 1/K, then every feature the mass 1/R; the result is
-/// scaled so that a feature's row sums to one. Works in `f32` (or the scores' `f64`): `exp(1 / 0.05)` overflows half
-/// precision. On logarithms, so that a prototype that is far from every feature does not starve; on the CPU on the plain
-/// exponentials where the scores' range divided by `epsilon` is at most 50, as it is for cosines at 0.05.
+/// scaled so that a feature's row sums to one. Works in `f32` (or the scores' `f64`), as `exp(1 / 0.05)` overflows half
+/// precision, and on logarithms, so that a prototype that is far from every feature does not starve. Where the scores' range
+/// divided by `epsilon` is at most 50, as it is for cosines at 0.05, the CPU takes the exponentials themselves.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SinkhornKnopp {
@@ -75,7 +75,7 @@ impl Assigner for SinkhornKnopp {
         let scores = scores.detach().to_dtype(wide)?;
         let not_finite = || {
             wrong(format!(
-                "of shape [{rows}, {prototypes}] hold NaN or infinite values"
+                "of shape [{rows}, {prototypes}] hold NaN or infinite values, or their range divided by epsilon is infinite"
             ))
         };
         if scores.device().is_cpu() && wide == DType::F32 {

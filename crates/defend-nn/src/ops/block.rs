@@ -40,7 +40,7 @@ pub struct BlockParameters {
 /// A frozen block's matrices in the layout of the CPU kernel; `default()` until the first call.
 ///
 /// Clones share it. It is used with the tensors and the number of heads that it was made of and no others. Matrices that
-/// train are laid out anew in every call.
+/// train, or whose bias or LayerScale does, are laid out anew in every call.
 #[derive(Debug, Clone, Default)]
 pub struct Prepared(Arc<OnceLock<(PreparedOf, Arc<Matrices>)>>);
 
@@ -54,7 +54,11 @@ impl BlockParameters {
             let folded = self.folded()?;
             folded.with_weights(|weights| Matrices::forward(&weights, self.heads))
         };
-        let of = self.tensors().into_iter().chain(self.scales());
+        let matrices = [&self.qkv[0], &self.fc1[0]].into_iter();
+        let of = matrices
+            .chain(&self.projection)
+            .chain(&self.fc2)
+            .chain(self.scales());
         let of: Vec<&Tensor> = of.collect();
         if of.iter().any(|tensor| tensor.track_op()) {
             return Ok(Arc::new(make()?));
@@ -63,9 +67,10 @@ impl BlockParameters {
         let key = (of.iter().map(|tensor| tensor.id()).collect(), self.heads);
         match self.prepared.0.get() {
             Some((made_of, matrices)) if *made_of == key => Ok(Arc::clone(matrices)),
-            _ => {
+            Some(_) => Ok(Arc::new(make()?)),
+            None => {
                 let matrices = Arc::new(make()?.kept());
-                // Kept already for other tensors, or by another thread for these.
+                // Threads that come here together make it each, and one of theirs stays.
                 let _ = self.prepared.0.set((key, Arc::clone(&matrices)));
                 Ok(matrices)
             }
@@ -84,13 +89,6 @@ impl BlockParameters {
             return Ok(self.clone());
         };
         let fold = |[matrix, bias]: &[Tensor; 2], scale: &Tensor| -> Result<[Tensor; 2]> {
-            if scale.dims() != bias.dims() {
-                bail!(
-                    "transformer block: LayerScale has shape {:?}, expected {:?}",
-                    scale.dims(),
-                    bias.dims()
-                )
-            }
             let rows = scale.unsqueeze(1)?;
             Ok([matrix.broadcast_mul(&rows)?, bias.mul(scale)?])
         };
@@ -152,6 +150,15 @@ pub fn transformer_block(
     factors: Option<&[Vec<f32>; 2]>,
     with_cls_attention: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
+    for scale in parameters.scales() {
+        let expected = parameters.norm1[0].dims();
+        if scale.dims() != expected {
+            bail!(
+                "transformer block: LayerScale has shape {:?}, expected {expected:?}",
+                scale.dims()
+            )
+        }
+    }
     let tensors = parameters.tensors();
     let all: Vec<&Tensor> = tensors.into_iter().chain(parameters.scales()).collect();
     let trains = x.track_op() || all.iter().any(|tensor| tensor.track_op());
@@ -564,11 +571,21 @@ mod tests {
         });
         let t = scaled_inputs(2, 150);
         let mut p = scaled_parameters(&t);
-        let expected = composed(&t[0], &p, None, false)?.0;
-        for _ in 0..2 {
-            let found = transformer_block(&t[0], &p, None, false)?.0;
-            assert!(distance(&found, &expected) < 1e-5);
-        }
+        let (expected, expected_attention) = composed(&t[0], &p, None, true)?;
+        let (found, attention) = transformer_block(&t[0], &p, None, true)?;
+        assert!(distance(&found, &expected) < 1e-5);
+        let [found, expected] = [attention, expected_attention].map(Option::unwrap);
+        assert!(distance(&found, &expected) < 1e-6);
+        assert!(Arc::ptr_eq(&p.matrices()?, &p.matrices()?));
+        // A gradient for the input alone.
+        let x = candle_core::Var::from_tensor(&t[0])?;
+        let gradient = |out: Tensor| -> Result<Tensor> {
+            let grads = (out * noise(t[0].dims(), 99))?.sum_all()?.backward()?;
+            Ok(grads.get(&x).unwrap().clone())
+        };
+        let found = gradient(transformer_block(&x, &p, None, false)?.0)?;
+        let expected = gradient(composed(&x, &p, None, false)?.0)?;
+        assert!(distance(&found, &expected) < 1e-4);
         // Other factors and another bias are never taken for the kept ones.
         for change in 0..2 {
             match change {

@@ -14,9 +14,10 @@ struct Columns {
     sums: Vec<f32>,
 }
 
-/// `scores`: `[R, K]`; `inverse`: 1 / epsilon.
+/// `scores`: `[R, K]`, none above `largest`; `inverse`: 1 / epsilon.
 pub(super) fn assign(
     scores: &[f32],
+    largest: f32,
     prototypes: usize,
     inverse: f32,
     iterations: usize,
@@ -24,7 +25,9 @@ pub(super) fn assign(
     let task = ROWS_PER_TASK * prototypes;
     let rows = scores.len() / prototypes;
     let mut scores = scores.to_vec();
-    vectorised!(|| scores.iter_mut().for_each(|s| *s *= inverse));
+    vectorised!(|| scores
+        .iter_mut()
+        .for_each(|s| *s = (*s - largest) * inverse));
     let mut row_offsets = vec![0f32; rows];
     let zeros = vec![0f32; ROWS_PER_TASK];
     let columns = scores.par_chunks(task);
