@@ -11,9 +11,6 @@ use defend_distill::{DistillObjective, FeatureDistance};
 use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng, normal};
 use defend_vit::{Architecture, BackboneSpec, TokenSet, TrainScope, Trainable, Vit};
 
-/// Small, so that a step repeated many times leaves the weights what they were.
-const LEARNING_RATE: f64 = 1e-6;
-
 pub fn noise(shape: &[usize], seed: u64) -> Tensor {
     normal(shape, 1.0, &mut Rng::seed(seed), &Device::Cpu).expect("a tensor")
 }
@@ -31,11 +28,12 @@ pub fn frozen_vit(architecture: &Architecture) -> Vit {
 }
 
 /// Everything that trains in one group.
-pub fn parameter_group(vit: &Vit, weight_decay: f64) -> ParameterGroup {
+pub fn parameter_group(vit: &Vit) -> ParameterGroup {
     ParameterGroup {
         parameters: vit.parameters(),
-        learning_rate: LEARNING_RATE,
-        weight_decay,
+        // Small, so that a step repeated many times leaves the weights what they were.
+        learning_rate: 1e-6,
+        weight_decay: 0.05,
     }
 }
 
@@ -43,7 +41,7 @@ pub fn parameter_group(vit: &Vit, weight_decay: f64) -> ParameterGroup {
 pub struct StudentStep {
     pub student: Vit,
     images: Tensor,
-    keep: TokenSet,
+    pub keep: TokenSet,
     target: Tensor,
     optimiser: AdamW,
 }
@@ -70,7 +68,7 @@ impl StudentStep {
             beta2: 0.95,
             ..AdamWConfig::default()
         };
-        let optimiser = AdamW::new(vec![parameter_group(&student, 0.05)], config);
+        let optimiser = AdamW::new(vec![parameter_group(&student)], config);
         Self {
             student,
             images,
@@ -78,10 +76,6 @@ impl StudentStep {
             target,
             optimiser: optimiser.expect("an optimiser"),
         }
-    }
-
-    pub fn keep(&self) -> &TokenSet {
-        &self.keep
     }
 
     pub fn loss(&self) -> Tensor {

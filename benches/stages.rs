@@ -163,7 +163,7 @@ fn adamw(c: &mut Criterion) {
         .and_then(|all| Tensor::stack(&all, 0)?.sum_all());
     let grads = loss.and_then(|loss| loss.backward()).expect("gradients");
     let mut group = c.benchmark_group("AdamW, ViT-S");
-    let group_of_all = parameter_group(&vit, 0.05);
+    let group_of_all = parameter_group(&vit);
     let mut ours = AdamW::new(vec![group_of_all], AdamWConfig::default()).expect("an optimiser");
     group.bench_function("defend-nn", |b| {
         b.iter(|| ours.step(&grads, 1.0).expect("a step"));

@@ -183,7 +183,7 @@ fn student_step(timm: &'static str, name: &'static str, architecture: Architectu
         let tensors = HashMap::from([
             ("images", images.clone()),
             ("target", target.clone()),
-            ("keep", step.keep().indices().clone()),
+            ("keep", step.keep.indices().clone()),
         ]);
         let request = request(
             "student_step",

@@ -6,7 +6,7 @@
 use defend_nn::{vector, vectorised};
 use rayon::prelude::*;
 
-use super::ROWS_PER_TASK;
+use super::{Problem, ROWS_PER_TASK};
 
 /// Largest value and `sum(exp(value - largest))` of each column.
 struct Columns {
@@ -14,29 +14,19 @@ struct Columns {
     sums: Vec<f32>,
 }
 
-/// `scores`: `[R, K]`, none above `largest`; `inverse`: 1 / epsilon.
-pub(super) fn assign(
-    scores: &[f32],
-    largest: f32,
-    prototypes: usize,
-    inverse: f32,
-    iterations: usize,
-) -> Vec<f32> {
-    let task = ROWS_PER_TASK * prototypes;
-    let rows = scores.len() / prototypes;
-    let mut scores = scores.to_vec();
-    vectorised!(|| scores
-        .iter_mut()
-        .for_each(|s| *s = (*s - largest) * inverse));
+pub(super) fn assign(problem: &Problem<'_>) -> Vec<f32> {
+    let (task, rows, prototypes) = (problem.task(), problem.rows(), problem.prototypes);
+    let mut scores = problem.scores.to_vec();
+    vectorised!(|| scores.iter_mut().for_each(|s| *s = problem.logarithm(*s)));
     let mut row_offsets = vec![0f32; rows];
     let zeros = vec![0f32; ROWS_PER_TASK];
     let columns = scores.par_chunks(task);
     let mut columns: Vec<Columns> = columns
         .map(|s| sum_columns(s, &zeros, prototypes))
         .collect();
-    for iteration in 1..=iterations {
+    for iteration in 1..=problem.iterations {
         let offsets = column_offsets(&columns, prototypes);
-        if iteration == iterations {
+        if iteration == problem.iterations {
             scores.par_chunks_mut(task).for_each(|scores| {
                 vectorised!(|| {
                     for row in scores.chunks_exact_mut(prototypes) {

@@ -16,6 +16,35 @@ const ROWS_PER_TASK: usize = 256;
 /// the rows between `exp(-50)` and `exp(50)`; iterations never widen these bounds, and `f32` reaches from 1e-38 to 3e38.
 const SCALING_RANGE: f32 = 50.0;
 
+/// What Q is computed from.
+struct Problem<'a> {
+    /// `[R, K]`.
+    scores: &'a [f32],
+    prototypes: usize,
+    /// Of the scores.
+    largest: f32,
+    /// 1 / epsilon.
+    inverse: f32,
+    iterations: usize,
+}
+
+impl Problem<'_> {
+    fn rows(&self) -> usize {
+        self.scores.len() / self.prototypes
+    }
+
+    /// Scores that a task works on.
+    fn task(&self) -> usize {
+        ROWS_PER_TASK * self.prototypes
+    }
+
+    /// The logarithm that Q begins with, at most zero.
+    #[inline(always)]
+    fn logarithm(&self, score: f32) -> f32 {
+        (score - self.largest) * self.inverse
+    }
+}
+
 /// `scores`: `[R, K]`; returns Q with rows that sum to one, and `None` when a score is not a number or infinite, or when the
 /// scores' range divided by `epsilon` is.
 pub(crate) fn assign(
@@ -33,7 +62,13 @@ pub(crate) fn assign(
         } else {
             logarithms::assign
         };
-        assign(scores, largest, prototypes, inverse, iterations)
+        assign(&Problem {
+            scores,
+            prototypes,
+            largest,
+            inverse,
+            iterations,
+        })
     })
 }
 
@@ -73,10 +108,14 @@ mod tests {
 
     fn check(scores: &[f32], prototypes: usize, inverse: f32, iterations: usize) {
         let (_, largest) = range(scores, prototypes).unwrap();
-        let assign = |assign: fn(&[f32], f32, usize, f32, usize) -> Vec<f32>| {
-            assign(scores, largest, prototypes, inverse, iterations)
+        let problem = Problem {
+            scores,
+            prototypes,
+            largest,
+            inverse,
+            iterations,
         };
-        let (a, b) = (assign(scaling::assign), assign(logarithms::assign));
+        let (a, b) = (scaling::assign(&problem), logarithms::assign(&problem));
         for (a, b) in a.iter().zip(&b) {
             assert!((a - b).abs() < 2e-5, "{prototypes} {inverse}: {a} {b}");
         }

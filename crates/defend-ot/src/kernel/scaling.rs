@@ -5,25 +5,18 @@
 use defend_nn::{vector, vectorised};
 use rayon::prelude::*;
 
-use super::ROWS_PER_TASK;
+use super::Problem;
 
-/// `scores`: `[R, K]`, none above `largest`; `inverse`: 1 / epsilon.
-pub(super) fn assign(
-    scores: &[f32],
-    largest: f32,
-    prototypes: usize,
-    inverse: f32,
-    iterations: usize,
-) -> Vec<f32> {
-    let task = ROWS_PER_TASK * prototypes;
-    let rows = scores.len() / prototypes;
-    let mut e = vec![0f32; scores.len()];
-    let blocks = e.par_chunks_mut(task).zip(scores.par_chunks(task));
+pub(super) fn assign(problem: &Problem<'_>) -> Vec<f32> {
+    let (task, rows, prototypes) = (problem.task(), problem.rows(), problem.prototypes);
+    let mut e = vec![0f32; problem.scores.len()];
+    let scores = problem.scores.par_chunks(task);
+    let blocks = e.par_chunks_mut(task).zip(scores);
     let sums = blocks.map(|(e, scores)| {
         let mut sums = vec![0f32; prototypes];
         vectorised!(|| {
             for (e, s) in e.iter_mut().zip(scores) {
-                *e = vector::exp((s - largest) * inverse);
+                *e = vector::exp(problem.logarithm(*s));
             }
             for row in e.chunks_exact(prototypes) {
                 sums.iter_mut().zip(row).for_each(|(sum, e)| *sum += e);
@@ -32,7 +25,7 @@ pub(super) fn assign(
         sums
     });
     let mut v = column_factors(sums.collect(), prototypes);
-    for _ in 1..iterations {
+    for _ in 1..problem.iterations {
         let sums = e.par_chunks(task).map(|e| {
             let mut sums = vec![0f32; prototypes];
             vectorised!(|| {
