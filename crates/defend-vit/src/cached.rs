@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-use crate::{Backbone, BackboneSpec, Error, Features, Grid, Layer, TokenSet};
+use crate::{Backbone, BackboneSpec, Error, Features, Grid, Layer, Products, TokenSet};
 
 /// Where [`Cached`] keeps features, and how exactly.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -333,7 +333,7 @@ fn hash_values(hasher: &mut blake3::Hasher, values: &[f32]) {
     }
 }
 
-/// Short hash of a backbone's architecture and weights: what its features depend on, wherever its file is.
+/// Short hash of a backbone's architecture, weights and rounding: what its features depend on, wherever its file is.
 ///
 /// # Errors
 /// [`Error::Config`] for a backbone that does not show its tensors.
@@ -346,6 +346,9 @@ pub fn weights_hash(backbone: &dyn Backbone) -> Result<String, Error> {
     })?;
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{:?}", spec.architecture).as_bytes());
+    if spec.products != Products::F32 {
+        hasher.update(format!("{:?}", spec.products).as_bytes());
+    }
     let mut names: Vec<&String> = tensors.keys().collect();
     names.sort_unstable();
     for name in names {

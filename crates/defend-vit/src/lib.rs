@@ -37,6 +37,8 @@ mod variants;
 mod vit;
 mod weights;
 
+pub use defend_nn::ops::Products;
+
 pub use cached::{CacheConfig, Cached, Precision, weights_hash};
 pub use checkpoint::{Family, Pretrained};
 pub use error::Error;

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use crate::pos_embed::Bicubic;
-use crate::{BackboneSpec, Error, TrainScope, Vit, Weights, pos_embed};
+use crate::{BackboneSpec, Error, Products, TrainScope, Vit, Weights, pos_embed};
 
 impl Vit {
     /// The same backbone with the last `layers` layers in its features.
@@ -89,26 +89,26 @@ impl Vit {
         })
     }
 
-    /// A frozen copy in another floating-point type. The CPU computes in `f32`: there the weights are rounded to
-    /// `dtype` and computed with as `f32`, so that what the rounding does to the results can be seen.
+    /// A frozen copy in another floating-point type. On the CPU the tensors stay `f32`: weights are rounded to `dtype`, and
+    /// with `BF16` the blocks' products are [`Products::Bf16`], which processors with AVX-512 BF16 have an instruction for.
     ///
     /// # Errors
     /// [`Error::Candle`] for a type that is not floating-point on this device.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self, Error> {
         let device = self.pos_embed.device();
         let on_cpu = device.is_cpu();
-        self.changed(
-            self.spec.clone(),
-            TrainScope::Frozen,
-            device,
-            |_, tensor| {
-                let rounded = tensor.to_dtype(dtype)?;
-                if on_cpu {
-                    return rounded.to_dtype(DType::F32);
-                }
-                Ok(rounded)
-            },
-        )
+        let mut spec = self.spec.clone();
+        spec.products = match dtype {
+            DType::BF16 if on_cpu => Products::Bf16,
+            _ => Products::F32,
+        };
+        self.changed(spec, TrainScope::Frozen, device, |_, tensor| {
+            let rounded = tensor.to_dtype(dtype)?;
+            if on_cpu {
+                return rounded.to_dtype(DType::F32);
+            }
+            Ok(rounded)
+        })
     }
 
     /// A copy with another spec and changed parameters.
@@ -173,19 +173,28 @@ mod tests {
     }
 
     #[test]
-    fn half_precision_weights_are_rounded_and_computed_in_f32() {
+    fn half_precision_rounds_and_keeps_f32_tensors() {
         let (vit, images) = (vit(), images(32));
         let expected = vit.features(&images).unwrap().patches;
         for (half, allowed) in [(DType::F16, 2e-3), (DType::BF16, 2e-2)] {
-            let found = vit
-                .to_dtype(half)
-                .unwrap()
-                .features(&images)
-                .unwrap()
-                .patches;
+            let rounded = vit.to_dtype(half).unwrap();
+            let found = rounded.features(&images).unwrap().patches;
             assert_eq!(found.dtype(), DType::F32);
             assert_close(&found, &expected, allowed, "patches");
             assert!(largest(&(&found - &expected).unwrap()) > 0.0, "not rounded");
+            // A file, and another fit's folder of features, know how it was rounded.
+            let json = serde_json::to_string(rounded.spec()).unwrap();
+            assert_eq!(json.contains("bf16"), half == DType::BF16);
+            assert_eq!(
+                serde_json::from_str::<BackboneSpec>(&json).unwrap(),
+                *rounded.spec()
+            );
+            let mut spec = rounded.spec().clone();
+            spec.products = Products::F32;
+            let weights = Weights::from_tensors(rounded.state().unwrap(), "rounded");
+            let plain = Vit::load(spec, weights, TrainScope::Frozen, &Device::Cpu).unwrap();
+            let [a, b] = [&rounded, &plain].map(|vit| crate::weights_hash(vit).unwrap());
+            assert_eq!(a == b, half == DType::F16);
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::block::{Block, Linear, Norm};
 use crate::features::{Backbone, Features, Grid, Layer, Prefix, TokenSet, Trainable};
 use crate::patch_embed::patchify;
 use crate::pos_embed::Bicubic;
-use crate::{Architecture, BackboneSpec, Error, Weights, pos_embed};
+use crate::{BackboneSpec, Error, Weights, pos_embed};
 
 /// Which parameters of a loaded backbone train.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,10 +95,11 @@ impl Assembly<'_, '_> {
 
     fn block(
         &mut self,
-        arch: &Architecture,
+        spec: &BackboneSpec,
         at: &str,
         trains: bool,
     ) -> Result<BlockParameters, Error> {
+        let arch = &spec.architecture;
         let (d, hidden) = (arch.width, arch.mlp_width);
         let mut pair = |name: &str, shape: &[usize]| -> Result<[Tensor; 2], Error> {
             let (weight, bias) = (format!("{at}.{name}.weight"), format!("{at}.{name}.bias"));
@@ -124,6 +125,7 @@ impl Assembly<'_, '_> {
             },
             heads: arch.heads,
             eps: arch.layer_norm_eps,
+            products: spec.products,
             prepared: Prepared::default(),
         })
     }
@@ -262,7 +264,7 @@ impl Vit {
         let blocks = (0..arch.depth)
             .map(|i| {
                 let (trains, at) = (i >= first_trained, format!("blocks.{i}"));
-                let parameters = build.block(&arch, &at, trains)?;
+                let parameters = build.block(&spec, &at, trains)?;
                 Ok(Block {
                     parameters,
                     drop_path: drop_path * i as f64 / (arch.depth.max(2) - 1) as f64,

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::bf16::Form;
 use super::blocked::{Columns, Rows, Stack, gather, scatter, split};
 use super::math;
 use super::packed::{Panels, Start, Target, product, transposed_product};
@@ -85,6 +86,7 @@ impl Heads {
     /// All rows of a head as the right side of a product over tokens.
     fn over_tokens(self, blocks: &[f32], head: usize) -> Panels<'_> {
         Panels {
+            form: Form::Single,
             values: self.blocks_of(blocks, head),
             depth: self.keys(),
             columns: self.head(),
@@ -119,6 +121,7 @@ impl Heads {
             }
         });
         Panels {
+            form: Form::Single,
             values: out,
             depth: self.head(),
             columns: self.keys(),

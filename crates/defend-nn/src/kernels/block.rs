@@ -54,17 +54,24 @@ impl Matrices {
         })
     }
 
+    /// The same, and what they will be multiplied with, rounded to `bf16`.
+    pub(crate) fn rounded(self) -> Self {
+        self.map(Packed::rounded)
+    }
+
     /// For more than one pass.
-    pub(crate) fn kept(mut self) -> Self {
-        for matrix in [
-            &mut self.qkv,
-            &mut self.projection,
-            &mut self.fc1,
-            &mut self.fc2,
-        ] {
-            matrix.keep();
+    pub(crate) fn kept(self) -> Self {
+        self.map(Packed::kept)
+    }
+
+    fn map(self, f: impl Fn(Packed) -> Packed) -> Self {
+        Self {
+            qkv: f(self.qkv),
+            projection: f(self.projection),
+            fc1: f(self.fc1),
+            fc2: f(self.fc2),
+            biases: self.biases,
         }
-        self
     }
 
     /// From each matrix and the columns of its map's input and output.

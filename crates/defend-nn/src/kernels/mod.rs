@@ -6,6 +6,7 @@ use crate::vectorised;
 use rayon::prelude::*;
 
 pub(crate) mod attention;
+pub(crate) mod bf16;
 pub(crate) mod block;
 pub(crate) mod blocked;
 pub(crate) mod math;

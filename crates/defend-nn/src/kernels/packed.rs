@@ -9,6 +9,7 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::bf16::{self, Form};
 use super::blocked::{Columns, Rows, Stack, VECTORS, fill_block};
 use super::pool::Buffer;
 
@@ -17,7 +18,7 @@ const TILE_ROWS: [usize; 2] = [6, 12];
 /// Steps of the depth that a tile's loop takes at a time. A core that another process shares is limited by the number of
 /// instructions: in a loop of single steps a third of them are counters and bounds. With eight steps the compiler runs out of
 /// registers.
-const UNROLL: usize = 4;
+pub(super) const UNROLL: usize = 4;
 /// Bytes of a panel that are handled in one go: with the rows' parts they stay in the nearest cache.
 const PANEL_BYTES: usize = 24 * 1024;
 
@@ -25,6 +26,7 @@ const PANEL_BYTES: usize = 24 * 1024;
 #[derive(Debug)]
 pub(crate) struct Packed {
     values: Buffer,
+    form: Form,
     depth: Columns,
     columns: Columns,
 }
@@ -33,6 +35,7 @@ pub(crate) struct Packed {
 #[derive(Clone, Copy)]
 pub(crate) struct Panels<'a> {
     pub(crate) values: &'a [f32],
+    pub(crate) form: Form,
     /// How the columns of the left side are cut into blocks.
     pub(crate) depth: Columns,
     pub(crate) columns: Columns,
@@ -72,22 +75,39 @@ impl Packed {
         panels.enumerate().for_each(|(i, panel)| fill(panel, i));
         Self {
             values,
+            form: Form::Single,
             depth,
             columns,
         }
     }
 
+    /// The same matrix, and what it will be multiplied with, rounded to `bf16`.
+    pub(crate) fn rounded(mut self) -> Self {
+        self.form = Form::rounded(self.depth);
+        self.values = self.form.convert(self.values, self.columns.width);
+        self
+    }
+
     /// Keeps the matrix for more than one pass.
-    pub(crate) fn keep(&mut self) {
+    pub(crate) fn kept(mut self) -> Self {
         self.values.keep();
+        self
     }
 
     pub(crate) fn panels(&self) -> Panels<'_> {
         Panels {
             values: &self.values,
+            form: self.form,
             depth: self.depth,
             columns: self.columns,
         }
+    }
+}
+
+impl Panels<'_> {
+    /// Values of the matrix in its form.
+    fn len(&self) -> usize {
+        self.columns.values(self.depth.count) / self.form.rows_in_a_line()
     }
 }
 
@@ -150,24 +170,26 @@ pub(crate) fn product(
 ) {
     assert_eq!(x.columns, matrix.depth);
     assert_eq!(x.blocks.len(), x.columns.blocks());
-    assert_eq!(
-        matrix.values.len(),
-        matrix.columns.values(matrix.depth.count)
-    );
+    assert_eq!(matrix.values.len(), matrix.len());
     out.check(x.count, matrix.columns);
     if let Start::Bias(bias) = start {
         assert_eq!(bias.len(), matrix.columns.count);
     }
-    pulp::Arch::new().dispatch(Product {
+    let product = Product {
         out,
         start,
         x,
         matrix,
         factor,
-    });
+    };
+    match matrix.form {
+        #[cfg(target_arch = "x86_64")]
+        Form::Pairs(processor) => processor.run(product),
+        Form::Single | Form::Rounded => pulp::Arch::new().dispatch(product),
+    }
 }
 
-struct Product<'p, 't, 'a> {
+pub(super) struct Product<'p, 't, 'a> {
     out: Target<'t, 'a>,
     start: Start<'p>,
     x: Rows<'p>,
@@ -261,24 +283,36 @@ impl Iterator for Heights {
     }
 }
 
-impl WithSimd for Product<'_, '_, '_> {
-    type Output = ();
-
+impl Product<'_, '_, '_> {
+    /// Goes through the matrix part by part. `prepare` brings the tiles of a part, as many values as lines of the part and rows
+    /// have, into the matrix's form; `multiply` takes one of them, its number of rows, the part of a panel, and where the
+    /// product goes.
     #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
+    pub(super) fn by_tiles<S: Simd>(
+        mut self,
+        prepare: impl Fn(&mut [f32]),
+        multiply: impl Fn(&[f32], usize, &[f32], Add<'_>, &mut [f32]),
+    ) {
         let (depth, columns) = (self.matrix.depth.count, self.matrix.columns);
+        let rows_in_a_line = self.matrix.form.rows_in_a_line();
         let width = VECTORS * S::F32_LANES;
         let heights = Heights::of(self.x.count, most_rows::<S>());
-        let most = PANEL_BYTES / (4 * width);
+        let most = PANEL_BYTES / (4 * width) * rows_in_a_line;
         let mut tiles = Buffer::stale(self.x.count * depth.min(most.max(width)));
         let (mut block, mut from) = (0, 0);
         while block < self.x.columns.blocks() {
             let (blocks, part) = self.x.run(block, most);
-            self.x
-                .tiles(&mut tiles, blocks.clone(), part, heights.clone());
-            let panels = self.matrix.values.chunks_exact(depth * width);
+            let tiles = &mut tiles[..self.x.count * part];
+            self.x.tiles(tiles, blocks.clone(), part, heights.clone());
+            prepare(tiles);
+            let lines = part / rows_in_a_line;
+            let before = from / rows_in_a_line * width;
+            let panels = self
+                .matrix
+                .values
+                .chunks_exact(depth / rows_in_a_line * width);
             for (i, panel) in panels.enumerate() {
-                let (panel, _) = S::as_simd_f32s(&panel[from * width..][..part * width]);
+                let panel = &panel[before..][..lines * width];
                 let (first, filled) = columns.block(i);
                 let start = match self.start {
                     _ if from > 0 => Start::Kept,
@@ -294,8 +328,8 @@ impl WithSimd for Product<'_, '_, '_> {
                 };
                 let mut row = 0;
                 for rows in heights.clone() {
-                    let x = &tiles[row * part..][..rows * part];
-                    ByRow { x, panel, add }.run(simd, rows, &mut out[row * stride..]);
+                    let x = &tiles[row * lines..][..rows * lines];
+                    multiply(x, rows, panel, add, &mut out[row * stride..]);
                     row += rows;
                 }
             }
@@ -304,9 +338,31 @@ impl WithSimd for Product<'_, '_, '_> {
     }
 }
 
+impl WithSimd for Product<'_, '_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let rounded = matches!(self.matrix.form, Form::Rounded);
+        self.by_tiles::<S>(
+            #[inline(always)]
+            |tiles| {
+                if rounded {
+                    bf16::round(tiles);
+                }
+            },
+            #[inline(always)]
+            |x, rows, panel, add, out| {
+                let (panel, _) = S::as_simd_f32s(panel);
+                ByRow { x, panel, add }.run(simd, rows, out);
+            },
+        );
+    }
+}
+
 /// What becomes of a tile's sums.
 #[derive(Clone, Copy)]
-struct Add<'a> {
+pub(super) struct Add<'a> {
     /// Columns of the block.
     filled: usize,
     /// From one row of the result to the next.
@@ -319,7 +375,7 @@ struct Add<'a> {
 impl Add<'_> {
     /// `out = start + factor x sums`, row by row.
     #[inline(always)]
-    fn add<S: Simd, const H: usize>(
+    pub(super) fn add<S: Simd, const H: usize>(
         &self,
         simd: S,
         out: &mut [f32],
@@ -395,6 +451,27 @@ struct ByColumn<'a> {
     to: usize,
     add: Add<'a>,
 }
+
+/// Calls a macro with all heights of tiles, and names for the sums of each row.
+macro_rules! every_height {
+    ($then:ident) => {
+        $then! {
+            1 one one_column: 0 x0 a0 b0;
+            2 two two_columns: 0 x0 a0 b0, 1 x1 a1 b1;
+            3 three three_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2;
+            4 four four_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3;
+            5 five five_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4;
+            6 six six_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5;
+            7 seven seven_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6;
+            8 eight eight_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7;
+            9 nine nine_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8;
+            10 ten ten_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9;
+            11 eleven eleven_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9, 10 x10 a10 b10;
+            12 twelve twelve_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9, 10 x10 a10 b10, 11 x11 a11 b11;
+        }
+    };
+}
+pub(super) use every_height;
 
 /// Tiles of each height: sums in variables of their own, which the compiler keeps in registers as it does not with arrays.
 macro_rules! tiles {
@@ -505,20 +582,7 @@ macro_rules! tiles {
     };
 }
 
-tiles! {
-    1 one one_column: 0 x0 a0 b0;
-    2 two two_columns: 0 x0 a0 b0, 1 x1 a1 b1;
-    3 three three_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2;
-    4 four four_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3;
-    5 five five_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4;
-    6 six six_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5;
-    7 seven seven_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6;
-    8 eight eight_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7;
-    9 nine nine_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8;
-    10 ten ten_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9;
-    11 eleven eleven_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9, 10 x10 a10 b10;
-    12 twelve twelve_columns: 0 x0 a0 b0, 1 x1 a1 b1, 2 x2 a2 b2, 3 x3 a3 b3, 4 x4 a4 b4, 5 x5 a5 b5, 6 x6 a6 b6, 7 x7 a7 b7, 8 x8 a8 b8, 9 x9 a9 b9, 10 x10 a10 b10, 11 x11 a11 b11;
-}
+every_height!(tiles);
 
 /// `factor G^T X` for the columns of some blocks of `left`, G, and all of `right`, X, over their rows.
 ///
@@ -639,12 +703,36 @@ mod tests {
         blocks
     }
 
+    /// The nearest value of eight significant bits.
+    fn eight_bits(x: f32) -> f64 {
+        let x = f64::from(x);
+        let step = (x.abs().log2().floor() - 7.0).exp2();
+        if x == 0.0 {
+            x
+        } else {
+            (x / step).round_ties_even() * step
+        }
+    }
+
     fn check_product(
         rows: usize,
         [depth, inner]: [usize; 2],
         [columns, outer]: [usize; 2],
         start: Start<'_>,
     ) {
+        check_form(rows, [depth, inner], [columns, outer], start, false);
+        check_form(rows, [depth, inner], [columns, outer], start, true);
+    }
+
+    fn check_form(
+        rows: usize,
+        [depth, inner]: [usize; 2],
+        [columns, outer]: [usize; 2],
+        start: Start<'_>,
+        rounded: bool,
+    ) {
+        let form = |packed: Packed| if rounded { packed.rounded() } else { packed };
+        let value = |x: f32| if rounded { eight_bits(x) } else { f64::from(x) };
         let (x, m) = (noise(rows * depth, 0.37), noise(depth * columns, 0.73));
         let transpose: Vec<f32> = (0..columns * depth)
             .map(|i| m[i % depth * columns + i / depth])
@@ -655,11 +743,11 @@ mod tests {
         let x_rows = || Rows::all(&blocked, rows, depths);
         let before = noise(rows * columns, 0.11);
         let mut a = before.clone();
-        let packed = Packed::new(&m, depths, outs);
+        let packed = form(Packed::new(&m, depths, outs));
         let target = Target::RowMajor(&mut a);
         product(target, start, x_rows(), packed.panels(), 0.5);
         let mut b = blocks(&before, outs);
-        let transposed = Packed::transposed(&transpose, depths, outs);
+        let transposed = form(Packed::transposed(&transpose, depths, outs));
         let target = Target::Blocks(&mut split(&mut b, rows));
         product(target, start, x_rows(), transposed.panels(), 0.5);
         let mut same = vec![0.0; a.len()];
@@ -667,8 +755,7 @@ mod tests {
         assert_eq!(a, same);
         for (i, found) in a.iter().enumerate() {
             let (r, c) = (i / columns, i % columns);
-            let terms =
-                (0..depth).map(|k| f64::from(x[r * depth + k]) * f64::from(m[k * columns + c]));
+            let terms = (0..depth).map(|k| value(x[r * depth + k]) * value(m[k * columns + c]));
             let start = match start {
                 Start::Kept => before[i],
                 Start::Zero => 0.0,
@@ -677,9 +764,24 @@ mod tests {
             let expected = f64::from(start) + 0.5 * terms.sum::<f64>();
             assert!(
                 (f64::from(*found) - expected).abs() < 1e-4,
-                "{rows} {depth} {columns} at {i}"
+                "{rows} {depth} {columns} at {i}, rounded: {rounded}"
             );
         }
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn rounded_products_use_the_instruction_for_them_where_there_is_one() {
+        let pairs = |depth| {
+            let packed = Packed::new(
+                &vec![0.0; depth * 3],
+                Columns::whole(depth),
+                Columns::whole(3),
+            );
+            matches!(packed.rounded().form, Form::Pairs(_))
+        };
+        assert_eq!(pairs(64), std::is_x86_feature_detected!("avx512bf16"));
+        assert!(!pairs(6));
     }
 
     #[test]

@@ -1,0 +1,233 @@
+//! Products whose sides are rounded to `bf16` and summed in `f32`: for frozen weights, where a processor with AVX-512 BF16
+//! multiplies twice as many at a time.
+//!
+//! Elsewhere both sides are rounded as well and multiplied as `f32`, so that scores are the same to within the order of sums on all
+//! processors.
+
+use super::blocked::Columns;
+use super::pool::Buffer;
+
+/// How a matrix in panels is multiplied.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Form {
+    /// As `f32`, `[blocks, depth, W]`.
+    Single,
+    /// The same, with both sides rounded to `bf16`.
+    Rounded,
+    /// As `bf16`, pairs of rows side by side: `[blocks, depth / 2, W, 2]`.
+    #[cfg(target_arch = "x86_64")]
+    Pairs(pairs::Processor),
+}
+
+impl Form {
+    /// The fastest way on this processor to multiply rounded values, if the left side is cut so.
+    pub(crate) fn rounded(depth: Columns) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if let (Some(processor), true) = (pairs::Processor::detect(), pairs::fits(depth)) {
+            return Self::Pairs(processor);
+        }
+        let _ = depth;
+        Self::Rounded
+    }
+
+    /// Rows of the matrix that lie side by side in a line of a panel.
+    #[inline(always)]
+    pub(super) fn rows_in_a_line(self) -> usize {
+        match self {
+            Self::Single | Self::Rounded => 1,
+            #[cfg(target_arch = "x86_64")]
+            Self::Pairs(_) => 2,
+        }
+    }
+
+    /// Brings panels of `f32`, `[blocks, depth, W]`, into this form.
+    pub(crate) fn convert(self, mut panels: Buffer, width: usize) -> Buffer {
+        match self {
+            Self::Single => panels,
+            Self::Rounded => {
+                round(&mut panels);
+                panels
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Pairs(_) => {
+                let mut out = Buffer::stale(panels.len() / 2);
+                let values: &mut [u32] = pulp::bytemuck::cast_slice_mut(&mut out);
+                let lines = values.chunks_exact_mut(width);
+                for (line, rows) in lines.zip(panels.chunks_exact(2 * width)) {
+                    let (even, odd) = rows.split_at(width);
+                    for ((pair, even), odd) in line.iter_mut().zip(even).zip(odd) {
+                        *pair = nearest(*even) >> 16 | nearest(*odd);
+                    }
+                }
+                out
+            }
+        }
+    }
+}
+
+/// The nearest `bf16`, of two the even one, as the bits of an `f32`; NaN stays NaN.
+#[inline(always)]
+fn nearest(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let kept = if x.is_nan() {
+        bits | 0x0040_0000
+    } else {
+        rounded
+    };
+    kept & 0xffff_0000
+}
+
+/// Rounds to `bf16` in place.
+#[inline(always)]
+pub(crate) fn round(values: &mut [f32]) {
+    for value in values {
+        *value = f32::from_bits(nearest(*value));
+    }
+}
+
+/// Products of pairs on processors that have an instruction for them.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+pub(crate) mod pairs {
+    use std::arch::x86_64::{
+        __m512, __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_set1_epi32,
+        _mm512_setzero_ps,
+    };
+
+    use pulp::x86::V4;
+    use pulp::{Simd, cast, u32x16};
+
+    use super::super::blocked::{Columns, VECTORS};
+    use super::super::packed::{Add, Product, UNROLL, every_height};
+    use super::nearest;
+
+    /// Pairs of columns that a tile's loop takes at a time.
+    const PAIRS: usize = UNROLL / 2;
+    /// Values of a vector.
+    const LANES: usize = 16;
+
+    /// A processor with AVX-512 BF16: there is none without it.
+    #[derive(Debug, Clone, Copy)]
+    pub(crate) struct Processor {
+        v4: V4,
+    }
+
+    /// Whether a tile of a left side cut so consists of whole groups of `UNROLL` columns.
+    pub(super) fn fits(depth: Columns) -> bool {
+        (0..depth.blocks()).all(|i| depth.block(i).1.is_multiple_of(UNROLL))
+    }
+
+    impl Processor {
+        pub(super) fn detect() -> Option<Self> {
+            let v4 = V4::try_new()?;
+            std::is_x86_feature_detected!("avx512bf16").then_some(Self { v4 })
+        }
+
+        pub(in crate::kernels) fn run(self, product: Product<'_, '_, '_>) {
+            // SAFETY: `detect`, which alone makes a `Processor`, found all features that the function asks for.
+            unsafe { run(self.v4, product) }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
+    fn run(v4: V4, product: Product<'_, '_, '_>) {
+        product.by_tiles::<V4>(
+            |tiles| narrow(tiles),
+            |x, rows, panel, add, out| {
+                let x: &[u32] = pulp::bytemuck::cast_slice(x);
+                let (panel, _) = V4::as_simd_u32s(pulp::bytemuck::cast_slice(panel));
+                multiply(v4, x, rows, panel, add, out);
+            },
+        );
+    }
+
+    /// Rounds values to `bf16`; all of them are in the first half afterwards.
+    #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
+    fn narrow(values: &mut [f32]) {
+        let whole = values.len() / (2 * LANES);
+        for i in 0..whole {
+            let (vectors, _) = V4::as_simd_f32s(&values[2 * LANES * i..][..2 * LANES]);
+            let [low, high] = [vectors[0], vectors[1]].map(|vector| cast(vector));
+            let pairs: u32x16 = cast(of_pairs(_mm512_cvtne2ps_pbh(high, low)));
+            V4::as_mut_simd_f32s(&mut values[LANES * i..][..LANES]).0[0] = cast(pairs);
+        }
+        for i in LANES * whole..values.len() / 2 {
+            let [even, odd] = [values[2 * i], values[2 * i + 1]];
+            values[i] = f32::from_bits(nearest(even) >> 16 | nearest(odd));
+        }
+    }
+
+    #[inline(always)]
+    fn pairs(bits: __m512i) -> __m512bh {
+        // SAFETY: both are 64 bytes, and all bits are values of both.
+        unsafe { std::mem::transmute(bits) }
+    }
+
+    #[inline(always)]
+    fn of_pairs(pairs: __m512bh) -> __m512i {
+        // SAFETY: as above.
+        unsafe { std::mem::transmute(pairs) }
+    }
+
+    macro_rules! tiles {
+        ($($height:literal $by_row:ident $by_column:ident: $($i:literal $x:ident $low:ident $high:ident),*;)*) => {
+            /// A few rows, `[depth / UNROLL, rows, UNROLL]` in pairs, times a part of a panel.
+            #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
+            fn multiply(v4: V4, x: &[u32], rows: usize, panel: &[u32x16], add: Add<'_>, out: &mut [f32]) {
+                match rows {
+                    $($height => $by_row(v4, x, panel, add, out),)*
+                    _ => unreachable!("a tile of {rows} rows"),
+                }
+            }
+
+            $(
+                #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
+                fn $by_row(v4: V4, x: &[u32], panel: &[u32x16], add: Add<'_>, out: &mut [f32]) {
+                    $(
+                        let mut $low = _mm512_setzero_ps();
+                        let mut $high = _mm512_setzero_ps();
+                    )*
+                    let (x, _) = x.as_chunks::<{ PAIRS * $height }>();
+                    let (panel, _) = panel.as_chunks::<{ PAIRS * VECTORS }>();
+                    for (values, lines) in x.iter().zip(panel) {
+                        for k in 0..PAIRS {
+                            let [low, high] = [lines[VECTORS * k], lines[VECTORS * k + 1]].map(|line| pairs(cast(line)));
+                            $(
+                                let value = pairs(_mm512_set1_epi32(values[$i * PAIRS + k].cast_signed()));
+                                $low = _mm512_dpbf16_ps($low, value, low);
+                                $high = _mm512_dpbf16_ps($high, value, high);
+                            )*
+                        }
+                    }
+                    let sums: [[__m512; VECTORS]; $height] = [$([$low, $high]),*];
+                    add.add(v4, out, sums.map(|row| row.map(|sum| cast(sum))));
+                }
+            )*
+        };
+    }
+
+    every_height!(tiles);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_value_is_taken_and_of_two_the_even_one() {
+        let near = |x: f32| f32::from_bits(nearest(x));
+        // Steps of bf16 are 1/128 from 1 on.
+        let step = 1.0 / 128.0;
+        assert_eq!(near(1.0 + 0.49 * step), 1.0);
+        assert_eq!(near(1.0 + 0.5 * step), 1.0);
+        assert_eq!(near(1.0 + 1.5 * step), 1.0 + 2.0 * step);
+        assert_eq!(near(-(1.0 + 0.51 * step)), -(1.0 + step));
+        assert_eq!(near(0.0), 0.0);
+        assert_eq!(near(f32::INFINITY), f32::INFINITY);
+        assert_eq!(near(f32::MAX), f32::INFINITY);
+        // Bits that rounding would carry into the sign.
+        assert!(near(f32::from_bits(0x7fff_ffff)).is_nan());
+        assert!(near(f32::NAN).is_nan());
+    }
+}
