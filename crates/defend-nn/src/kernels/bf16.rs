@@ -96,7 +96,7 @@ pub(crate) mod pairs {
     };
 
     use pulp::x86::V4;
-    use pulp::{Simd, cast, u32x16};
+    use pulp::{Simd, f32x16, u32x16};
 
     use super::super::blocked::{Columns, VECTORS};
     use super::super::packed::{Add, Product, UNROLL, every_height};
@@ -148,9 +148,8 @@ pub(crate) mod pairs {
         let whole = values.len() / (2 * LANES);
         for i in 0..whole {
             let (vectors, _) = V4::as_simd_f32s(&values[2 * LANES * i..][..2 * LANES]);
-            let [low, high] = [vectors[0], vectors[1]].map(|vector| cast(vector));
-            let pairs: u32x16 = cast(of_pairs(_mm512_cvtne2ps_pbh(high, low)));
-            V4::as_mut_simd_f32s(&mut values[LANES * i..][..LANES]).0[0] = cast(pairs);
+            let pairs = _mm512_cvtne2ps_pbh(vectors[1].bits(), vectors[0].bits());
+            V4::as_mut_simd_f32s(&mut values[LANES * i..][..LANES]).0[0] = pairs.bits();
         }
         for i in LANES * whole..values.len() / 2 {
             let [even, odd] = [values[2 * i], values[2 * i + 1]];
@@ -158,17 +157,24 @@ pub(crate) mod pairs {
         }
     }
 
-    #[inline(always)]
-    fn pairs(bits: __m512i) -> __m512bh {
-        // SAFETY: both are 64 bytes, and all bits are values of both.
-        unsafe { std::mem::transmute(bits) }
+    /// The same 64 bytes as another vector. `pulp::cast` knows no pairs, and goes through memory.
+    trait As<T> {
+        fn bits(self) -> T;
     }
 
-    #[inline(always)]
-    fn of_pairs(pairs: __m512bh) -> __m512i {
-        // SAFETY: as above.
-        unsafe { std::mem::transmute(pairs) }
+    macro_rules! same_bits {
+        ($($from:ty => $to:ty),*) => {$(
+            impl As<$to> for $from {
+                #[inline(always)]
+                fn bits(self) -> $to {
+                    // SAFETY: both are vectors of 64 bytes, and any bits are a value of either.
+                    unsafe { std::mem::transmute(self) }
+                }
+            }
+        )*};
     }
+
+    same_bits!(u32x16 => __m512bh, __m512i => __m512bh, __m512bh => f32x16, f32x16 => __m512, __m512 => f32x16);
 
     macro_rules! tiles {
         ($($height:literal $by_row:ident $by_column:ident: $($i:literal $x:ident $low:ident $high:ident),*;)*) => {
@@ -192,16 +198,15 @@ pub(crate) mod pairs {
                     let (panel, _) = panel.as_chunks::<{ PAIRS * VECTORS }>();
                     for (values, lines) in x.iter().zip(panel) {
                         for k in 0..PAIRS {
-                            let [low, high] = [lines[VECTORS * k], lines[VECTORS * k + 1]].map(|line| pairs(cast(line)));
+                            let (low, high) = (lines[VECTORS * k].bits(), lines[VECTORS * k + 1].bits());
                             $(
-                                let value = pairs(_mm512_set1_epi32(values[$i * PAIRS + k].cast_signed()));
+                                let value = _mm512_set1_epi32(values[$i * PAIRS + k].cast_signed()).bits();
                                 $low = _mm512_dpbf16_ps($low, value, low);
                                 $high = _mm512_dpbf16_ps($high, value, high);
                             )*
                         }
                     }
-                    let sums: [[__m512; VECTORS]; $height] = [$([$low, $high]),*];
-                    add.add(v4, out, sums.map(|row| row.map(|sum| cast(sum))));
+                    add.add(v4, out, [$([$low.bits(), $high.bits()]),*]);
                 }
             )*
         };

@@ -764,7 +764,7 @@ mod tests {
             let expected = f64::from(start) + 0.5 * terms.sum::<f64>();
             assert!(
                 (f64::from(*found) - expected).abs() < 1e-4,
-                "{rows} {depth} {columns} at {i}, rounded: {rounded}"
+                "{rows} {depth} {columns} at {i}, rounded: {rounded}: {found}, expected {expected}"
             );
         }
     }
