@@ -109,7 +109,11 @@ fn compare(row: Row, arguments: &Arguments) {
     {
         theirs.push(start("torch", Some(library)));
     }
-    theirs.extend(work.candle.take().map(|work| Theirs::here(*work)));
+    theirs.extend(
+        work.here
+            .take()
+            .map(|(name, work)| Theirs::here(name, *work)),
+    );
     for other in &theirs {
         assert_eq!(ours_check.len(), other.check.len(), "{name}");
         let size = other

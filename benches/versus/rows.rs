@@ -12,7 +12,7 @@ use defend_dense::{CropSampler, DenseConfig, DenseObjective, PrototypeObjective,
 use defend_distill::{DistillObjective, FeatureDistance};
 use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng};
 use defend_ot::{Assigner, SinkhornKnopp};
-use defend_vit::{Architecture, Backbone, Grid, Prefix, TrainScope, Trainable, Vit};
+use defend_vit::{Architecture, Arithmetic, Backbone, Grid, Prefix, TrainScope, Trainable, Vit};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
@@ -30,8 +30,8 @@ const TOLERANCE: f64 = 1e-3;
 pub(crate) struct Work {
     pub(crate) run: Box<dyn FnMut()>,
     pub(crate) check: Box<dyn FnMut() -> Vec<f64>>,
-    /// The same by candle's own operations.
-    pub(crate) candle: Option<Box<Work>>,
+    /// Another way to do the same in this process, and its name.
+    pub(crate) here: Option<(&'static str, Box<Work>)>,
 }
 
 type Prepare = dyn FnOnce(&Path) -> (Value, Work);
@@ -60,6 +60,9 @@ pub(crate) fn all(photos: Option<&Path>) -> Vec<Row> {
         for batch in [1, 8, 32] {
             rows.push(forward(timm, name, architecture.clone(), batch));
         }
+    }
+    for (timm, name, architecture) in &models {
+        rows.push(rounded_forward(timm, name, architecture.clone()));
     }
     for (timm, name, architecture) in &models[..2] {
         rows.push(student_step(timm, name, architecture.clone()));
@@ -102,18 +105,9 @@ fn forward(timm: &'static str, name: &'static str, arch: Architecture, batch: us
         let images = noise(&[batch, 3, 224, 224], 1);
         let tensors = HashMap::from([("images", images.clone())]);
         let request = request("forward", folder, Some((timm, &vit)), &tensors);
-        let (again, same) = (
-            vit.copy(TrainScope::Frozen).expect("a copy"),
-            images.clone(),
-        );
         let plain = candle_forward(&vit, arch, &images);
-        let work = Work {
-            run: Box::new(move || {
-                vit.features(&images).expect("features");
-            }),
-            check: Box::new(move || first(&again.features(&same).expect("features").cls)),
-            candle: Some(Box::new(plain)),
-        };
+        let mut work = features(vit, &images);
+        work.here = Some(("candle", Box::new(plain)));
         (request, work)
     };
     Row {
@@ -123,6 +117,43 @@ fn forward(timm: &'static str, name: &'static str, arch: Architecture, batch: us
         warm_up: true,
         tolerance: TOLERANCE,
         prepare: Box::new(prepare),
+    }
+}
+
+/// A forward pass in `bf16` beside the same in `f32`.
+fn rounded_forward(timm: &'static str, name: &'static str, arch: Architecture) -> Row {
+    const BATCH: usize = 8;
+    let prepare = move |folder: &Path| {
+        let vit = frozen_vit(&arch);
+        let images = noise(&[BATCH, 3, 224, 224], 1);
+        let tensors = HashMap::from([("images", images.clone())]);
+        let request = request("forward", folder, Some((timm, &vit)), &tensors);
+        let rounded = vit.with_arithmetic(Arithmetic::Bf16).expect("a copy");
+        let mut work = features(rounded, &images);
+        work.here = Some(("ours in f32", Box::new(features(vit, &images))));
+        (request, work)
+    };
+    Row {
+        name: format!("forward in bf16, {name}, batch {BATCH}"),
+        engines: vec!["torch in bf16"],
+        items: BATCH,
+        warm_up: true,
+        // A hundredth or two in eight values.
+        tolerance: 0.1,
+        prepare: Box::new(prepare),
+    }
+}
+
+/// Our forward pass.
+fn features(vit: Vit, images: &Tensor) -> Work {
+    let vit = Rc::new(vit);
+    let (again, same, images) = (Rc::clone(&vit), images.clone(), images.clone());
+    Work {
+        run: Box::new(move || {
+            vit.features(&images).expect("features");
+        }),
+        check: Box::new(move || first(&again.features(&same).expect("features").cls)),
+        here: None,
     }
 }
 
@@ -142,7 +173,7 @@ fn candle_forward(vit: &Vit, architecture: Architecture, images: &Tensor) -> Wor
             plain.tokens(&images, None).expect("tokens");
         }),
         check: Box::new(move || first(&cls().expect("tokens"))),
-        candle: None,
+        here: None,
     }
 }
 
@@ -168,7 +199,7 @@ fn candle_step(
     Work {
         run: Box::new(move || candle::step(&mut optimiser, &loss()).expect("a step")),
         check: Box::new(move || first(&check())),
-        candle: None,
+        here: None,
     }
 }
 
@@ -198,7 +229,7 @@ fn student_step(timm: &'static str, name: &'static str, architecture: Architectu
         let work = Work {
             run: Box::new(move || step.borrow_mut().run()),
             check: Box::new(move || first(&same.borrow().loss())),
-            candle: Some(Box::new(plain)),
+            here: Some(("candle", Box::new(plain))),
         };
         (request, work)
     };
@@ -246,7 +277,7 @@ fn dense_step() -> Row {
         let work = Work {
             run: Box::new(move || run().expect("a step")),
             check: Box::new(Vec::new),
-            candle: None,
+            here: None,
         };
         (request, work)
     };
@@ -272,7 +303,7 @@ fn sinkhorn(prototypes: usize) -> Row {
                 assign(&scores);
             }),
             check: Box::new(move || first(&assign(&same))),
-            candle: None,
+            here: None,
         };
         (request, work)
     };
@@ -319,7 +350,7 @@ fn pictures(folder: &Path) -> Row {
                 assert_eq!(pictures.len(), items);
             }),
             check: Box::new(move || again.iter().map(&mean).collect()),
-            candle: None,
+            here: None,
         };
         (request, work)
     };

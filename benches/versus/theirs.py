@@ -43,6 +43,8 @@ def forward(row, engine):
     images = load_file(row["images"])["images"]
     if engine == "onnxruntime":
         return onnx_forward(model, images)
+    if engine == "torch in bf16":
+        model, images = model.bfloat16(), images.bfloat16()
 
     @torch.inference_mode()
     def run():

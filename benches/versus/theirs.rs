@@ -73,10 +73,10 @@ impl Theirs {
         }
     }
 
-    /// candle's own operations, in this process.
-    pub(crate) fn here(mut work: Work) -> Self {
+    /// In this process.
+    pub(crate) fn here(engine: &'static str, mut work: Work) -> Self {
         Self {
-            engine: "candle",
+            engine,
             check: (work.check)(),
             place: Place::Here(work.run),
         }

@@ -82,7 +82,7 @@ fn fit(files: Files) -> Row {
                 files.fitted(config(), files.normal());
             }),
             check: Box::new(Vec::new),
-            candle: None,
+            here: None,
         };
         (request, work)
     };
@@ -117,7 +117,7 @@ fn score(files: Files) -> Row {
                 run();
             }),
             check: Box::new(move || check().scores()),
-            candle: None,
+            here: None,
         };
         (request, work)
     };

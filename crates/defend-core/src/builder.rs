@@ -9,7 +9,8 @@ use defend_dense::{DenseObjective, DenseReport, DenseTuner, PrototypeObjective};
 use defend_distill::{DistillObjective, DistillReport, Distiller, MaskPolicy, Score};
 use defend_nn::{Rng, TrainingStep};
 use defend_vit::{
-    Backbone, CacheConfig, Cached, ImageSource, Precision, Pretrained, TrainScope, Trainable, Vit,
+    Arithmetic, Backbone, BackboneSpec, CacheConfig, Cached, ImageSource, Precision, Pretrained,
+    TrainScope, Trainable, Vit,
 };
 
 use crate::observer::{Event, Observer, Stage};
@@ -257,7 +258,7 @@ impl DefendBuilder {
         }
         let teacher: Arc<dyn Backbone> = match teacher {
             Teacher::Vit(vit) => {
-                let frozen = vit.copy(TrainScope::Frozen)?;
+                let frozen = frozen(&vit, config.arithmetic)?;
                 Arc::new(frozen.with_layers(config.distill.layers)?)
             }
             Teacher::Own(own) => own,
@@ -295,14 +296,18 @@ impl DefendBuilder {
             let report = distill(&*own, observer)?;
             (own, report)
         } else {
+            let spec = BackboneSpec {
+                arithmetic: config.arithmetic,
+                ..teacher.spec().clone()
+            };
             let vit = Vit::random(
-                teacher.spec().clone(),
+                spec,
                 config.distill.drop_path,
                 &mut Rng::stream(config.seed, stream::STUDENT),
                 &device,
             )?;
             let report = distill(&vit, observer)?;
-            (Arc::new(vit.copy(TrainScope::Frozen)?), report)
+            (Arc::new(frozen(&vit, config.arithmetic)?), report)
         };
         let mut detector = Detector {
             teacher,
@@ -328,6 +333,15 @@ impl DefendBuilder {
             distill,
         })
     }
+}
+
+/// A copy of a network that trains no more.
+fn frozen(vit: &Vit, arithmetic: Arithmetic) -> Result<Vit, Error> {
+    Ok(match arithmetic {
+        // As it is: a teacher may be in another type already.
+        Arithmetic::F32 => vit.copy(TrainScope::Frozen)?,
+        Arithmetic::Bf16 => vit.with_arithmetic(arithmetic)?,
+    })
 }
 
 /// The teacher, with its features kept in a folder if asked for.

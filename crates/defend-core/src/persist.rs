@@ -5,9 +5,9 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use defend_data::Preprocess;
-use defend_vit::{BackboneSpec, TrainScope, Vit, Weights};
+use defend_vit::{Arithmetic, BackboneSpec, TrainScope, Vit, Weights};
 use serde::{Deserialize, Serialize};
 
 use crate::{Calibration, DefendConfig, Detector, Error, MapScale};
@@ -57,7 +57,8 @@ impl Detector {
                 .tensors()?
                 .ok_or(Error::NotSavable { role: part })?;
             for (name, tensor) in own {
-                tensors.insert(format!("{part}.{name}"), tensor.to_device(&Device::Cpu)?);
+                let tensor = compact(&tensor.to_device(&Device::Cpu)?, backbone.spec())?;
+                tensors.insert(format!("{part}.{name}"), tensor);
             }
         }
         let bytes = serialize(&header, &tensors).map_err(|reason| Error::Model {
@@ -103,7 +104,14 @@ impl Detector {
         header.check_sizes().map_err(wrong)?;
         let (teacher, student) = (weights.split_off("teacher."), weights.split_off("student."));
         weights.finish()?;
-        let load = |spec, weights| Vit::load(spec, weights, TrainScope::Frozen, device);
+        let load = |spec: BackboneSpec, weights| {
+            let arithmetic = spec.arithmetic;
+            let vit = Vit::load(spec, weights, TrainScope::Frozen, device)?;
+            match arithmetic {
+                Arithmetic::F32 => Ok(vit),
+                Arithmetic::Bf16 => vit.with_arithmetic(arithmetic),
+            }
+        };
         Ok(Self {
             teacher: Arc::new(load(header.teacher, teacher)?),
             student: Arc::new(load(header.student, student)?),
@@ -148,6 +156,21 @@ impl Header {
         }
         Ok(())
     }
+}
+
+/// Weights of `bf16` in their own type, if nothing is lost by it.
+fn compact(tensor: &Tensor, spec: &BackboneSpec) -> candle_core::Result<Tensor> {
+    if spec.arithmetic == Arithmetic::F32 {
+        return Ok(tensor.clone());
+    }
+    let compact = tensor.to_dtype(DType::BF16)?;
+    let changed = compact.to_dtype(tensor.dtype())?.ne(tensor)?;
+    let changed = changed.flatten_all()?.max(0)?.to_scalar::<u8>()?;
+    Ok(if changed == 0 {
+        compact
+    } else {
+        tensor.clone()
+    })
 }
 
 /// The part of a header that every version has.

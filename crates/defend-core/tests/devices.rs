@@ -23,8 +23,8 @@ use defend_core::nn::{AdamW, AdamWConfig, ParameterGroup, Rng, normal, ops};
 use defend_core::ot::{Assigner, SinkhornKnopp};
 use defend_core::prelude::*;
 use defend_core::vit::{
-    Architecture, Backbone, BackboneSpec, CacheConfig, Cached, Features, Grid, Precision, TokenSet,
-    TrainScope, Trainable, Vit, Weights,
+    Architecture, Arithmetic, Backbone, BackboneSpec, CacheConfig, Cached, Features, Grid,
+    Precision, TokenSet, TrainScope, Trainable, Vit, Weights,
 };
 use defend_testing::{assert_close, assert_moved};
 use stripes::set;
@@ -546,31 +546,35 @@ fn scores(detector: &Detector) -> Vec<f64> {
     [of(3).scores(), of(5).scores()].concat()
 }
 
+/// One epoch of the dense stage and two of distillation.
+fn short() -> DefendConfig {
+    DefendConfig {
+        dense: Some(DenseConfig {
+            epochs: 1,
+            batch: 4,
+            crops: 2,
+            crop_size: 16,
+            head_hidden: vec![16],
+            head_output: 8,
+            ..DenseConfig::default()
+        }),
+        distill: DistillConfig {
+            epochs: 2,
+            batch: 4,
+            ..DistillConfig::default()
+        },
+        ..DefendConfig::default()
+    }
+}
+
 #[test]
 fn a_whole_fit_and_its_file() {
     let run = |place: &Place| {
-        let config = DefendConfig {
-            dense: Some(DenseConfig {
-                epochs: 1,
-                batch: 4,
-                crops: 2,
-                crop_size: 16,
-                head_hidden: vec![16],
-                head_output: 8,
-                ..DenseConfig::default()
-            }),
-            distill: DistillConfig {
-                epochs: 2,
-                batch: 4,
-                ..DistillConfig::default()
-            },
-            ..DefendConfig::default()
-        };
         let fitted = Defend::builder()
             .device(place.device.clone())
             .teacher(place.vit(1, TrainScope::Frozen))
             .own_student(Arc::new(place.vit(4, TrainScope::All)))
-            .config(config)
+            .config(short())
             .fit(set(3, 8), &mut Silent)
             .unwrap();
         let dense = fitted.dense.unwrap().losses;
@@ -590,4 +594,31 @@ fn a_whole_fit_and_its_file() {
     assert_eq!(scores(&there), before);
     let home = Detector::load(&path, &Device::Cpu).unwrap();
     all_close(&scores(&home), &before, 1e-5, "scores of the loaded model");
+}
+
+#[test]
+fn a_whole_fit_in_bf16_and_its_file() {
+    let run = |place: &Place, arithmetic: Arithmetic| {
+        let config = DefendConfig {
+            arithmetic,
+            ..short()
+        };
+        let builder = Defend::builder()
+            .device(place.device.clone())
+            .teacher(place.vit(1, TrainScope::Frozen));
+        let fitted = builder.config(config).fit(set(3, 8), &mut Silent);
+        fitted.unwrap().detector
+    };
+    let place = Place::best();
+    let found = run(&place, Arithmetic::Bf16);
+    let before = scores(&found);
+    let expected = scores(&run(&place, Arithmetic::F32));
+    all_close(&before, &expected, 5e-2, "scores");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("stripes.defend");
+    found.save(&path).unwrap();
+    let there = Detector::load(&path, &place.device).unwrap();
+    assert_eq!(scores(&there), before);
+    let home = Detector::load(&path, &Device::Cpu).unwrap();
+    all_close(&scores(&home), &before, 2e-2, "scores of the loaded model");
 }

@@ -18,7 +18,9 @@ use defend_core::data::{ImageFolder, Memory, RgbImage};
 use defend_core::dense::DenseConfig;
 use defend_core::distill::{Aggregation, DistillConfig};
 use defend_core::prelude::*;
-use defend_core::vit::{Architecture, Backbone, BackboneSpec, Features, Precision, TokenSet, Vit};
+use defend_core::vit::{
+    Architecture, Arithmetic, Backbone, BackboneSpec, Features, Precision, TokenSet, Vit,
+};
 use defend_core::{DType, Error, Event, Observer, Stage, Tensor};
 use image::{DynamicImage, ImageBuffer, Luma, LumaA, Rgb, Rgba};
 use stripes::{set, stripes};
@@ -359,6 +361,34 @@ fn another_picture_size_travels_with_the_model() -> Result<(), Error> {
     };
     let builder = Defend::builder().teacher(teacher()).config(wrong);
     assert!(builder.fit(set(3, 9), &mut Silent).is_err());
+    Ok(())
+}
+
+#[test]
+fn bf16_changes_scores_little_and_travels_with_the_model() -> Result<(), Error> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let saved = |arithmetic: Arithmetic| -> Result<_, Error> {
+        let builder = Defend::builder().teacher(teacher()).config(DefendConfig {
+            arithmetic,
+            ..config()
+        });
+        let detector = builder.fit(set(3, 21), &mut Silent)?.detector;
+        let path = folder.path().join("stripes.defend");
+        detector.save(&path)?;
+        let again = Detector::load(&path, &Device::Cpu)?;
+        let found = [3, 5].map(|period| scores(&detector, set(period, 9)));
+        assert_eq!(found, [3, 5].map(|period| scores(&again, set(period, 9))));
+        Ok((found, std::fs::metadata(&path).expect("a file").len()))
+    };
+    let (single, whole) = saved(Arithmetic::F32)?;
+    let ([normal, novel], compact) = saved(Arithmetic::Bf16)?;
+    assert!(compact < whole * 3 / 5, "{compact} of {whole} bytes");
+    let highest = normal.iter().copied().fold(f64::MIN, f64::max);
+    assert!(novel.iter().all(|s| *s > highest), "{normal:?} {novel:?}");
+    for (single, rounded) in single.concat().iter().zip([normal, novel].concat()) {
+        let change = (rounded / single - 1.0).abs();
+        assert!(change > 0.0 && change < 0.05, "{single} became {rounded}");
+    }
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-use crate::{Backbone, BackboneSpec, Error, Features, Grid, Layer, Products, TokenSet};
+use crate::{Arithmetic, Backbone, BackboneSpec, Error, Features, Grid, Layer, TokenSet};
 
 /// Where [`Cached`] keeps features, and how exactly.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -346,8 +346,8 @@ pub fn weights_hash(backbone: &dyn Backbone) -> Result<String, Error> {
     })?;
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{:?}", spec.architecture).as_bytes());
-    if spec.products != Products::F32 {
-        hasher.update(format!("{:?}", spec.products).as_bytes());
+    if spec.arithmetic != Arithmetic::F32 {
+        hasher.update(format!("{:?}", spec.arithmetic).as_bytes());
     }
     let mut names: Vec<&String> = tensors.keys().collect();
     names.sort_unstable();

@@ -37,7 +37,7 @@ mod variants;
 mod vit;
 mod weights;
 
-pub use defend_nn::ops::Products;
+pub use defend_nn::ops::Arithmetic;
 
 pub use cached::{CacheConfig, Cached, Precision, weights_hash};
 pub use checkpoint::{Family, Pretrained};

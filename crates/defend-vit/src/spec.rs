@@ -1,6 +1,6 @@
 //! What a backbone is: its architecture and the preprocessing its checkpoint was trained with.
 
-use defend_nn::ops::Products;
+use defend_nn::ops::Arithmetic;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Grid};
@@ -191,13 +191,13 @@ pub struct BackboneSpec {
     /// Layers that [`crate::Features`] hold, counted from the last; `1..=depth` (paper, Table 1a: 1, 3, 5).
     #[serde(default = "last_layer_only")]
     pub layers: usize,
-    /// How its frozen blocks are multiplied on the CPU; [`crate::Vit::to_dtype`] sets it.
+    /// How frozen blocks with `f32` tensors multiply on the CPU; [`crate::Vit::with_arithmetic`] sets it.
     #[serde(default, skip_serializing_if = "in_f32")]
-    pub products: Products,
+    pub arithmetic: Arithmetic,
 }
 
-fn in_f32(products: &Products) -> bool {
-    *products == Products::F32
+fn in_f32(arithmetic: &Arithmetic) -> bool {
+    *arithmetic == Arithmetic::F32
 }
 
 fn last_layer_only() -> usize {
@@ -221,7 +221,7 @@ impl BackboneSpec {
             interpolation: Interpolation::Bicubic,
             crop_pct: 0.9,
             layers: 1,
-            products: Products::F32,
+            arithmetic: Arithmetic::F32,
         }
     }
 

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use crate::pos_embed::Bicubic;
-use crate::{BackboneSpec, Error, Products, TrainScope, Vit, Weights, pos_embed};
+use crate::{Arithmetic, BackboneSpec, Error, TrainScope, Vit, Weights, pos_embed};
 
 impl Vit {
     /// The same backbone with the last `layers` layers in its features.
@@ -89,8 +89,19 @@ impl Vit {
         })
     }
 
+    /// A frozen copy that computes in this way.
+    ///
+    /// # Errors
+    /// As [`Vit::to_dtype`].
+    pub fn with_arithmetic(&self, arithmetic: Arithmetic) -> Result<Self, Error> {
+        self.to_dtype(match arithmetic {
+            Arithmetic::F32 => DType::F32,
+            Arithmetic::Bf16 => DType::BF16,
+        })
+    }
+
     /// A frozen copy in another floating-point type. On the CPU the tensors stay `f32`: weights are rounded to `dtype`, and
-    /// with `BF16` the blocks' products are [`Products::Bf16`], which processors with AVX-512 BF16 have an instruction for.
+    /// with `BF16` the blocks compute as [`Arithmetic::Bf16`] says.
     ///
     /// # Errors
     /// [`Error::Candle`] for a type that is not floating-point on this device.
@@ -98,9 +109,9 @@ impl Vit {
         let device = self.pos_embed.device();
         let on_cpu = device.is_cpu();
         let mut spec = self.spec.clone();
-        spec.products = match dtype {
-            DType::BF16 if on_cpu => Products::Bf16,
-            _ => Products::F32,
+        spec.arithmetic = match dtype {
+            DType::BF16 => Arithmetic::Bf16,
+            _ => Arithmetic::F32,
         };
         self.changed(spec, TrainScope::Frozen, device, |_, tensor| {
             let rounded = tensor.to_dtype(dtype)?;
@@ -190,7 +201,7 @@ mod tests {
                 *rounded.spec()
             );
             let mut spec = rounded.spec().clone();
-            spec.products = Products::F32;
+            spec.arithmetic = Arithmetic::F32;
             let weights = Weights::from_tensors(rounded.state().unwrap(), "rounded");
             let plain = Vit::load(spec, weights, TrainScope::Frozen, &Device::Cpu).unwrap();
             let [a, b] = [&rounded, &plain].map(|vit| crate::weights_hash(vit).unwrap());

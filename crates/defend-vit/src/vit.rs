@@ -125,7 +125,7 @@ impl Assembly<'_, '_> {
             },
             heads: arch.heads,
             eps: arch.layer_norm_eps,
-            products: spec.products,
+            arithmetic: spec.arithmetic,
             prepared: Prepared::default(),
         })
     }

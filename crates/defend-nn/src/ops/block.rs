@@ -13,15 +13,16 @@ use super::{
 };
 use crate::kernels::block::{self as kernel, Matrices, Saved};
 
-/// How a frozen block's four maps are multiplied on the CPU.
+/// How frozen networks compute.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Products {
+pub enum Arithmetic {
     /// In `f32`.
     #[default]
     F32,
-    /// Matrices and activations are rounded to `bf16` (eight bits, 0.4 % at most) and the products summed in `f32`. Where the
-    /// processor has AVX-512 BF16 this is faster than `f32`; elsewhere it gives the same values to within the order of sums.
+    /// In `bf16`, eight significant bits. On the CPU the matrices of the blocks, and the activations that are multiplied with
+    /// them, are rounded and all else is `f32`: processors with AVX-512 BF16 multiply two pairs at a time, others give the same
+    /// values to within the order of sums and gain nothing.
     Bf16,
 }
 
@@ -46,32 +47,32 @@ pub struct BlockParameters {
     pub heads: usize,
     /// Added to the variance in both LayerNorms.
     pub eps: f64,
-    /// Of calls without a backward pass on `f32` CPU tensors.
-    pub products: Products,
+    /// How calls without a backward pass multiply on the CPU, with `f32` tensors.
+    pub arithmetic: Arithmetic,
     /// Frozen matrices as the kernel wants them, from the first call on.
     pub prepared: Prepared,
 }
 
 /// A frozen block's matrices in the layout of the CPU kernel; `default()` until the first call.
 ///
-/// Clones share it. It is used with the tensors, the number of heads and the products that it was made of and no others. Matrices that
-/// train, or whose bias or LayerScale does, are laid out anew in every call.
+/// Clones share it. It is used with the tensors, the number of heads and the arithmetic that it was made of and no others. Matrices
+/// that train, or whose bias or LayerScale does, are laid out anew in every call.
 #[derive(Debug, Clone, Default)]
 pub struct Prepared(Arc<OnceLock<(PreparedOf, Arc<Matrices>)>>);
 
-/// The tensors, the number of heads, and the products.
-type PreparedOf = (Vec<TensorId>, usize, Products);
+/// The tensors, the number of heads, and the arithmetic.
+type PreparedOf = (Vec<TensorId>, usize, Arithmetic);
 
 impl BlockParameters {
     /// The matrices for a forward pass, with LayerScale in them.
-    fn matrices(&self, products: Products) -> Result<Arc<Matrices>> {
+    fn matrices(&self, arithmetic: Arithmetic) -> Result<Arc<Matrices>> {
         let make = || -> Result<Matrices> {
             let folded = self.folded()?;
             let matrices =
                 folded.with_weights(|weights| Matrices::forward(&weights, self.heads))?;
-            Ok(match products {
-                Products::F32 => matrices,
-                Products::Bf16 => matrices.rounded(),
+            Ok(match arithmetic {
+                Arithmetic::F32 => matrices,
+                Arithmetic::Bf16 => matrices.rounded(),
             })
         };
         let matrices = [&self.qkv[0], &self.fc1[0]].into_iter();
@@ -85,7 +86,7 @@ impl BlockParameters {
         }
         // The layout depends on the number of heads.
         let ids = of.iter().map(|tensor| tensor.id());
-        let key = (ids.collect(), self.heads, products);
+        let key = (ids.collect(), self.heads, arithmetic);
         match self.prepared.0.get() {
             Some((made_of, matrices)) if *made_of == key => Ok(Arc::clone(matrices)),
             Some(_) => Ok(Arc::new(make()?)),
@@ -372,12 +373,12 @@ impl CustomOp2 for Block {
         let mut attention = vec![0f32; if call.with_cls_attention { attended } else { 0 }];
         let save = call.tracked.contains(&true);
         // The backward pass is that of `f32`.
-        let products = if save {
-            Products::F32
+        let arithmetic = if save {
+            Arithmetic::F32
         } else {
-            call.parameters.products
+            call.parameters.arithmetic
         };
-        let matrices = call.parameters.matrices(products)?;
+        let matrices = call.parameters.matrices(arithmetic)?;
         let (out, saved) = call.parameters.with_weights(|weights| {
             let attention = call.with_cls_attention.then_some(&mut attention[..]);
             kernel::forward(call.shape(dims), weights, &matrices, xs, attention, save)
@@ -503,7 +504,7 @@ mod tests {
             scales: None,
             heads: 3,
             eps: 1e-6,
-            products: Products::F32,
+            arithmetic: Arithmetic::F32,
             prepared: Prepared::default(),
         }
     }
@@ -604,7 +605,7 @@ mod tests {
         assert!(distance(&found, &expected) < 1e-5);
         let [found, expected] = [attention, expected_attention].map(Option::unwrap);
         assert!(distance(&found, &expected) < 1e-6);
-        let [first, second] = [(); 2].map(|()| p.matrices(Products::F32));
+        let [first, second] = [(); 2].map(|()| p.matrices(Arithmetic::F32));
         assert!(Arc::ptr_eq(&first?, &second?));
         // A gradient for the input alone.
         let x = candle_core::Var::from_tensor(&t[0])?;
@@ -638,7 +639,7 @@ mod tests {
         }
         let mut p = parameters(&t);
         let single = transformer_block(&t[0], &p, None, false)?.0;
-        p.products = Products::Bf16;
+        p.arithmetic = Arithmetic::Bf16;
         p.prepared = Prepared::default();
         let found = transformer_block(&t[0], &p, None, false)?.0;
         // Step by step in double precision.

@@ -18,7 +18,7 @@ mod patches;
 mod pick;
 
 pub use attention::{attention, cls_attention};
-pub use block::{BlockParameters, Prepared, Products, transformer_block};
+pub use block::{Arithmetic, BlockParameters, Prepared, transformer_block};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::{add_bias, linear, linear_gelu};
