@@ -296,16 +296,7 @@ impl DefendBuilder {
             let report = distill(&*own, observer)?;
             (own, report)
         } else {
-            let spec = BackboneSpec {
-                arithmetic: config.arithmetic,
-                ..teacher.spec().clone()
-            };
-            let vit = Vit::random(
-                spec,
-                config.distill.drop_path,
-                &mut Rng::stream(config.seed, stream::STUDENT),
-                &device,
-            )?;
+            let vit = student(teacher.spec(), &config, &device)?;
             let report = distill(&vit, observer)?;
             (Arc::new(frozen(&vit, config.arithmetic)?), report)
         };
@@ -333,6 +324,21 @@ impl DefendBuilder {
             distill,
         })
     }
+}
+
+/// A random student for a teacher.
+fn student(teacher: &BackboneSpec, config: &DefendConfig, device: &Device) -> Result<Vit, Error> {
+    let spec = BackboneSpec {
+        arithmetic: config.arithmetic,
+        ..teacher.clone()
+    };
+    let mut rng = Rng::stream(config.seed, stream::STUDENT);
+    Ok(Vit::random(
+        spec,
+        config.distill.drop_path,
+        &mut rng,
+        device,
+    )?)
 }
 
 /// A copy of a network that trains no more.

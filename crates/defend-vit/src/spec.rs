@@ -192,12 +192,8 @@ pub struct BackboneSpec {
     #[serde(default = "last_layer_only")]
     pub layers: usize,
     /// How frozen blocks with `f32` tensors multiply on the CPU; [`crate::Vit::with_arithmetic`] sets it.
-    #[serde(default, skip_serializing_if = "in_f32")]
+    #[serde(default)]
     pub arithmetic: Arithmetic,
-}
-
-fn in_f32(arithmetic: &Arithmetic) -> bool {
-    *arithmetic == Arithmetic::F32
 }
 
 fn last_layer_only() -> usize {
