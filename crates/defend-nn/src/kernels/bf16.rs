@@ -5,7 +5,12 @@
 //! processors.
 
 use super::blocked::Columns;
+use super::packed::UNROLL;
 use super::pool::Buffer;
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod pairs;
 
 /// How a matrix in panels is multiplied.
 #[derive(Debug, Clone, Copy)]
@@ -15,19 +20,18 @@ pub(crate) enum Form {
     /// The same, with both sides rounded to `bf16`.
     Rounded,
     /// As `bf16`, pairs of rows side by side: `[blocks, depth / 2, W, 2]`.
-    #[cfg(target_arch = "x86_64")]
     Pairs(pairs::Processor),
 }
 
 impl Form {
     /// The fastest way on this processor to multiply rounded values, if the left side is cut so.
     pub(crate) fn rounded(depth: Columns) -> Self {
-        #[cfg(target_arch = "x86_64")]
-        if let (Some(processor), true) = (pairs::Processor::detect(), pairs::fits(depth)) {
-            return Self::Pairs(processor);
+        // A tile of the left side consists of whole groups of columns.
+        let fits = (0..depth.blocks()).all(|i| depth.block(i).1.is_multiple_of(UNROLL));
+        match pairs::Processor::detect() {
+            Some(processor) if fits => Self::Pairs(processor),
+            _ => Self::Rounded,
         }
-        let _ = depth;
-        Self::Rounded
     }
 
     /// Rows of the matrix that lie side by side in a line of a panel.
@@ -35,7 +39,6 @@ impl Form {
     pub(super) fn rows_in_a_line(self) -> usize {
         match self {
             Self::Single | Self::Rounded => 1,
-            #[cfg(target_arch = "x86_64")]
             Self::Pairs(_) => 2,
         }
     }
@@ -48,7 +51,6 @@ impl Form {
                 round(&mut panels);
                 panels
             }
-            #[cfg(target_arch = "x86_64")]
             Self::Pairs(_) => {
                 let mut out = Buffer::stale(panels.len() / 2);
                 let values: &mut [u32] = pulp::bytemuck::cast_slice_mut(&mut out);
@@ -86,133 +88,22 @@ pub(crate) fn round(values: &mut [f32]) {
     }
 }
 
-/// Products of pairs on processors that have an instruction for them.
-#[cfg(target_arch = "x86_64")]
-#[allow(unsafe_code)]
-pub(crate) mod pairs {
-    use std::arch::x86_64::{
-        __m512, __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_set1_epi32,
-        _mm512_setzero_ps,
-    };
-
-    use pulp::x86::V4;
-    use pulp::{Simd, f32x16, u32x16};
-
-    use super::super::blocked::{Columns, VECTORS};
-    use super::super::packed::{Add, Product, UNROLL, every_height};
-    use super::nearest;
-
-    /// Pairs of columns that a tile's loop takes at a time.
-    const PAIRS: usize = UNROLL / 2;
-    /// Values of a vector.
-    const LANES: usize = 16;
-
-    /// A processor with AVX-512 BF16: there is none without it.
+/// Where there is no instruction for pairs.
+#[cfg(not(target_arch = "x86_64"))]
+mod pairs {
+    /// There is none.
     #[derive(Debug, Clone, Copy)]
-    pub(crate) struct Processor {
-        v4: V4,
-    }
-
-    /// Whether a tile of a left side cut so consists of whole groups of `UNROLL` columns.
-    pub(super) fn fits(depth: Columns) -> bool {
-        (0..depth.blocks()).all(|i| depth.block(i).1.is_multiple_of(UNROLL))
-    }
+    pub(crate) enum Processor {}
 
     impl Processor {
         pub(super) fn detect() -> Option<Self> {
-            let v4 = V4::try_new()?;
-            std::is_x86_feature_detected!("avx512bf16").then_some(Self { v4 })
+            None
         }
 
-        pub(in crate::kernels) fn run(self, product: Product<'_, '_, '_>) {
-            // SAFETY: `detect`, which alone makes a `Processor`, found all features that the function asks for.
-            unsafe { run(self.v4, product) }
+        pub(in crate::kernels) fn run(self, _: super::super::packed::Product<'_, '_, '_>) {
+            match self {}
         }
     }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
-    fn run(v4: V4, product: Product<'_, '_, '_>) {
-        product.by_tiles::<V4>(
-            |tiles| narrow(tiles),
-            |x, rows, panel, add, out| {
-                let x: &[u32] = pulp::bytemuck::cast_slice(x);
-                let (panel, _) = V4::as_simd_u32s(pulp::bytemuck::cast_slice(panel));
-                multiply(v4, x, rows, panel, add, out);
-            },
-        );
-    }
-
-    /// Rounds values to `bf16`; all of them are in the first half afterwards.
-    #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
-    fn narrow(values: &mut [f32]) {
-        let whole = values.len() / (2 * LANES);
-        for i in 0..whole {
-            let (vectors, _) = V4::as_simd_f32s(&values[2 * LANES * i..][..2 * LANES]);
-            let pairs = _mm512_cvtne2ps_pbh(vectors[1].bits(), vectors[0].bits());
-            V4::as_mut_simd_f32s(&mut values[LANES * i..][..LANES]).0[0] = pairs.bits();
-        }
-        for i in LANES * whole..values.len() / 2 {
-            let [even, odd] = [values[2 * i], values[2 * i + 1]];
-            values[i] = f32::from_bits(nearest(even) >> 16 | nearest(odd));
-        }
-    }
-
-    /// The same 64 bytes as another vector. `pulp::cast` knows no pairs, and goes through memory.
-    trait As<T> {
-        fn bits(self) -> T;
-    }
-
-    macro_rules! same_bits {
-        ($($from:ty => $to:ty),*) => {$(
-            impl As<$to> for $from {
-                #[inline(always)]
-                fn bits(self) -> $to {
-                    // SAFETY: both are vectors of 64 bytes, and any bits are a value of either.
-                    unsafe { std::mem::transmute(self) }
-                }
-            }
-        )*};
-    }
-
-    same_bits!(u32x16 => __m512bh, __m512i => __m512bh, __m512bh => f32x16, f32x16 => __m512, __m512 => f32x16);
-
-    macro_rules! tiles {
-        ($($height:literal $by_row:ident $by_column:ident: $($i:literal $x:ident $low:ident $high:ident),*;)*) => {
-            /// A few rows, `[depth / UNROLL, rows, UNROLL]` in pairs, times a part of a panel.
-            #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
-            fn multiply(v4: V4, x: &[u32], rows: usize, panel: &[u32x16], add: Add<'_>, out: &mut [f32]) {
-                match rows {
-                    $($height => $by_row(v4, x, panel, add, out),)*
-                    _ => unreachable!("a tile of {rows} rows"),
-                }
-            }
-
-            $(
-                #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
-                fn $by_row(v4: V4, x: &[u32], panel: &[u32x16], add: Add<'_>, out: &mut [f32]) {
-                    $(
-                        let mut $low = _mm512_setzero_ps();
-                        let mut $high = _mm512_setzero_ps();
-                    )*
-                    let (x, _) = x.as_chunks::<{ PAIRS * $height }>();
-                    let (panel, _) = panel.as_chunks::<{ PAIRS * VECTORS }>();
-                    for (values, lines) in x.iter().zip(panel) {
-                        for k in 0..PAIRS {
-                            let (low, high) = (lines[VECTORS * k].bits(), lines[VECTORS * k + 1].bits());
-                            $(
-                                let value = _mm512_set1_epi32(values[$i * PAIRS + k].cast_signed()).bits();
-                                $low = _mm512_dpbf16_ps($low, value, low);
-                                $high = _mm512_dpbf16_ps($high, value, high);
-                            )*
-                        }
-                    }
-                    add.add(v4, out, [$([$low.bits(), $high.bits()]),*]);
-                }
-            )*
-        };
-    }
-
-    every_height!(tiles);
 }
 
 #[cfg(test)]

@@ -183,7 +183,6 @@ pub(crate) fn product(
         factor,
     };
     match matrix.form {
-        #[cfg(target_arch = "x86_64")]
         Form::Pairs(processor) => processor.run(product),
         Form::Single | Form::Rounded => pulp::Arch::new().dispatch(product),
     }
@@ -471,6 +470,7 @@ macro_rules! every_height {
         }
     };
 }
+#[cfg(target_arch = "x86_64")]
 pub(super) use every_height;
 
 /// Tiles of each height: sums in variables of their own, which the compiler keeps in registers as it does not with arrays.
