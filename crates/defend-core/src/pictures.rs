@@ -1,6 +1,7 @@
 //! Resized pictures in memory, as training loops want them.
 
-use std::sync::Arc;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
 use defend_data::{Batches, Dataset, Preprocess, RgbImage};
@@ -13,10 +14,13 @@ use crate::scan::Skipped;
 
 /// Images that are read and decoded together.
 const READ_BATCH: usize = 64;
+/// The same while training: up to three times as many wait in memory.
+const AHEAD_BATCH: usize = 32;
 
 /// The readable pictures of a data set, resized and kept as bytes (150 KB at 224 pixels).
 ///
-/// Pictures beyond the memory limit are decoded again whenever they are asked for.
+/// Pictures beyond the memory limit are decoded again whenever they are asked for, ahead of the training loop that announces
+/// their order.
 pub struct Pictures {
     dataset: Arc<dyn Dataset>,
     preprocess: Preprocess,
@@ -24,6 +28,32 @@ pub struct Pictures {
     /// Index in the data set, and the resized picture where it is kept.
     kept: Vec<(usize, Option<RgbImage>)>,
     skipped: Vec<Skipped>,
+    ahead: Mutex<Option<Ahead>>,
+}
+
+/// Pictures that do not fit into memory, by their index in the data set, on their way.
+struct Ahead {
+    batches: Batches,
+    coming: HashSet<usize>,
+    read: HashMap<usize, RgbImage>,
+}
+
+impl Ahead {
+    /// A picture, if it is among those; waits for it.
+    fn take(&mut self, index: usize) -> Option<RgbImage> {
+        while self.coming.contains(&index) {
+            let batch = self.batches.next()?;
+            for index in &batch.indices {
+                self.coming.remove(index);
+            }
+            for failure in &batch.failures {
+                self.coming.remove(&failure.index);
+            }
+            self.read
+                .extend(batch.indices.into_iter().zip(batch.pictures));
+        }
+        self.read.remove(&index)
+    }
 }
 
 impl Pictures {
@@ -89,6 +119,7 @@ impl Pictures {
             device: device.clone(),
             kept: pictures,
             skipped,
+            ahead: Mutex::new(None),
         })
     }
 
@@ -101,6 +132,26 @@ impl Pictures {
     fn again(&self, index: usize) -> Result<RgbImage, defend_data::Error> {
         self.preprocess.resize(&self.dataset.image(index)?)
     }
+
+    /// Index in the data set of a picture that is not in memory.
+    fn elsewhere(&self, i: usize) -> Option<usize> {
+        match self.kept.get(i) {
+            Some((index, None)) => Some(*index),
+            _ => None,
+        }
+    }
+
+    /// Those of the pictures that were read ahead.
+    fn read_ahead(&self, indices: &[usize]) -> HashMap<usize, RgbImage> {
+        // A poisoned lock means that a data set panicked, which reaches the caller anyway.
+        let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(ahead) = &mut *ahead else {
+            return HashMap::new();
+        };
+        let elsewhere = indices.iter().filter_map(|&i| self.elsewhere(i));
+        let read = elsewhere.filter_map(|index| Some((index, ahead.take(index)?)));
+        read.collect()
+    }
 }
 
 impl ImageSource for Pictures {
@@ -111,12 +162,17 @@ impl ImageSource for Pictures {
     fn images(&self, indices: &[usize]) -> Result<Tensor, defend_vit::Error> {
         let size = self.preprocess.size as usize;
         let mut values = vec![0f32; indices.len() * 3 * size * size];
+        let ahead = self.read_ahead(indices);
         values
             .par_chunks_mut(3 * size * size)
             .zip(indices)
             .try_for_each(|(target, &i)| match self.kept.get(i) {
                 Some((_, Some(picture))) => self.preprocess.normalize_into(picture, target),
-                Some((index, None)) => self.preprocess.normalize_into(&self.again(*index)?, target),
+                Some((index, None)) => match ahead.get(index) {
+                    Some(picture) => self.preprocess.normalize_into(picture, target),
+                    // Asked for out of turn, or with a fault that this names.
+                    None => self.preprocess.normalize_into(&self.again(*index)?, target),
+                },
                 None => Err(defend_data::Error::Index {
                     index: i,
                     len: self.kept.len(),
@@ -131,5 +187,104 @@ impl ImageSource for Pictures {
             (indices.len(), 3, size, size),
             &self.device,
         )?)
+    }
+
+    fn announce(&self, order: &[usize]) {
+        let missing: Vec<usize> = order.iter().filter_map(|&i| self.elsewhere(i)).collect();
+        let ahead = (!missing.is_empty()).then(|| {
+            let coming = missing.iter().copied().collect();
+            let dataset = Arc::clone(&self.dataset);
+            let preprocess = self.preprocess.clone();
+            Batches::new(dataset, missing, preprocess, AHEAD_BATCH).map(|batches| Ahead {
+                batches,
+                coming,
+                read: HashMap::new(),
+            })
+        });
+        // Without a thread to read ahead, pictures are read when they are asked for.
+        let ahead = ahead.and_then(Result::ok);
+        *self.ahead.lock().unwrap_or_else(PoisonError::into_inner) = ahead;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use defend_data::ClassId;
+
+    use super::*;
+    use crate::Silent;
+
+    /// Pictures of one colour, and how often one was read.
+    struct Colours(AtomicUsize);
+
+    impl Dataset for Colours {
+        fn len(&self) -> usize {
+            70
+        }
+
+        fn name(&self, index: usize) -> Cow<'_, str> {
+            index.to_string().into()
+        }
+
+        fn classes(&self, _: usize) -> &[ClassId] {
+            &[]
+        }
+
+        fn class_names(&self) -> &[String] {
+            &[]
+        }
+
+        fn image(&self, index: usize) -> Result<RgbImage, defend_data::Error> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            Ok(RgbImage::from_pixel(
+                16,
+                16,
+                image::Rgb([index as u8, 0, 0]),
+            ))
+        }
+    }
+
+    #[test]
+    fn pictures_beyond_the_memory_are_read_ahead_once_an_epoch_and_are_the_same() {
+        let colours = Arc::new(Colours(AtomicUsize::new(0)));
+        let reads = || colours.0.load(Ordering::SeqCst);
+        let preprocess = Preprocess::new(16, [0.0; 3], [1.0; 3]);
+        let read = |limit| {
+            let dataset: Arc<dyn Dataset> = colours.clone();
+            let preprocess = preprocess.clone();
+            Pictures::read(dataset, preprocess, &Device::Cpu, limit, true, &mut Silent).unwrap()
+        };
+        let (kept, some) = (read(1 << 20), read(10 * 3 * 16 * 16));
+        let order: Vec<usize> = (0..70).rev().collect();
+        let values = |pictures: &Pictures, indices: &[usize]| {
+            let images = pictures.images(indices).unwrap();
+            images.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        for _ in 0..2 {
+            let before = reads();
+            some.announce(&order);
+            let start = Instant::now();
+            while reads() == before {
+                assert!(start.elapsed() < Duration::from_secs(60), "not read ahead");
+                thread::sleep(Duration::from_millis(1));
+            }
+            for indices in order.chunks(9) {
+                assert_eq!(values(&some, indices), values(&kept, indices));
+            }
+            assert_eq!(reads() - before, 60);
+        }
+        // Out of turn, and never announced.
+        some.announce(&order[..50]);
+        for indices in [[5, 60], [60, 40], [69, 15]] {
+            assert_eq!(values(&some, &indices), values(&kept, &indices));
+        }
+        // No longer read when there is another order.
+        some.announce(&[]);
+        assert_eq!(values(&some, &[30]), values(&kept, &[30]));
     }
 }

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use defend_nn::{
     AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, half_cosine,
-    release_memory, shuffled_batches,
+    release_memory, rows_of, shuffled_batches,
 };
 use defend_vit::{Grid, ImageSource, Prefix, Trainable};
 
@@ -87,7 +87,9 @@ impl DenseTuner {
         let mut losses = Vec::with_capacity(config.epochs);
         for epoch in 0..config.epochs {
             let mut total = 0.0;
-            for indices in shuffled_batches(images.len(), config.batch, rng) {
+            let batches = shuffled_batches(images.len(), config.batch, rng);
+            images.announce(&batches.concat());
+            for indices in batches {
                 let (pixels, prefix) = self.views(backbone, images, &indices, &mut views, rng)?;
                 let (grid, count) = (prefix.grid, pixels.dim(0)?);
                 let boxes = sampler.boxes(grid, count * config.crops, rng);
@@ -151,7 +153,7 @@ impl DenseTuner {
         match self.config.view {
             View::Whole => {
                 let [tokens] = cache.batch(indices, |missing| {
-                    let batch = images.images(missing)?;
+                    let batch = rows_of(&batch, indices, missing)?;
                     Ok::<_, Error>([backbone.frozen_prefix(&batch)?.tokens.detach()])
                 })?;
                 Ok((batch, Prefix { tokens, grid }))

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 use defend_nn::{
-    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, release_memory,
+    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, release_memory, rows_of,
     shuffled_batches,
 };
 use defend_vit::{Backbone, ImageSource, Trainable};
@@ -63,14 +63,12 @@ impl Distiller {
         let mut losses = Vec::with_capacity(epochs);
         for epoch in 0..epochs {
             let mut total = 0.0;
-            for indices in shuffled_batches(images.len(), config.batch, rng) {
+            let batches = shuffled_batches(images.len(), config.batch, rng);
+            images.announce(&batches.concat());
+            for indices in batches {
                 let batch = images.images(&indices)?;
                 let [patches, cls, attention] = targets.batch(&indices, |missing| {
-                    let features = if missing.len() == indices.len() {
-                        teacher.features(&batch)?
-                    } else {
-                        teacher.features(&images.images(missing)?)?
-                    };
+                    let features = teacher.features(&rows_of(&batch, &indices, missing)?)?;
                     let attention = features.cls_attention.mean(1)?;
                     let layers = Layers::of(&features, config.layers)?;
                     Ok::<_, Error>([layers.patches.detach(), layers.cls.detach(), attention])

@@ -26,4 +26,4 @@ pub use error::Error;
 pub use init::{Rng, normal, truncated_normal, xavier_uniform};
 pub use kernels::pool::release_memory;
 pub use schedule::{Schedule, half_cosine};
-pub use training::{TensorCache, TrainingStep, shuffled_batches};
+pub use training::{TensorCache, TrainingStep, rows_of, shuffled_batches};

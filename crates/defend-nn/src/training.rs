@@ -27,6 +27,23 @@ pub fn shuffled_batches(images: usize, batch: usize, rng: &mut Rng) -> Vec<Vec<u
     order.chunks(batch.max(1)).map(<[usize]>::to_vec).collect()
 }
 
+/// The rows of some of a batch's images; `batch`, `[B, ...]`, has those of `indices`, among which all of `wanted` are.
+///
+/// # Errors
+/// Those of candle.
+pub fn rows_of(batch: &Tensor, indices: &[usize], wanted: &[usize]) -> Result<Tensor> {
+    if indices == wanted {
+        return Ok(batch.clone());
+    }
+    let place = |image: &usize| indices.iter().position(|index| index == image);
+    let rows: Vec<u32> = wanted
+        .iter()
+        .filter_map(place)
+        .map(|row| row as u32)
+        .collect();
+    batch.index_select(&Tensor::new(rows, batch.device())?, 0)
+}
+
 /// Keeps tensors computed once for each image, up to a limit of memory.
 ///
 /// Without augmentation the frozen part of a network gives the same result in every epoch. Images beyond
@@ -134,6 +151,19 @@ fn join<const N: usize>(rows: &[[Tensor; N]]) -> Result<[Tensor; N]> {
 mod tests {
     use super::*;
     use candle_core::Device;
+
+    #[test]
+    fn rows_are_found_by_their_image() -> Result<()> {
+        let [batch] = rows(&[4, 2, 7])?;
+        let of = |wanted: &[usize]| {
+            rows_of(&batch, &[4, 2, 7], wanted)?
+                .flatten_all()?
+                .to_vec1::<f32>()
+        };
+        assert_eq!(of(&[4, 2, 7])?, [4.0, 2.0, 7.0]);
+        assert_eq!(of(&[7, 4])?, [7.0, 4.0]);
+        Ok(())
+    }
 
     fn rows(indices: &[usize]) -> Result<[Tensor; 1]> {
         let values: Vec<f32> = indices.iter().map(|&i| i as f32).collect();

@@ -243,6 +243,12 @@ pub trait ImageSource {
     /// # Errors
     /// [`Error::ImageSource`] when an image cannot be had, [`Error::Candle`] when the tensor cannot be made.
     fn images(&self, indices: &[usize]) -> Result<Tensor, Error>;
+
+    /// Says in which order images will be asked for next, so that a source can read ahead. It changes no image; the last order
+    /// counts.
+    fn announce(&self, order: &[usize]) {
+        let _ = order;
+    }
 }
 
 /// A whole set in one tensor, `[images, 3, H, W]`.
