@@ -14,8 +14,12 @@ use super::pool::Buffer;
 use super::{column_sums, norm};
 use crate::vectorised;
 
-/// Rows of an image that a task handles at most.
+/// Rows of an image that a task handles at most: what lies between two products stays in the cache.
 const ROWS_PER_PIECE: usize = 128;
+/// Rows of an image that a task handles at least, where there are threads for more tasks: two of the highest tiles.
+const LEAST_ROWS_PER_PIECE: usize = 24;
+/// Work that each piece of an image does again, mostly bringing keys into panels, as a part of the image's own.
+const COST_OF_A_PIECE: f64 = 0.02;
 
 /// Weights of a block: matrices `[O, I]` row-major, vectors `[O]`.
 #[derive(Clone, Copy)]
@@ -142,9 +146,17 @@ impl Shape<'_> {
         self.factors.map_or(1.0, |factors| factors[branch][image])
     }
 
-    /// Rows of a piece: an image cut evenly.
+    /// Rows of a piece: an image cut evenly, into more pieces where a few images would leave threads idle.
     fn piece(&self) -> usize {
-        self.tokens.div_ceil(self.tokens.div_ceil(ROWS_PER_PIECE))
+        let threads = rayon::current_num_threads();
+        let fewest = self.tokens.div_ceil(ROWS_PER_PIECE);
+        let most = (self.tokens / LEAST_ROWS_PER_PIECE).max(fewest);
+        let time = |pieces: usize| {
+            let turns = (self.images * pieces).div_ceil(threads);
+            turns as f64 * (1.0 / pieces as f64 + COST_OF_A_PIECE)
+        };
+        let best = (fewest..=most).min_by(|&a, &b| time(a).total_cmp(&time(b)));
+        self.tokens.div_ceil(best.unwrap_or(fewest))
     }
 
     /// Row-major rows `[B T, columns]` cut into pieces, image by image.

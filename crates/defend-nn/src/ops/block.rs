@@ -685,6 +685,27 @@ mod tests {
     }
 
     #[test]
+    fn a_result_does_not_depend_on_the_number_of_threads() -> Result<()> {
+        for images in [1, 3] {
+            let t = inputs(images, 150);
+            let of = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                let parameters = parameters(&t);
+                let block = || transformer_block(&t[0], &parameters, None, true);
+                pool.unwrap().install(block)
+            };
+            let (expected, expected_attention) = of(1)?;
+            for threads in [2, 3, 8, 40] {
+                let (found, attention) = of(threads)?;
+                assert_eq!(distance(&found, &expected), 0.0);
+                let pair = [&attention, &expected_attention].map(|a| a.as_ref().unwrap());
+                assert_eq!(distance(pair[0], pair[1]), 0.0);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
     fn other_tensors_are_never_taken_for_the_prepared_ones() -> Result<()> {
         let t = inputs(2, 5);
         let mut p = parameters(&t);
