@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::bf16::{self, Form};
 use super::blocked::{Columns, Rows, Stack, VECTORS, fill_block};
-use super::pool::Buffer;
+use super::pool::{Buffer, Own};
 
 /// Rows that a tile handles at most, with 16 registers and with 32: with a block's vectors their sums fill the registers.
 const TILE_ROWS: [usize; 2] = [6, 12];
@@ -297,7 +297,7 @@ impl Product<'_, '_, '_> {
         let width = VECTORS * S::F32_LANES;
         let heights = Heights::of(self.x.count, most_rows::<S>());
         let most = PANEL_BYTES / (4 * width) * rows_in_a_line;
-        let mut tiles = Buffer::stale(self.x.count * depth.min(most.max(width)));
+        let mut tiles = Own::stale(self.x.count * depth.min(most.max(width)));
         let (mut block, mut from) = (0, 0);
         while block < self.x.columns.blocks() {
             let (blocks, part) = self.x.run(block, most);
