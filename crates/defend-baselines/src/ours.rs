@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use defend_core::data::Dataset;
 use defend_core::distill::{self, Discrepancy, Score};
 use defend_core::nn::ops::l2_normalize;
-use defend_core::vit::{ImageSource, TrainScope};
+use defend_core::vit::{Arithmetic, ImageSource, TrainScope};
 use defend_core::{Defend, DefendConfig, Error, NoveltyDetector, Observer};
 use serde::{Deserialize, Serialize};
 
@@ -63,9 +63,11 @@ impl System for Ours {
             .device(teacher.device().clone())
             .strict(true);
         let builder = match &settings.dense {
-            // Nothing trains the teacher: its features may come from the cache.
-            None => builder.own_teacher(teacher.backbone(settings.distill.layers)?),
-            Some(_) => builder.teacher(teacher.vit().copy(TrainScope::Frozen)?),
+            // Nothing changes the teacher: its features may come from the cache.
+            None if settings.arithmetic == Arithmetic::F32 => {
+                builder.own_teacher(teacher.backbone(settings.distill.layers)?)
+            }
+            _ => builder.teacher(teacher.vit().copy(TrainScope::Frozen)?),
         };
         let fitted = builder
             .config(settings)
@@ -109,7 +111,8 @@ struct Whitened(Gaussian);
 
 /// Difference of the normalised CLS tokens of teacher and student, one row an image.
 fn cls_errors([teacher, student]: &[Tensor; 2]) -> Result<Vec<Vec<f32>>, distill::Error> {
-    let difference = (l2_normalize(teacher)? - l2_normalize(student)?)?;
+    let [teacher, student] = [teacher, student].map(|t| l2_normalize(&t.to_dtype(DType::F32)?));
+    let difference = (teacher? - student?)?;
     Ok(difference.detach().to_vec2()?)
 }
 

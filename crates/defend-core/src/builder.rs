@@ -122,7 +122,8 @@ impl DefendBuilder {
         self
     }
 
-    /// A teacher that is loaded already.
+    /// A teacher that is loaded already. It computes in its own type where neither the dense stage tunes it nor
+    /// [`DefendConfig::arithmetic`] is `bf16`.
     #[must_use]
     pub fn teacher(mut self, teacher: Vit) -> Self {
         self.backbone = Some(Source::Vit(Box::new(teacher)));
@@ -328,23 +329,15 @@ impl DefendBuilder {
 
 /// A random student for a teacher.
 fn student(teacher: &BackboneSpec, config: &DefendConfig, device: &Device) -> Result<Vit, Error> {
-    let spec = BackboneSpec {
-        arithmetic: config.arithmetic,
-        ..teacher.clone()
-    };
     let mut rng = Rng::stream(config.seed, stream::STUDENT);
-    Ok(Vit::random(
-        spec,
-        config.distill.drop_path,
-        &mut rng,
-        device,
-    )?)
+    let drop_path = config.distill.drop_path;
+    Ok(Vit::random(teacher.clone(), drop_path, &mut rng, device)?)
 }
 
 /// A copy of a network that trains no more.
 fn frozen(vit: &Vit, arithmetic: Arithmetic) -> Result<Vit, Error> {
     Ok(match arithmetic {
-        // As it is: a teacher may be in another type already.
+        // As it is: a frozen teacher may compute in another type already.
         Arithmetic::F32 => vit.copy(TrainScope::Frozen)?,
         Arithmetic::Bf16 => vit.with_arithmetic(arithmetic)?,
     })

@@ -104,14 +104,7 @@ impl Detector {
         header.check_sizes().map_err(wrong)?;
         let (teacher, student) = (weights.split_off("teacher."), weights.split_off("student."));
         weights.finish()?;
-        let load = |spec: BackboneSpec, weights| {
-            let arithmetic = spec.arithmetic;
-            let vit = Vit::load(spec, weights, TrainScope::Frozen, device)?;
-            match arithmetic {
-                Arithmetic::F32 => Ok(vit),
-                Arithmetic::Bf16 => vit.with_arithmetic(arithmetic),
-            }
-        };
+        let load = |spec, weights| Vit::load(spec, weights, TrainScope::Frozen, device);
         Ok(Self {
             teacher: Arc::new(load(header.teacher, teacher)?),
             student: Arc::new(load(header.student, student)?),

@@ -14,7 +14,7 @@ use crate::scan::Skipped;
 
 /// Images that are read and decoded together.
 const READ_BATCH: usize = 64;
-/// The same while training: up to three times as many wait in memory.
+/// The same while training: up to three times as many are in memory besides those that are kept.
 const AHEAD_BATCH: usize = 32;
 
 /// The readable pictures of a data set, resized and kept as bytes (150 KB at 224 pixels).
@@ -39,9 +39,9 @@ struct Ahead {
 }
 
 impl Ahead {
-    /// A picture, if it is among those; waits for it.
-    fn take(&mut self, index: usize) -> Option<RgbImage> {
-        while self.coming.contains(&index) {
+    /// A picture, if it is among those; waits for it, unless more than `limit` others would wait in memory meanwhile.
+    fn take(&mut self, index: usize, limit: usize) -> Option<RgbImage> {
+        while self.coming.contains(&index) && self.read.len() <= limit {
             let batch = self.batches.next()?;
             for index in &batch.indices {
                 self.coming.remove(index);
@@ -134,7 +134,7 @@ impl Pictures {
     }
 
     /// Index in the data set of a picture that is not in memory.
-    fn elsewhere(&self, i: usize) -> Option<usize> {
+    fn not_kept(&self, i: usize) -> Option<usize> {
         match self.kept.get(i) {
             Some((index, None)) => Some(*index),
             _ => None,
@@ -145,12 +145,18 @@ impl Pictures {
     fn read_ahead(&self, indices: &[usize]) -> HashMap<usize, RgbImage> {
         // A poisoned lock means that a data set panicked, which reaches the caller anyway.
         let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(ahead) = &mut *ahead else {
+        let Some(coming) = &mut *ahead else {
             return HashMap::new();
         };
-        let elsewhere = indices.iter().filter_map(|&i| self.elsewhere(i));
-        let read = elsewhere.filter_map(|index| Some((index, ahead.take(index)?)));
-        read.collect()
+        let limit = indices.len() + 2 * AHEAD_BATCH;
+        let missing = indices.iter().filter_map(|&i| self.not_kept(i));
+        let read = missing.filter_map(|index| Some((index, coming.take(index, limit)?)));
+        let read = read.collect();
+        if coming.read.len() > limit {
+            // Nobody asks in the announced order.
+            *ahead = None;
+        }
+        read
     }
 }
 
@@ -190,7 +196,7 @@ impl ImageSource for Pictures {
     }
 
     fn announce(&self, order: &[usize]) {
-        let missing: Vec<usize> = order.iter().filter_map(|&i| self.elsewhere(i)).collect();
+        let missing: Vec<usize> = order.iter().filter_map(|&i| self.not_kept(i)).collect();
         let ahead = (!missing.is_empty()).then(|| {
             let coming = missing.iter().copied().collect();
             let dataset = Arc::clone(&self.dataset);
@@ -219,12 +225,16 @@ mod tests {
     use super::*;
     use crate::Silent;
 
+    const COLOURS: usize = 150;
+    /// From so many reads on, the eighth picture is gone.
+    const GONE: usize = 1 << 20;
+
     /// Pictures of one colour, and how often one was read.
     struct Colours(AtomicUsize);
 
     impl Dataset for Colours {
         fn len(&self) -> usize {
-            70
+            COLOURS
         }
 
         fn name(&self, index: usize) -> Cow<'_, str> {
@@ -240,7 +250,11 @@ mod tests {
         }
 
         fn image(&self, index: usize) -> Result<RgbImage, defend_data::Error> {
-            self.0.fetch_add(1, Ordering::SeqCst);
+            if self.0.fetch_add(1, Ordering::SeqCst) >= GONE && index == 7 {
+                let source = std::io::Error::other("number seven is gone");
+                let path = "seven".into();
+                return Err(defend_data::Error::Read { path, source });
+            }
             Ok(RgbImage::from_pixel(
                 16,
                 16,
@@ -260,7 +274,7 @@ mod tests {
             Pictures::read(dataset, preprocess, &Device::Cpu, limit, true, &mut Silent).unwrap()
         };
         let (kept, some) = (read(1 << 20), read(10 * 3 * 16 * 16));
-        let order: Vec<usize> = (0..70).rev().collect();
+        let order: Vec<usize> = (0..COLOURS).rev().collect();
         let values = |pictures: &Pictures, indices: &[usize]| {
             let images = pictures.images(indices).unwrap();
             images.flatten_all().unwrap().to_vec1::<f32>().unwrap()
@@ -276,15 +290,47 @@ mod tests {
             for indices in order.chunks(9) {
                 assert_eq!(values(&some, indices), values(&kept, indices));
             }
-            assert_eq!(reads() - before, 60);
+            assert_eq!(reads() - before, COLOURS - 10);
         }
         // Out of turn, and never announced.
         some.announce(&order[..50]);
-        for indices in [[5, 60], [60, 40], [69, 15]] {
+        for indices in [[120, 60], [149, 15], [101, 40]] {
             assert_eq!(values(&some, &indices), values(&kept, &indices));
         }
-        // No longer read when there is another order.
+        // Another order replaces it.
         some.announce(&[]);
+        assert!(some.ahead.lock().unwrap().is_none());
         assert_eq!(values(&some, &[30]), values(&kept, &[30]));
+    }
+
+    #[test]
+    fn little_waits_in_memory_whatever_is_asked_for() {
+        let colours = Arc::new(Colours(AtomicUsize::new(0)));
+        let preprocess = Preprocess::new(16, [0.0; 3], [1.0; 3]);
+        let pictures =
+            Pictures::read(colours, preprocess, &Device::Cpu, 0, true, &mut Silent).unwrap();
+        let order: Vec<usize> = (0..COLOURS).collect();
+        pictures.announce(&order);
+        // The last of all: all others would have to wait.
+        pictures.images(&[COLOURS - 1]).unwrap();
+        assert!(pictures.ahead.lock().unwrap().is_none());
+        pictures.images(&order[..2]).unwrap();
+    }
+
+    #[test]
+    fn a_picture_that_can_no_longer_be_read_is_named() {
+        let colours = Arc::new(Colours(AtomicUsize::new(0)));
+        let dataset: Arc<dyn Dataset> = colours.clone();
+        let preprocess = Preprocess::new(16, [0.0; 3], [1.0; 3]);
+        let pictures =
+            Pictures::read(dataset, preprocess, &Device::Cpu, 0, true, &mut Silent).unwrap();
+        let order: Vec<usize> = (0..COLOURS).collect();
+        colours.0.store(GONE, Ordering::SeqCst);
+        pictures.announce(&order);
+        assert!(pictures.images(&order[..5]).is_ok());
+        let error = pictures.images(&order[5..10]).unwrap_err();
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(source.contains("seven"), "{source}");
+        assert!(pictures.images(&order[10..20]).is_ok());
     }
 }

@@ -12,14 +12,16 @@ mod stripes;
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use defend_core::data::{ImageFolder, Memory, RgbImage};
-use defend_core::dense::DenseConfig;
-use defend_core::distill::{Aggregation, DistillConfig};
+use defend_core::dense::{DenseConfig, DenseTuner, PrototypeObjective};
+use defend_core::distill::{Aggregation, DistillConfig, Distiller};
+use defend_core::nn::Rng;
 use defend_core::prelude::*;
 use defend_core::vit::{
-    Architecture, Arithmetic, Backbone, BackboneSpec, Features, Precision, TokenSet, Vit,
+    Architecture, Arithmetic, Backbone, BackboneSpec, Features, ImageSource, Precision, TokenSet,
+    TrainScope, Vit,
 };
 use defend_core::{DType, Error, Event, Observer, Stage, Tensor};
 use image::{DynamicImage, ImageBuffer, Luma, LumaA, Rgb, Rgba};
@@ -131,6 +133,62 @@ fn the_same_seed_gives_the_same_bits_and_the_batch_size_none() -> Result<(), Err
     let small = builder.fit(set(3, 21), &mut Silent)?.detector;
     assert_eq!(scores(&a, set(5, 7)), scores(&small, set(5, 7)));
     Ok(())
+}
+
+/// Images, and in which order they were announced and asked for.
+struct Recorded {
+    images: Tensor,
+    orders: Mutex<[Vec<usize>; 2]>,
+}
+
+impl ImageSource for Recorded {
+    fn len(&self) -> usize {
+        ImageSource::len(&self.images)
+    }
+
+    fn images(&self, indices: &[usize]) -> Result<Tensor, defend_core::vit::Error> {
+        self.orders.lock().unwrap()[1].extend(indices);
+        self.images.images(indices)
+    }
+
+    fn announce(&self, order: &[usize]) {
+        self.orders.lock().unwrap()[0].extend(order);
+    }
+}
+
+#[test]
+fn both_stages_announce_the_order_in_which_they_ask_for_images() {
+    let values: Vec<f32> = (0..10 * 3 * 32 * 32).map(|i| (i as f32).sin()).collect();
+    let images = Tensor::from_vec(values, (10, 3, 32, 32), &Device::Cpu).unwrap();
+    let source = Recorded {
+        images,
+        orders: Mutex::default(),
+    };
+    let asked = || std::mem::take(&mut *source.orders.lock().unwrap());
+    let (mut config, mut rng) = (config(), Rng::seed(1));
+    config.distill.epochs = 2;
+    let dense = config.dense.unwrap();
+    let tuned = teacher().copy(TrainScope::LastBlocks(1)).unwrap();
+    let objective = PrototypeObjective::random(&dense, 24, &mut rng, &Device::Cpu).unwrap();
+    let tuner = DenseTuner::new(dense).unwrap();
+    let report = tuner.tune(&tuned, &objective, &source, &mut rng, &mut |_| ());
+    report.unwrap();
+    let [announced, found] = asked();
+    assert_eq!((announced.len(), &announced), (10, &found));
+    let (distill, student) = (config.distill, teacher());
+    let distiller = Distiller::new(distill.clone()).unwrap();
+    let report = distiller.distill(
+        &tuned,
+        &student,
+        &distill.mask,
+        &distill.distance,
+        &source,
+        &mut rng,
+        &mut |_| (),
+    );
+    report.unwrap();
+    let [announced, found] = asked();
+    assert_eq!((announced.len(), &announced), (20, &found));
 }
 
 /// Names of the skipped images.
@@ -390,6 +448,24 @@ fn bf16_changes_scores_little_and_travels_with_the_model() -> Result<(), Error> 
     for (single, rounded) in single.concat().iter().zip([normal, novel].concat()) {
         let change = (rounded / single - 1.0).abs();
         assert!(change > 0.0 && change < 0.05, "{single} became {rounded}");
+    }
+    Ok(())
+}
+
+#[test]
+fn networks_of_ones_own_keep_their_arithmetic_in_the_file() -> Result<(), Error> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("stripes.defend");
+    let rounded = teacher().with_arithmetic(Arithmetic::Bf16)?;
+    for dense in [None, config().dense] {
+        let builder = Defend::builder()
+            .teacher(rounded.copy(TrainScope::Frozen)?)
+            .own_student(Arc::new(rounded.copy(TrainScope::All)?))
+            .config(DefendConfig { dense, ..config() });
+        let detector = builder.fit(set(3, 9), &mut Silent)?.detector;
+        detector.save(&path)?;
+        let again = Detector::load(&path, &Device::Cpu)?;
+        assert_eq!(scores(&detector, set(5, 5)), scores(&again, set(5, 5)));
     }
     Ok(())
 }

@@ -30,17 +30,16 @@ pub fn shuffled_batches(images: usize, batch: usize, rng: &mut Rng) -> Vec<Vec<u
 /// The rows of some of a batch's images; `batch`, `[B, ...]`, has those of `indices`, among which all of `wanted` are.
 ///
 /// # Errors
-/// Those of candle.
+/// When an image is not in the batch, and those of candle.
 pub fn rows_of(batch: &Tensor, indices: &[usize], wanted: &[usize]) -> Result<Tensor> {
     if indices == wanted {
         return Ok(batch.clone());
     }
-    let place = |image: &usize| indices.iter().position(|index| index == image);
-    let rows: Vec<u32> = wanted
-        .iter()
-        .filter_map(place)
-        .map(|row| row as u32)
-        .collect();
+    let row = |image: &usize| match indices.iter().position(|index| index == image) {
+        Some(row) => Ok(row as u32),
+        None => candle_core::bail!("image {image} is not in its batch"),
+    };
+    let rows = wanted.iter().map(row).collect::<Result<Vec<u32>>>()?;
     batch.index_select(&Tensor::new(rows, batch.device())?, 0)
 }
 
@@ -162,6 +161,7 @@ mod tests {
         };
         assert_eq!(of(&[4, 2, 7])?, [4.0, 2.0, 7.0]);
         assert_eq!(of(&[7, 4])?, [7.0, 4.0]);
+        assert!(of(&[7, 5]).is_err());
         Ok(())
     }
 

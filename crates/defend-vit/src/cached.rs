@@ -1,6 +1,6 @@
 //! Features that are computed once for every image.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -347,7 +347,9 @@ pub fn weights_hash(backbone: &dyn Backbone) -> Result<String, Error> {
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{:?}", spec.architecture).as_bytes());
     if spec.arithmetic != Arithmetic::F32 {
-        hasher.update(format!("{:?}", spec.arithmetic).as_bytes());
+        // On a CPU the tensors are `f32`, and less is rounded on the way.
+        let dtypes: BTreeSet<&str> = tensors.values().map(|t| t.dtype().as_str()).collect();
+        hasher.update(format!("{:?} {dtypes:?}", spec.arithmetic).as_bytes());
     }
     let mut names: Vec<&String> = tensors.keys().collect();
     names.sort_unstable();

@@ -244,8 +244,8 @@ pub trait ImageSource {
     /// [`Error::ImageSource`] when an image cannot be had, [`Error::Candle`] when the tensor cannot be made.
     fn images(&self, indices: &[usize]) -> Result<Tensor, Error>;
 
-    /// Says in which order images will be asked for next, so that a source can read ahead. It changes no image; the last order
-    /// counts.
+    /// A hint in which order images will be asked for next, each once, so that a source can read ahead; it replaces any earlier
+    /// one. A source around another one passes it on.
     fn announce(&self, order: &[usize]) {
         let _ = order;
     }

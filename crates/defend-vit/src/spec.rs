@@ -191,7 +191,7 @@ pub struct BackboneSpec {
     /// Layers that [`crate::Features`] hold, counted from the last; `1..=depth` (paper, Table 1a: 1, 3, 5).
     #[serde(default = "last_layer_only")]
     pub layers: usize,
-    /// How frozen blocks with `f32` tensors multiply on the CPU; [`crate::Vit::with_arithmetic`] sets it.
+    /// How the backbone computes while it is frozen.
     #[serde(default)]
     pub arithmetic: Arithmetic,
 }

@@ -89,10 +89,10 @@ impl Vit {
         })
     }
 
-    /// A frozen copy that computes in this way.
+    /// A frozen copy that computes in this way. In `bf16` all its weights are rounded, for good.
     ///
     /// # Errors
-    /// As [`Vit::to_dtype`].
+    /// As [`Vit::load`].
     pub fn with_arithmetic(&self, arithmetic: Arithmetic) -> Result<Self, Error> {
         self.to_dtype(match arithmetic {
             Arithmetic::F32 => DType::F32,
@@ -109,16 +109,17 @@ impl Vit {
         let device = self.pos_embed.device();
         let on_cpu = device.is_cpu();
         let mut spec = self.spec.clone();
+        // In `bf16` building it rounds.
         spec.arithmetic = match dtype {
             DType::BF16 => Arithmetic::Bf16,
             _ => Arithmetic::F32,
         };
         self.changed(spec, TrainScope::Frozen, device, |_, tensor| {
-            let rounded = tensor.to_dtype(dtype)?;
+            let tensor = tensor.to_dtype(dtype)?;
             if on_cpu {
-                return rounded.to_dtype(DType::F32);
+                return tensor.to_dtype(DType::F32);
             }
-            Ok(rounded)
+            Ok(tensor)
         })
     }
 
@@ -206,6 +207,9 @@ mod tests {
             let plain = Vit::load(spec, weights, TrainScope::Frozen, &Device::Cpu).unwrap();
             let [a, b] = [&rounded, &plain].map(|vit| crate::weights_hash(vit).unwrap());
             assert_eq!(a == b, half == DType::F16);
+            // Training is in f32.
+            let trained = rounded.copy(TrainScope::All).unwrap();
+            assert_eq!(trained.spec().arithmetic, Arithmetic::F32);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use defend_nn::ops::{self, BlockParameters, Prepared};
 use defend_nn::{Rng, normal, xavier_uniform};
 
@@ -10,7 +10,7 @@ use crate::block::{Block, Linear, Norm};
 use crate::features::{Backbone, Features, Grid, Layer, Prefix, TokenSet, Trainable};
 use crate::patch_embed::patchify;
 use crate::pos_embed::Bicubic;
-use crate::{BackboneSpec, Error, Weights, pos_embed};
+use crate::{Arithmetic, BackboneSpec, Error, Weights, pos_embed};
 
 /// Which parameters of a loaded backbone train.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,12 +57,19 @@ struct Assembly<'a, 'b> {
     source: &'a mut Source<'b>,
     device: &'a Device,
     eps: f64,
+    arithmetic: Arithmetic,
     variables: Vec<(String, Var)>,
 }
 
 impl Assembly<'_, '_> {
     fn parameter(&mut self, name: &str, shape: &[usize], trains: bool) -> Result<Tensor, Error> {
-        let tensor = (self.source)(name, shape)?.to_device(self.device)?;
+        let mut tensor = (self.source)(name, shape)?.to_device(self.device)?;
+        if self.arithmetic == Arithmetic::Bf16 {
+            tensor = tensor.to_dtype(DType::BF16)?;
+            if self.device.is_cpu() {
+                tensor = tensor.to_dtype(DType::F32)?;
+            }
+        }
         if !trains {
             return Ok(tensor.detach());
         }
@@ -134,7 +141,8 @@ impl Assembly<'_, '_> {
 impl Vit {
     /// Builds a backbone from weights with timm's tensor names.
     ///
-    /// A classification head in the file is read when the spec has classes.
+    /// A classification head in the file is read when the spec has classes. A frozen backbone computes as
+    /// [`BackboneSpec::arithmetic`] says, one with anything that trains in `f32`.
     ///
     /// # Errors
     /// [`Error::Config`] for an impossible spec or scope, and the errors of [`Weights::take`] and
@@ -212,12 +220,15 @@ impl Vit {
     }
 
     pub(crate) fn build(
-        spec: BackboneSpec,
+        mut spec: BackboneSpec,
         scope: TrainScope,
         drop_path: f64,
         device: &Device,
         source: &mut Source<'_>,
     ) -> Result<Self, Error> {
+        if scope != TrainScope::Frozen {
+            spec.arithmetic = Arithmetic::F32;
+        }
         let arch = spec.architecture.clone();
         spec.validate()?;
         let config = |reason| Error::Config {
@@ -246,6 +257,7 @@ impl Vit {
             source,
             device,
             eps: arch.layer_norm_eps,
+            arithmetic: spec.arithmetic,
             variables: Vec::new(),
         };
         let cls_token = build.parameter("cls_token", &[1, 1, d], all)?;

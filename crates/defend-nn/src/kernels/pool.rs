@@ -77,12 +77,12 @@ thread_local! {
 
 /// Values of the calling thread's own, for short work that would wait for the pool's lock where there are many threads. A thread
 /// keeps as many as it needed at most.
-pub(crate) struct Own {
+pub(crate) struct ThreadBuffer {
     values: Vec<f32>,
     len: usize,
 }
 
-impl Own {
+impl ThreadBuffer {
     /// `len` values; what they hold is left over from earlier use.
     pub(crate) fn stale(len: usize) -> Self {
         let mut values = OWN.take();
@@ -95,7 +95,7 @@ impl Own {
     }
 }
 
-impl Deref for Own {
+impl Deref for ThreadBuffer {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
@@ -103,20 +103,20 @@ impl Deref for Own {
     }
 }
 
-impl DerefMut for Own {
+impl DerefMut for ThreadBuffer {
     fn deref_mut(&mut self) -> &mut [f32] {
         &mut self.values[..self.len]
     }
 }
 
-impl Drop for Own {
+impl Drop for ThreadBuffer {
     fn drop(&mut self) {
         OWN.set(std::mem::take(&mut self.values));
     }
 }
 
-/// Gives the memory that operations on the CPU keep for their next call back, forward passes as well; training loops do so at their
-/// end.
+/// Gives the memory that operations on the CPU keep for their next call back, forward passes as well, but for some 100 KB a thread;
+/// training loops do so at their end.
 pub fn release_memory() {
     idle().clear();
 }

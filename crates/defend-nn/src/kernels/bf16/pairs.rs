@@ -38,7 +38,7 @@ impl Processor {
 #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
 fn run(v4: V4, product: Product<'_, '_, '_>) {
     product.by_tiles::<V4>(
-        |tiles| narrow(tiles),
+        |tiles| round_to_pairs(tiles),
         |x, rows, panel, add, out| {
             let x: &[u32] = pulp::bytemuck::cast_slice(x);
             let (panel, _) = V4::as_simd_u32s(pulp::bytemuck::cast_slice(panel));
@@ -49,7 +49,7 @@ fn run(v4: V4, product: Product<'_, '_, '_>) {
 
 /// Rounds values to `bf16`; all of them are in the first half afterwards.
 #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
-fn narrow(values: &mut [f32]) {
+fn round_to_pairs(values: &mut [f32]) {
     let whole = values.len() / (2 * LANES);
     for i in 0..whole {
         let (vectors, _) = V4::as_simd_f32s(&values[2 * LANES * i..][..2 * LANES]);
