@@ -101,10 +101,7 @@ fn first(t: &Tensor) -> Vec<f64> {
 
 fn forward(timm: &'static str, name: &'static str, arch: Architecture, batch: usize) -> Row {
     let prepare = move |folder: &Path| {
-        let vit = frozen_vit(&arch);
-        let images = noise(&[batch, 3, 224, 224], 1);
-        let tensors = HashMap::from([("images", images.clone())]);
-        let request = request("forward", folder, Some((timm, &vit)), &tensors);
+        let (vit, images, request) = forward_inputs(timm, &arch, batch, folder);
         let plain = candle_forward(&vit, arch, &images);
         let mut work = features(vit, &images);
         work.here = Some(("candle", Box::new(plain)));
@@ -124,10 +121,7 @@ fn forward(timm: &'static str, name: &'static str, arch: Architecture, batch: us
 fn rounded_forward(timm: &'static str, name: &'static str, arch: Architecture) -> Row {
     const BATCH: usize = 8;
     let prepare = move |folder: &Path| {
-        let vit = frozen_vit(&arch);
-        let images = noise(&[BATCH, 3, 224, 224], 1);
-        let tensors = HashMap::from([("images", images.clone())]);
-        let request = request("forward", folder, Some((timm, &vit)), &tensors);
+        let (vit, images, request) = forward_inputs(timm, &arch, BATCH, folder);
         let rounded = vit.with_arithmetic(Arithmetic::Bf16).expect("a copy");
         let mut work = features(rounded, &images);
         work.here = Some(("ours in f32", Box::new(features(vit, &images))));
@@ -142,6 +136,20 @@ fn rounded_forward(timm: &'static str, name: &'static str, arch: Architecture) -
         tolerance: 0.1,
         prepare: Box::new(prepare),
     }
+}
+
+/// A backbone, images, and the request for the same forward pass.
+fn forward_inputs(
+    timm: &str,
+    architecture: &Architecture,
+    batch: usize,
+    folder: &Path,
+) -> (Vit, Tensor, Value) {
+    let vit = frozen_vit(architecture);
+    let images = noise(&[batch, 3, 224, 224], 1);
+    let tensors = HashMap::from([("images", images.clone())]);
+    let request = request("forward", folder, Some((timm, &vit)), &tensors);
+    (vit, images, request)
 }
 
 /// Our forward pass.

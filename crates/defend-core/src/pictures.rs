@@ -216,7 +216,7 @@ impl ImageSource for Pictures {
 #[cfg(test)]
 mod tests {
     use std::borrow::Cow;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::thread;
     use std::time::{Duration, Instant};
 
@@ -226,11 +226,15 @@ mod tests {
     use crate::Silent;
 
     const COLOURS: usize = 150;
-    /// From so many reads on, the eighth picture is gone.
-    const GONE: usize = 1 << 20;
 
-    /// Pictures of one colour, and how often one was read.
-    struct Colours(AtomicUsize);
+    /// Pictures of one colour.
+    #[derive(Default)]
+    struct Colours {
+        /// How often one was read.
+        reads: AtomicUsize,
+        /// Whether number seven can no longer be read.
+        gone: AtomicBool,
+    }
 
     impl Dataset for Colours {
         fn len(&self) -> usize {
@@ -250,7 +254,8 @@ mod tests {
         }
 
         fn image(&self, index: usize) -> Result<RgbImage, defend_data::Error> {
-            if self.0.fetch_add(1, Ordering::SeqCst) >= GONE && index == 7 {
+            self.reads.fetch_add(1, Ordering::SeqCst);
+            if index == 7 && self.gone.load(Ordering::SeqCst) {
                 let source = std::io::Error::other("number seven is gone");
                 let path = "seven".into();
                 return Err(defend_data::Error::Read { path, source });
@@ -263,17 +268,19 @@ mod tests {
         }
     }
 
+    /// All colours, of which `limit` bytes are kept.
+    fn pictures(colours: &Arc<Colours>, limit: usize) -> Pictures {
+        let dataset: Arc<dyn Dataset> = colours.clone();
+        let preprocess = Preprocess::new(16, [0.0; 3], [1.0; 3]);
+        Pictures::read(dataset, preprocess, &Device::Cpu, limit, true, &mut Silent).unwrap()
+    }
+
     #[test]
     fn pictures_beyond_the_memory_are_read_ahead_once_an_epoch_and_are_the_same() {
-        let colours = Arc::new(Colours(AtomicUsize::new(0)));
-        let reads = || colours.0.load(Ordering::SeqCst);
-        let preprocess = Preprocess::new(16, [0.0; 3], [1.0; 3]);
-        let read = |limit| {
-            let dataset: Arc<dyn Dataset> = colours.clone();
-            let preprocess = preprocess.clone();
-            Pictures::read(dataset, preprocess, &Device::Cpu, limit, true, &mut Silent).unwrap()
-        };
-        let (kept, some) = (read(1 << 20), read(10 * 3 * 16 * 16));
+        let colours = Arc::<Colours>::default();
+        let reads = || colours.reads.load(Ordering::SeqCst);
+        let kept = pictures(&colours, 1 << 20);
+        let some = pictures(&colours, 10 * 3 * 16 * 16);
         let order: Vec<usize> = (0..COLOURS).rev().collect();
         let values = |pictures: &Pictures, indices: &[usize]| {
             let images = pictures.images(indices).unwrap();
@@ -305,10 +312,7 @@ mod tests {
 
     #[test]
     fn little_waits_in_memory_whatever_is_asked_for() {
-        let colours = Arc::new(Colours(AtomicUsize::new(0)));
-        let preprocess = Preprocess::new(16, [0.0; 3], [1.0; 3]);
-        let pictures =
-            Pictures::read(colours, preprocess, &Device::Cpu, 0, true, &mut Silent).unwrap();
+        let pictures = pictures(&Arc::default(), 0);
         let order: Vec<usize> = (0..COLOURS).collect();
         pictures.announce(&order);
         // The last of all: all others would have to wait.
@@ -319,13 +323,10 @@ mod tests {
 
     #[test]
     fn a_picture_that_can_no_longer_be_read_is_named() {
-        let colours = Arc::new(Colours(AtomicUsize::new(0)));
-        let dataset: Arc<dyn Dataset> = colours.clone();
-        let preprocess = Preprocess::new(16, [0.0; 3], [1.0; 3]);
-        let pictures =
-            Pictures::read(dataset, preprocess, &Device::Cpu, 0, true, &mut Silent).unwrap();
+        let colours = Arc::<Colours>::default();
+        let pictures = pictures(&colours, 0);
         let order: Vec<usize> = (0..COLOURS).collect();
-        colours.0.store(GONE, Ordering::SeqCst);
+        colours.gone.store(true, Ordering::SeqCst);
         pictures.announce(&order);
         assert!(pictures.images(&order[..5]).is_ok());
         let error = pictures.images(&order[5..10]).unwrap_err();

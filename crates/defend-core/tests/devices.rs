@@ -27,7 +27,7 @@ use defend_core::vit::{
     Precision, TokenSet, TrainScope, Trainable, Vit, Weights,
 };
 use defend_testing::{assert_close, assert_moved};
-use stripes::set;
+use stripes::{set, small_dense};
 
 /// Where a stage runs, and in which type.
 struct Place {
@@ -550,13 +550,8 @@ fn scores(detector: &Detector) -> Vec<f64> {
 fn short() -> DefendConfig {
     DefendConfig {
         dense: Some(DenseConfig {
-            epochs: 1,
             batch: 4,
-            crops: 2,
-            crop_size: 16,
-            head_hidden: vec![16],
-            head_output: 8,
-            ..DenseConfig::default()
+            ..small_dense()
         }),
         distill: DistillConfig {
             epochs: 2,

@@ -25,7 +25,7 @@ use defend_core::vit::{
 };
 use defend_core::{DType, Error, Event, Observer, Stage, Tensor};
 use image::{DynamicImage, ImageBuffer, Luma, LumaA, Rgb, Rgba};
-use stripes::{set, stripes};
+use stripes::{set, small_dense, stripes};
 
 fn teacher() -> Vit {
     let spec = BackboneSpec::new(Architecture {
@@ -43,15 +43,7 @@ fn teacher() -> Vit {
 
 fn config() -> DefendConfig {
     DefendConfig {
-        dense: Some(DenseConfig {
-            epochs: 1,
-            batch: 8,
-            crops: 2,
-            crop_size: 16,
-            head_hidden: vec![16],
-            head_output: 8,
-            ..DenseConfig::default()
-        }),
+        dense: Some(small_dense()),
         distill: DistillConfig {
             epochs: 12,
             min_steps: 0,

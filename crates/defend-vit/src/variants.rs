@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use crate::pos_embed::Bicubic;
+use crate::vit::in_dtype;
 use crate::{Arithmetic, BackboneSpec, Error, TrainScope, Vit, Weights, pos_embed};
 
 impl Vit {
@@ -107,19 +108,13 @@ impl Vit {
     /// [`Error::Candle`] for a type that is not floating-point on this device.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self, Error> {
         let device = self.pos_embed.device();
-        let on_cpu = device.is_cpu();
         let mut spec = self.spec.clone();
-        // In `bf16` building it rounds.
         spec.arithmetic = match dtype {
             DType::BF16 => Arithmetic::Bf16,
             _ => Arithmetic::F32,
         };
         self.changed(spec, TrainScope::Frozen, device, |_, tensor| {
-            let tensor = tensor.to_dtype(dtype)?;
-            if on_cpu {
-                return tensor.to_dtype(DType::F32);
-            }
-            Ok(tensor)
+            in_dtype(&tensor, dtype)
         })
     }
 

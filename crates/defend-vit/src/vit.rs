@@ -61,14 +61,20 @@ struct Assembly<'a, 'b> {
     variables: Vec<(String, Var)>,
 }
 
+/// A tensor in another type; on the CPU, which computes in `f32`, rounded to it.
+pub(crate) fn in_dtype(tensor: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
+    let tensor = tensor.to_dtype(dtype)?;
+    if tensor.device().is_cpu() {
+        return tensor.to_dtype(DType::F32);
+    }
+    Ok(tensor)
+}
+
 impl Assembly<'_, '_> {
     fn parameter(&mut self, name: &str, shape: &[usize], trains: bool) -> Result<Tensor, Error> {
         let mut tensor = (self.source)(name, shape)?.to_device(self.device)?;
         if self.arithmetic == Arithmetic::Bf16 {
-            tensor = tensor.to_dtype(DType::BF16)?;
-            if self.device.is_cpu() {
-                tensor = tensor.to_dtype(DType::F32)?;
-            }
+            tensor = in_dtype(&tensor, DType::BF16)?;
         }
         if !trains {
             return Ok(tensor.detach());

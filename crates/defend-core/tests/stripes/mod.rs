@@ -1,6 +1,7 @@
-//! Pictures that several tests tell apart.
+//! Pictures that several tests tell apart, and settings that are enough for them.
 
 use defend_core::data::{Memory, RgbImage};
+use defend_core::dense::DenseConfig;
 
 /// Stripes of a period: 3 is normal, 5 is novel.
 pub(crate) fn stripes(period: u32, phase: u32) -> RgbImage {
@@ -18,4 +19,17 @@ pub(crate) fn set(period: u32, pictures: u32) -> Memory {
         memory.push(format!("{period}/{phase}"), stripes(period, phase), vec![]);
     }
     memory
+}
+
+/// One epoch of a small dense stage.
+pub(crate) fn small_dense() -> DenseConfig {
+    DenseConfig {
+        epochs: 1,
+        batch: 8,
+        crops: 2,
+        crop_size: 16,
+        head_hidden: vec![16],
+        head_output: 8,
+        ..DenseConfig::default()
+    }
 }

@@ -58,7 +58,7 @@ impl Form {
                 for (line, rows) in lines.zip(panels.chunks_exact(2 * width)) {
                     let (even, odd) = rows.split_at(width);
                     for ((pair, even), odd) in line.iter_mut().zip(even).zip(odd) {
-                        *pair = nearest(*even) >> 16 | nearest(*odd);
+                        *pair = rounded_pair(*even, *odd);
                     }
                 }
                 out
@@ -78,6 +78,12 @@ fn nearest(x: f32) -> u32 {
         rounded
     };
     kept & 0xffff_0000
+}
+
+/// Two values as `bf16`, the first in the low half.
+#[inline(always)]
+fn rounded_pair(even: f32, odd: f32) -> u32 {
+    nearest(even) >> 16 | nearest(odd)
 }
 
 /// Rounds to `bf16` in place.

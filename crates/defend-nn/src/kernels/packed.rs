@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::bf16::{self, Form};
 use super::blocked::{Columns, Rows, Stack, VECTORS, fill_block};
-use super::pool::{Buffer, ThreadBuffer};
+use super::pool::Buffer;
 
 /// Rows that a tile handles at most, with 16 registers and with 32: with a block's vectors their sums fill the registers.
 const TILE_ROWS: [usize; 2] = [6, 12];
@@ -298,7 +298,7 @@ impl Product<'_, '_, '_> {
         assert_eq!(width, columns.width);
         let heights = Heights::of(self.x.count, most_rows::<S>());
         let most = PANEL_BYTES / (4 * width) * rows_in_a_line;
-        let mut tiles = ThreadBuffer::stale(self.x.count * depth.min(most.max(width)));
+        let mut tiles = Buffer::of_thread(self.x.count * depth.min(most.max(width)));
         let (mut block, mut from) = (0, 0);
         while block < self.x.columns.blocks() {
             let (blocks, part) = self.x.run(block, most);

@@ -9,18 +9,29 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 static IDLE: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
 
+thread_local! {
+    static OWN: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
 fn idle() -> MutexGuard<'static, Vec<Vec<f32>>> {
     // Each buffer is whole at any time, so a poisoned lock does no harm.
     IDLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Values that go back to the pool when they are dropped.
+/// Values that are used again when they are dropped.
 #[derive(Debug)]
 pub(crate) struct Buffer {
     values: Vec<f32>,
     len: usize,
-    /// Whether the values go back.
-    lent: bool,
+    home: Home,
+}
+
+/// Where a buffer's values go when it is dropped.
+#[derive(Debug)]
+enum Home {
+    Pool,
+    Thread,
+    Nowhere,
 }
 
 impl Buffer {
@@ -37,7 +48,23 @@ impl Buffer {
         Self {
             values,
             len,
-            lent: true,
+            home: Home::Pool,
+        }
+    }
+
+    /// The same from the calling thread's own memory, for short work that would wait for the pool's lock where there are many
+    /// threads. A thread keeps as many values as it needed at most.
+    pub(crate) fn of_thread(len: usize) -> Self {
+        let mut values = OWN.take();
+        if values.len() < len {
+            values = vec![0.0; len];
+        }
+        #[cfg(test)]
+        let values = tests::spoilt(values);
+        Self {
+            values,
+            len,
+            home: Home::Thread,
         }
     }
 
@@ -45,7 +72,7 @@ impl Buffer {
     pub(crate) fn keep(&mut self) {
         self.values.truncate(self.len);
         self.values.shrink_to_fit();
-        self.lent = false;
+        self.home = Home::Nowhere;
     }
 }
 
@@ -65,53 +92,12 @@ impl DerefMut for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.lent && self.len > 0 {
-            idle().push(std::mem::take(&mut self.values));
+        let values = std::mem::take(&mut self.values);
+        match self.home {
+            Home::Pool if self.len > 0 => idle().push(values),
+            Home::Thread => OWN.set(values),
+            Home::Pool | Home::Nowhere => (),
         }
-    }
-}
-
-thread_local! {
-    static OWN: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-}
-
-/// Values of the calling thread's own, for short work that would wait for the pool's lock where there are many threads. A thread
-/// keeps as many as it needed at most.
-pub(crate) struct ThreadBuffer {
-    values: Vec<f32>,
-    len: usize,
-}
-
-impl ThreadBuffer {
-    /// `len` values; what they hold is left over from earlier use.
-    pub(crate) fn stale(len: usize) -> Self {
-        let mut values = OWN.take();
-        if values.len() < len {
-            values = vec![0.0; len];
-        }
-        #[cfg(test)]
-        let values = tests::spoilt(values);
-        Self { values, len }
-    }
-}
-
-impl Deref for ThreadBuffer {
-    type Target = [f32];
-
-    fn deref(&self) -> &[f32] {
-        &self.values[..self.len]
-    }
-}
-
-impl DerefMut for ThreadBuffer {
-    fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.values[..self.len]
-    }
-}
-
-impl Drop for ThreadBuffer {
-    fn drop(&mut self) {
-        OWN.set(std::mem::take(&mut self.values));
     }
 }
 

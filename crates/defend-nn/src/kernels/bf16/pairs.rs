@@ -10,7 +10,7 @@ use pulp::{Simd, f32x16, u32x16};
 
 use super::super::blocked::VECTORS;
 use super::super::packed::{Add, Product, UNROLL, every_height};
-use super::nearest;
+use super::rounded_pair;
 
 /// Pairs of columns that a tile's loop takes at a time.
 const PAIRS: usize = UNROLL / 2;
@@ -57,8 +57,7 @@ fn round_to_pairs(values: &mut [f32]) {
         V4::as_mut_simd_f32s(&mut values[LANES * i..][..LANES]).0[0] = pairs.bits();
     }
     for i in LANES * whole..values.len() / 2 {
-        let [even, odd] = [values[2 * i], values[2 * i + 1]];
-        values[i] = f32::from_bits(nearest(even) >> 16 | nearest(odd));
+        values[i] = f32::from_bits(rounded_pair(values[2 * i], values[2 * i + 1]));
     }
 }
 
