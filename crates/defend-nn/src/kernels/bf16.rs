@@ -11,6 +11,9 @@ use super::pool::Buffer;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod pairs;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[allow(unsafe_code)]
+mod tiles;
 
 /// How a matrix in panels is multiplied.
 #[derive(Debug, Clone, Copy)]
@@ -21,17 +24,20 @@ pub(crate) enum Form {
     Rounded,
     /// As `bf16`, pairs of rows side by side: `[blocks, depth / 2, W, 2]`.
     Pairs(pairs::Processor),
+    /// In the same form, whole tiles at a time.
+    Tiles(tiles::Processor),
 }
 
 impl Form {
     /// The fastest way on this processor to multiply rounded values, if the left side is cut so.
     pub(crate) fn rounded(depth: Columns) -> Self {
-        // A tile of the left side consists of whole groups of columns.
-        let fits = (0..depth.blocks()).all(|i| depth.block(i).1.is_multiple_of(UNROLL));
-        match pairs::Processor::detect() {
-            Some(processor) if fits => Self::Pairs(processor),
-            _ => Self::Rounded,
+        // What the left side is laid out in consists of whole groups of columns.
+        let fits = |group| (0..depth.blocks()).all(|i| depth.block(i).1.is_multiple_of(group));
+        if let Some(processor) = tiles::Processor::detect().filter(|_| fits(tiles::DEPTH)) {
+            return Self::Tiles(processor);
         }
+        let processor = pairs::Processor::detect().filter(|_| fits(UNROLL));
+        processor.map_or(Self::Rounded, Self::Pairs)
     }
 
     /// Rows of the matrix that lie side by side in a line of a panel.
@@ -39,7 +45,7 @@ impl Form {
     pub(super) fn rows_in_a_line(self) -> usize {
         match self {
             Self::Single | Self::Rounded => 1,
-            Self::Pairs(_) => 2,
+            Self::Pairs(_) | Self::Tiles(_) => 2,
         }
     }
 
@@ -51,7 +57,7 @@ impl Form {
                 round(&mut panels);
                 panels
             }
-            Self::Pairs(_) => {
+            Self::Pairs(_) | Self::Tiles(_) => {
                 let mut out = Buffer::stale(panels.len() / 2);
                 let values: &mut [u32] = pulp::bytemuck::cast_slice_mut(&mut out);
                 let lines = values.chunks_exact_mut(width);
@@ -94,10 +100,9 @@ pub(crate) fn round(values: &mut [f32]) {
     }
 }
 
-/// Where there is no instruction for pairs.
-#[cfg(not(target_arch = "x86_64"))]
-mod pairs {
-    /// There is none.
+/// A processor that there is none of.
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+mod nowhere {
     #[derive(Debug, Clone, Copy)]
     pub(crate) enum Processor {}
 
@@ -110,6 +115,16 @@ mod pairs {
             match self {}
         }
     }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+use nowhere as pairs;
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+mod tiles {
+    pub(crate) use super::nowhere::Processor;
+
+    pub(super) const DEPTH: usize = 32;
 }
 
 #[cfg(test)]

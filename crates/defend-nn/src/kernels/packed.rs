@@ -19,6 +19,8 @@ const TILE_ROWS: [usize; 2] = [6, 12];
 /// instructions: in a loop of single steps a third of them are counters and bounds. With eight steps the compiler runs out of
 /// registers.
 pub(super) const UNROLL: usize = 4;
+/// Rows of the left side are laid out in a multiple of these at most.
+pub(super) const ROWS_FILLED: usize = 16;
 /// Bytes of a panel that are handled in one go: with the rows' parts they stay in the nearest cache.
 const PANEL_BYTES: usize = 24 * 1024;
 
@@ -184,6 +186,7 @@ pub(crate) fn product(
     };
     match matrix.form {
         Form::Pairs(processor) => processor.run(product),
+        Form::Tiles(processor) => processor.run(product),
         Form::Single | Form::Rounded => pulp::Arch::new().dispatch(product),
     }
 }
@@ -283,28 +286,29 @@ impl Iterator for Heights {
 }
 
 impl Product<'_, '_, '_> {
-    /// Goes through the matrix part by part. `prepare` brings the tiles of a part, as many values as lines of the part and rows
-    /// have, into the matrix's form; `multiply` takes one of them, its number of rows, the part of a panel, and where the
-    /// product goes.
+    /// Goes through the matrix part by part, in tiles of so many rows: `lay_out` brings a part of the left side's columns, those
+    /// of some blocks and their number, into the order in which `multiply` reads it. That takes the tile's values and what
+    /// follows them, its number of rows, the part of a panel, and where the product goes.
     #[inline(always)]
     pub(super) fn by_tiles<S: Simd>(
         mut self,
-        prepare: impl Fn(&mut [f32]),
+        heights: &(impl Iterator<Item = usize> + Clone),
+        lay_out: impl Fn(&Rows<'_>, &mut [f32], Range<usize>, usize),
         multiply: impl Fn(&[f32], usize, &[f32], Add<'_>, &mut [f32]),
     ) {
         let (depth, columns) = (self.matrix.depth.count, self.matrix.columns);
         let rows_in_a_line = self.matrix.form.rows_in_a_line();
         let width = VECTORS * S::F32_LANES;
         assert_eq!(width, columns.width);
-        let heights = Heights::of(self.x.count, most_rows::<S>());
         let most = PANEL_BYTES / (4 * width) * rows_in_a_line;
-        let mut tiles = Buffer::of_thread(self.x.count * depth.min(most.max(width)));
+        // In pairs, values need half the memory, but the last tile's rows may be filled up.
+        let laid_out = self.x.count.next_multiple_of(ROWS_FILLED);
+        let mut tiles = Buffer::of_thread(laid_out * depth.min(most.max(width)));
         let (mut block, mut from) = (0, 0);
         while block < self.x.columns.blocks() {
             let (blocks, part) = self.x.run(block, most);
-            let tiles = &mut tiles[..self.x.count * part];
-            self.x.tiles(tiles, blocks.clone(), part, heights.clone());
-            prepare(tiles);
+            let tiles = &mut tiles[..laid_out * part];
+            lay_out(&self.x, tiles, blocks.clone(), part);
             let lines = part / rows_in_a_line;
             let before = from / rows_in_a_line * width;
             let panels = self
@@ -328,13 +332,38 @@ impl Product<'_, '_, '_> {
                 };
                 let mut row = 0;
                 for rows in heights.clone() {
-                    let x = &tiles[row * lines..][..rows * lines];
+                    let x = &tiles[row * lines..];
                     multiply(x, rows, panel, add, &mut out[row * stride..]);
                     row += rows;
                 }
             }
             (block, from) = (blocks.end, from + part);
         }
+    }
+
+    /// The same for tiles whose values meet a panel one by one; `prepare` brings them into the matrix's form.
+    #[inline(always)]
+    pub(super) fn by_tiles_of_values<S: Simd>(
+        self,
+        prepare: impl Fn(&mut [f32]),
+        multiply: impl Fn(&[f32], usize, &[f32], Add<'_>, &mut [f32]),
+    ) {
+        let heights = Heights::of(self.x.count, most_rows::<S>());
+        self.by_tiles::<S>(
+            &heights,
+            #[inline(always)]
+            |x, tiles, blocks, depth| {
+                let tiles = &mut tiles[..x.count * depth];
+                x.tiles(tiles, blocks, depth, heights.clone());
+                prepare(tiles);
+            },
+            multiply,
+        );
+    }
+
+    /// Rows of the left side.
+    pub(super) fn rows(&self) -> usize {
+        self.x.count
     }
 }
 
@@ -344,7 +373,7 @@ impl WithSimd for Product<'_, '_, '_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let rounded = matches!(self.matrix.form, Form::Rounded);
-        self.by_tiles::<S>(
+        self.by_tiles_of_values::<S>(
             #[inline(always)]
             |tiles| {
                 if rounded {
@@ -373,6 +402,11 @@ pub(super) struct Add<'a> {
 }
 
 impl Add<'_> {
+    /// From one row of the result to the next.
+    pub(super) fn stride(&self) -> usize {
+        self.stride
+    }
+
     /// `out = start + factor x sums`, row by row.
     #[inline(always)]
     pub(super) fn add<S: Simd, const H: usize>(
@@ -772,17 +806,24 @@ mod tests {
 
     #[test]
     #[cfg(target_arch = "x86_64")]
-    fn rounded_products_use_the_instruction_for_them_where_there_is_one() {
-        let pairs = |depth| {
+    fn rounded_products_use_the_instructions_for_them_where_there_are_some() {
+        let form = |depth| {
             let packed = Packed::new(
                 &vec![0.0; depth * 3],
                 Columns::whole(depth),
                 Columns::whole(3),
             );
-            matches!(packed.rounded().form, Form::Pairs(_))
+            packed.rounded().form
         };
-        assert_eq!(pairs(64), std::is_x86_feature_detected!("avx512bf16"));
-        assert!(!pairs(6));
+        let pairs = std::is_x86_feature_detected!("avx512bf16");
+        let tiles = |form| matches!(form, Form::Tiles(_));
+        println!("pairs: {pairs}, tiles: {}", tiles(form(64)));
+        assert_eq!(matches!(form(36), Form::Pairs(_)), pairs);
+        assert_eq!(matches!(form(64), Form::Pairs(_)) || tiles(form(64)), pairs);
+        // A system that lists the matrix unit grants it.
+        let listed = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        assert_eq!(tiles(form(64)), listed.contains(" amx_bf16"));
+        assert!(matches!(form(6), Form::Rounded));
     }
 
     #[test]
@@ -796,6 +837,11 @@ mod tests {
         check_product(5, [800, 1], [64, 2], Start::Bias(&bias));
         check_product(6, [900, 3], [17, 1], Start::Zero);
         check_product(13, [385, 5], [40, 1], Start::Kept);
+        check_product(40, [768, 6], [64, 1], Start::Bias(&bias));
+        // Rows that fill tiles of 16 and 32, or do not.
+        for rows in [15, 16, 17, 31, 32, 33, 48, 50, 99] {
+            check_product(rows, [96, 3], [70, 1], Start::Zero);
+        }
     }
 
     #[test]

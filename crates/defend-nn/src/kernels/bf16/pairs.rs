@@ -29,6 +29,11 @@ impl Processor {
         std::is_x86_feature_detected!("avx512bf16").then_some(Self { v4 })
     }
 
+    /// The processor's other instructions.
+    pub(super) fn v4(self) -> V4 {
+        self.v4
+    }
+
     pub(in crate::kernels) fn run(self, product: Product<'_, '_, '_>) {
         // SAFETY: `detect`, which alone makes a `Processor`, found all features that the function asks for.
         unsafe { run(self.v4, product) }
@@ -37,7 +42,7 @@ impl Processor {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
 fn run(v4: V4, product: Product<'_, '_, '_>) {
-    product.by_tiles::<V4>(
+    product.by_tiles_of_values::<V4>(
         |tiles| round_to_pairs(tiles),
         |x, rows, panel, add, out| {
             let x: &[u32] = pulp::bytemuck::cast_slice(x);
@@ -53,12 +58,18 @@ fn round_to_pairs(values: &mut [f32]) {
     let whole = values.len() / (2 * LANES);
     for i in 0..whole {
         let (vectors, _) = V4::as_simd_f32s(&values[2 * LANES * i..][..2 * LANES]);
-        let pairs = _mm512_cvtne2ps_pbh(vectors[1].bits(), vectors[0].bits());
-        V4::as_mut_simd_f32s(&mut values[LANES * i..][..LANES]).0[0] = pairs.bits();
+        let pairs = pairs_of([vectors[0], vectors[1]]);
+        V4::as_mut_simd_f32s(&mut values[LANES * i..][..LANES]).0[0] = pairs;
     }
     for i in LANES * whole..values.len() / 2 {
         values[i] = f32::from_bits(rounded_pair(values[2 * i], values[2 * i + 1]));
     }
+}
+
+/// 32 values rounded to `bf16`, in order.
+#[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn pairs_of([low, high]: [f32x16; 2]) -> f32x16 {
+    _mm512_cvtne2ps_pbh(high.bits(), low.bits()).bits()
 }
 
 /// The same 64 bytes as another vector. `pulp::cast` knows no pairs, and goes through memory.
