@@ -9,6 +9,7 @@ fn main() {
 fn main() -> cudaforge::Result<()> {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=src/cuda/kernels.cu");
+    println!("cargo::rerun-if-changed=src/cuda/attention.cuh");
     println!("cargo::rerun-if-env-changed=CUDA_COMPUTE_CAP");
     cudaforge::KernelBuilder::new()
         .source_files(["src/cuda/kernels.cu"])

@@ -200,6 +200,63 @@ fn features_in_half_precision() {
     }
 }
 
+/// A block with heads of 64 channels, for which GPUs have an attention of their own in half precision: tokens that fill its
+/// tiles, or do not.
+#[test]
+fn attention_of_any_length() {
+    let (width, heads) = (128, 2);
+    let best = Place::best();
+    let types = if best.device.is_cpu() {
+        vec![(DType::F32, 1e-5)]
+    } else {
+        vec![(DType::BF16, 2e-2), (DType::F16, 3e-3)]
+    };
+    for (dtype, tolerance) in types {
+        // Both sides begin with the values that `dtype` has.
+        let noise = |place: &Place, shape: &[usize], std: f64, seed: u64| {
+            let values = normal(shape, std, &mut Rng::seed(seed), &Device::Cpu).unwrap();
+            place.put(&values.to_dtype(dtype).unwrap())
+        };
+        let run = |place: &Place, tokens: usize| {
+            let pair = |weight: &[usize], std, seed| {
+                let bias = noise(place, &weight[..1], 0.5, seed + 1);
+                [noise(place, weight, std, seed), bias]
+            };
+            let parameters = ops::BlockParameters {
+                norm1: pair(&[width], 1.0, 80),
+                qkv: pair(&[3 * width, width], 0.15, 82),
+                projection: pair(&[width, width], 0.3, 84),
+                norm2: pair(&[width], 1.0, 86),
+                fc1: pair(&[64, width], 0.1, 88),
+                fc2: pair(&[width, 64], 0.1, 90),
+                scales: None,
+                heads,
+                eps: 1e-6,
+                arithmetic: Arithmetic::F32,
+                prepared: ops::Prepared::default(),
+            };
+            let x = noise(place, &[3, tokens, width], 1.0, 92);
+            let (out, cls) = ops::transformer_block(&x, &parameters, None, true).unwrap();
+            (out, cls.unwrap())
+        };
+        for tokens in [2, 15, 16, 17, 63, 64, 65, 99, 197, 300] {
+            let place = Place {
+                dtype,
+                ..Place::best()
+            };
+            let (found, expected) = (run(&place, tokens), run(&Place::reference(), tokens));
+            let what = format!("{tokens} tokens in {}", dtype.as_str());
+            close(&found.0, &expected.0, tolerance, &what);
+            close(
+                &found.1,
+                &expected.1,
+                tolerance,
+                &format!("{what}: CLS attention"),
+            );
+        }
+    }
+}
+
 #[test]
 fn features_from_a_folder() {
     let (place, folder) = (Place::best(), tempfile::tempdir().unwrap());

@@ -26,16 +26,47 @@ pub(crate) struct Saved {
     x: Tensor,
     kept1: Tensor,
     z1: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    probabilities: Tensor,
+    attention: Attention,
     attended: Tensor,
     middle: Tensor,
     kept2: Tensor,
     z2: Tensor,
     hidden: Tensor,
     activated: Tensor,
+}
+
+/// Attention whose probabilities are in memory: for a backward pass, and for what [`Heads::attend`] does not take.
+struct Attention {
+    /// `[B h, T, d]`, times the scale.
+    q: Tensor,
+    /// `[B h, padded, d]`, as `v`.
+    k: Tensor,
+    v: Tensor,
+    /// `[B h, T, padded]`.
+    probabilities: Tensor,
+}
+
+impl Attention {
+    /// Of `[B T, 3 D]` before its bias.
+    fn of(heads: Heads, packed: &Tensor, bias: &Tensor, scale: f64) -> Result<Self> {
+        let [q, k, v] = heads.split(packed, bias, scale)?;
+        let probabilities = q.matmul(&k.t()?)?;
+        heads.softmax(&probabilities)?;
+        Ok(Self {
+            q,
+            k,
+            v,
+            probabilities,
+        })
+    }
+
+    /// Of the first token to the others, `[B, h, T - 1]`.
+    fn first_rows(&self, heads: Heads) -> Result<Tensor> {
+        let others = heads.tokens - 1;
+        let rows = self.probabilities.narrow(1, 0, 1)?.narrow(2, 1, others)?;
+        rows.force_contiguous()?
+            .reshape((heads.images, heads.count, others))
+    }
 }
 
 /// What a forward pass finds.
@@ -80,21 +111,17 @@ impl Block<'_> {
         let (z1, kept1) = rows::layer_norm(&x, self.norm1, self.eps, save)?;
         let packed = map(&z1, self.qkv[0])?;
         let scale = 1.0 / (heads.depth as f64).sqrt();
-        let [q, k, v] = heads.split(&packed, self.qkv[1], scale)?;
-        drop(packed);
-        let probabilities = q.matmul(&k.t()?)?;
-        heads.softmax(&probabilities)?;
-        let cls_attention = if with_cls {
-            let (images, tokens) = (heads.images, heads.tokens);
-            let cls = probabilities.narrow(1, 0, 1)?.narrow(2, 1, tokens - 1)?;
-            Some(
-                cls.force_contiguous()?
-                    .reshape((images, heads.count, tokens - 1))?,
-            )
+        let (attended, cls_attention, attention) = if !save && heads.fuse(&packed) {
+            let cls = with_cls.then(|| heads.cls_attention(&packed, self.qkv[1], scale));
+            let attended = heads.attend(&packed, self.qkv[1], scale)?;
+            (attended, cls.transpose()?, None)
         } else {
-            None
+            let attention = Attention::of(heads, &packed, self.qkv[1], scale)?;
+            let cls = with_cls.then(|| attention.first_rows(heads));
+            let attended = heads.merge(&attention.probabilities.matmul(&attention.v)?)?;
+            (attended, cls.transpose()?, Some(attention))
         };
-        let attended = heads.merge(&probabilities.matmul(&v)?)?;
+        drop(packed);
         let y = map(&attended, self.projection[0])?;
         let branch = self.branch(0, &y, self.projection[1]);
         let (middle, z2, kept2) = rows::residual_norm(&x, &branch, self.norm2, self.eps, save)?;
@@ -103,15 +130,12 @@ impl Block<'_> {
         let activated = rows::bias_gelu(&hidden, self.fc1[1])?;
         let y = map(&activated, self.fc2[0])?;
         let out = rows::residual(&middle, &self.branch(1, &y, self.fc2[1]))?;
-        let saved = match (kept1, kept2) {
-            (Some(kept1), Some(kept2)) => Some(Saved {
+        let saved = match (kept1, kept2, attention) {
+            (Some(kept1), Some(kept2), Some(attention)) => Some(Saved {
                 x,
                 kept1,
                 z1,
-                q,
-                k,
-                v,
-                probabilities,
+                attention,
                 attended,
                 middle,
                 kept2,
@@ -153,11 +177,17 @@ impl Block<'_> {
         // Attention.
         let g1 = scaled(&dmiddle, 0)?;
         let dattended = heads.unmerge(&g1.matmul(self.projection[0])?)?;
-        let dv = saved.probabilities.t()?.matmul(&dattended)?;
-        let dlogits = dattended.matmul(&saved.v.t()?)?;
-        heads.softmax_backward(&saved.probabilities, &dlogits)?;
-        let dq = dlogits.matmul(&saved.k)?;
-        let dk = dlogits.t()?.matmul(&saved.q)?;
+        let Attention {
+            q,
+            k,
+            v,
+            probabilities,
+        } = &saved.attention;
+        let dv = probabilities.t()?.matmul(&dattended)?;
+        let dlogits = dattended.matmul(&v.t()?)?;
+        heads.softmax_backward(probabilities, &dlogits)?;
+        let dq = dlogits.matmul(k)?;
+        let dk = dlogits.t()?.matmul(q)?;
         let scale = 1.0 / (heads.depth as f64).sqrt();
         let dqkv = heads.join([&dq, &dk, &dv], scale)?;
         let dz1 = dqkv.matmul(self.qkv[0])?;

@@ -448,6 +448,8 @@ template <typename T> __device__ void scatter_rows(const unsigned *at, const T *
     }
 }
 
+#include "attention.cuh"
+
 } // namespace
 
 #define KERNELS(T, NAME)                                                                                                       \
@@ -525,3 +527,18 @@ template <typename T> __device__ void scatter_rows(const unsigned *at, const T *
 KERNELS(float, f32)
 KERNELS(__nv_bfloat16, bf16)
 KERNELS(__half, f16)
+
+#ifdef HAS_TENSOR_CORES
+#define ATTENTION(T, NAME)                                                                                                     \
+    extern "C" __global__ void __launch_bounds__(224, 2)                                                                       \
+        attend_##NAME(const T *packed, const T *bias, T *out, int tokens, int heads, float scale) {                            \
+        attend(packed, bias, out, tokens, heads, scale);                                                                       \
+    }                                                                                                                          \
+    extern "C" __global__ void cls_attention_##NAME(const T *packed, const T *bias, T *out, int tokens, int heads,             \
+                                                    float scale) {                                                             \
+        cls_attention(packed, bias, out, tokens, heads, scale);                                                                \
+    }
+
+ATTENTION(__nv_bfloat16, bf16)
+ATTENTION(__half, f16)
+#endif

@@ -16,6 +16,11 @@ const KERNELS: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 /// Rows that a block of [`rows`] handles: `WARPS` of the kernels.
 const WARPS: u32 = 8;
 
+/// Whether there is such a kernel: some need a newer processor than the build may have been for.
+pub(super) fn has_kernel(name: &str) -> bool {
+    KERNELS.contains(&format!(".entry {name}("))
+}
+
 /// A number among a kernel's arguments.
 #[derive(Clone, Copy)]
 pub(super) enum Number {

@@ -1,8 +1,10 @@
 //! The kernels as functions of tensors; every tensor is contiguous, `[R, C]` means any leading dimensions with R rows in all.
 
+use std::sync::LazyLock;
+
 use candle_core::{DType, Result, Tensor};
 
-use super::launch::{Grid, Number, empty, empty_of, launch};
+use super::launch::{Grid, Number, empty, empty_of, has_kernel, launch};
 
 /// Rows whose sums a block of `column_sums` adds up.
 const ROWS_PER_CHUNK: usize = 128;
@@ -180,6 +182,13 @@ pub(crate) fn bias_gelu_backward(y: &Tensor, bias: &Tensor, g: &Tensor) -> Resul
     Ok(dy)
 }
 
+/// Channels of a head that [`Heads::attend`] takes: `DEPTH` of the kernels.
+const FUSED_DEPTH: usize = 64;
+/// `QUERIES` of the kernels.
+const QUERIES_OF_A_WARP: usize = 16;
+/// Warps of a block of [`Heads::attend`]: what its registers suffice for.
+const MOST_WARPS: usize = 7;
+
 /// How an image's tokens are cut into heads.
 #[derive(Clone, Copy)]
 pub(crate) struct Heads {
@@ -207,6 +216,61 @@ impl Heads {
     /// Shape of queries.
     fn queries(self) -> (usize, usize, usize) {
         (self.images * self.count, self.tokens, self.depth)
+    }
+
+    /// Whether [`Heads::attend`] takes such values: in half precision, of heads of 64 channels, on the processors that the
+    /// kernels were compiled for.
+    pub(crate) fn fuse(self, packed: &Tensor) -> bool {
+        static COMPILED: LazyLock<bool> = LazyLock::new(|| has_kernel("attend_bf16"));
+        let half = matches!(packed.dtype(), DType::BF16 | DType::F16);
+        half && self.depth == FUSED_DEPTH && *COMPILED
+    }
+
+    /// Attention of `[B T, 3 D]` plus bias, `[B T, D]`, without a backward pass.
+    pub(crate) fn attend(self, packed: &Tensor, bias: &Tensor, scale: f64) -> Result<Tensor> {
+        let out = empty((self.images * self.tokens, self.count * self.depth), packed)?;
+        // Each warp has 16 queries.
+        let warps = self.tokens.div_ceil(QUERIES_OF_A_WARP);
+        let blocks = warps.div_ceil(MOST_WARPS);
+        let grid = Grid {
+            blocks: [self.images * self.count, blocks],
+            threads: [32, warps.div_ceil(blocks) as u32],
+        };
+        self.launch_fused("attend", grid, packed, bias, &out, scale)?;
+        Ok(out)
+    }
+
+    /// The first token's attention to the others in the same, `[B, h, T - 1]`.
+    pub(crate) fn cls_attention(
+        self,
+        packed: &Tensor,
+        bias: &Tensor,
+        scale: f64,
+    ) -> Result<Tensor> {
+        let out = empty((self.images, self.count, self.tokens - 1), packed)?;
+        let grid = Grid {
+            blocks: [self.images * self.count, 1],
+            threads: [32, 8],
+        };
+        self.launch_fused("cls_attention", grid, packed, bias, &out, scale)?;
+        Ok(out)
+    }
+
+    fn launch_fused(
+        self,
+        kernel: &str,
+        grid: Grid,
+        packed: &Tensor,
+        bias: &Tensor,
+        out: &Tensor,
+        scale: f64,
+    ) -> Result<()> {
+        launch(
+            &named(kernel, packed),
+            grid,
+            &[Some(packed), Some(bias), Some(out)],
+            &[self.tokens.into(), self.count.into(), scale.into()],
+        )
     }
 
     /// `[B T, 3 D]` plus bias as queries `[B h, T, d]`, times `scale`, keys and values `[B h, padded, d]`.
