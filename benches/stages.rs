@@ -13,9 +13,10 @@ use defend_benches::{frozen_vit, noise, parameter_group, random_vit};
 use defend_data::{Preprocess, RgbImage, decode_image};
 use defend_dense::{CropBox, DenseConfig, DenseObjective, PrototypeObjective};
 use defend_distill::{DistillObjective, FeatureDistance};
+use defend_nn::timed::Timed;
 use defend_nn::{AdamW, AdamWConfig, Rng};
 use defend_ot::{Assigner, SinkhornKnopp};
-use defend_vit::{Architecture, Backbone, Grid, Trainable};
+use defend_vit::{Architecture, Arithmetic, Backbone, Grid, Trainable};
 use image::{ImageFormat, Rgb};
 
 /// A batch of 32 views (6272 patches) against K prototypes.
@@ -108,9 +109,32 @@ fn products(c: &mut Criterion) {
             b.iter(|| vit.features(&images).expect("features"));
         },
     );
-    group.throughput(Throughput::Elements(
-        rayon::current_num_threads() as u64 * Peak::operations(),
-    ));
+    let threads = rayon::current_num_threads() as u64;
+    for (name, arch) in [
+        ("ViT-Ti", Architecture::vit_tiny()),
+        ("ViT-S", Architecture::vit_small()),
+        ("ViT-B", Architecture::vit_base()),
+    ] {
+        // A piece is half of an image.
+        let tokens = arch.grid().patches() + 1;
+        let parts = Timed {
+            width: arch.width,
+            heads: arch.heads,
+            hidden: arch.mlp_width,
+            tokens,
+            rows: tokens.div_ceil(2),
+        };
+        group.throughput(Throughput::Elements(threads * parts.operations()));
+        for (kind, arithmetic) in [("f32", Arithmetic::F32), ("bf16", Arithmetic::Bf16)] {
+            let mut work = parts.products(arithmetic);
+            let name = format!("the four products of a block of {name} in {kind}");
+            group.bench_function(name, |b| b.iter(&mut work));
+        }
+        group.throughput(Throughput::Elements(threads * parts.attention_operations()));
+        let mut work = parts.attention();
+        group.bench_function(format!("attention of {name}"), |b| b.iter(&mut work));
+    }
+    group.throughput(Throughput::Elements(threads * Peak::operations()));
     group.bench_function("peak of all threads", |b| {
         b.iter(|| rayon::broadcast(|_| pulp::Arch::new().dispatch(Peak)));
     });

@@ -21,6 +21,12 @@ pub mod vector {
     pub use crate::kernels::math::{dispatch, dot, exp, max, sum};
 }
 
+/// Kernels as this workspace's benchmarks time them; no part of the interface.
+#[doc(hidden)]
+pub mod timed {
+    pub use crate::kernels::block::timed::Timed;
+}
+
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
 pub use error::Error;
 pub use init::{Rng, normal, truncated_normal, xavier_uniform};

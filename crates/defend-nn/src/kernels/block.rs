@@ -14,6 +14,8 @@ use super::pool::Buffer;
 use super::{column_sums, norm};
 use crate::vectorised;
 
+pub(crate) mod timed;
+
 /// Rows of an image that a task handles at most: what lies between two products stays in the cache.
 const ROWS_PER_PIECE: usize = 128;
 /// Rows of an image that a task handles at least, where there are threads for more tasks: two of the highest tiles.

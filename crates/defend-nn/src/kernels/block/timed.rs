@@ -1,0 +1,120 @@
+//! Parts of the block as this workspace's benchmarks time them.
+
+use std::sync::{Mutex, PoisonError};
+
+use super::super::attention::Heads;
+use super::super::blocked::{Columns, Rows, split};
+use super::super::packed::{Packed, Start, Target, product};
+use super::super::pool::Buffer;
+use super::{Matrices, Weights};
+use crate::ops::Arithmetic;
+
+/// The products of a block with its four matrices, and its attention, each thread for a piece of its own.
+#[derive(Debug, Clone, Copy)]
+pub struct Timed {
+    /// Channels, D.
+    pub width: usize,
+    /// Heads; divides D.
+    pub heads: usize,
+    /// Hidden channels of the MLP.
+    pub hidden: usize,
+    /// Tokens of an image.
+    pub tokens: usize,
+    /// Rows of the piece.
+    pub rows: usize,
+}
+
+fn noise(len: usize) -> Vec<f32> {
+    (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
+}
+
+fn slices([a, b]: &[Vec<f32>; 2]) -> [&[f32]; 2] {
+    [a, b]
+}
+
+impl Timed {
+    /// Multiplications and additions of a thread in [`Timed::products`].
+    pub fn operations(self) -> u64 {
+        let (d, hidden) = (self.width, self.hidden);
+        (2 * self.rows * (4 * d * d + 2 * d * hidden)) as u64
+    }
+
+    /// Multiplications and additions of a thread in [`Timed::attention`].
+    pub fn attention_operations(self) -> u64 {
+        (4 * self.rows * self.tokens * self.width) as u64
+    }
+
+    fn heads(self) -> Heads {
+        Heads {
+            tokens: self.tokens,
+            width: self.width,
+            count: self.heads,
+        }
+    }
+
+    /// All four products on each thread.
+    pub fn products(self, arithmetic: Arithmetic) -> impl FnMut() {
+        let (d, hidden, rows) = (self.width, self.hidden, self.rows);
+        let pair = |outputs: usize, inputs: usize| [noise(outputs * inputs), noise(outputs)];
+        let [norm, qkv, projection] = [pair(d, 1), pair(3 * d, d), pair(d, d)];
+        let (fc1, fc2) = (pair(hidden, d), pair(d, hidden));
+        let weights = Weights {
+            norm1: slices(&norm),
+            qkv: slices(&qkv),
+            projection: slices(&projection),
+            norm2: slices(&norm),
+            fc1: slices(&fc1),
+            fc2: slices(&fc2),
+        };
+        let matrices = Matrices::forward(&weights, self.heads);
+        let matrices = match arithmetic {
+            Arithmetic::F32 => matrices,
+            Arithmetic::Bf16 => matrices.rounded(),
+        };
+        let matrices = matrices.kept();
+        let [whole, inner] = [d, hidden].map(Columns::whole);
+        let (packed, merged) = (self.heads().qkv_columns(), self.heads().output_columns());
+        let filled = |columns: Columns| noise(columns.values(rows));
+        let pieces: Vec<_> = (0..rayon::current_num_threads())
+            .map(|_| {
+                let operands = [whole, merged, inner].map(filled);
+                let results = [packed, inner].map(filled);
+                (operands, results, noise(rows * d))
+            })
+            .map(Mutex::new)
+            .collect();
+        move || {
+            rayon::broadcast(|thread| {
+                let piece = pieces[thread.index()].lock();
+                let mut piece = piece.unwrap_or_else(PoisonError::into_inner);
+                let ([z, attended, activated], [qkv, hidden], out) = &mut *piece;
+                let to_blocks = |out: &mut [f32], matrix: &Packed| {
+                    let target = Target::Blocks(&mut split(out, rows));
+                    let x = Rows::all(z, rows, whole);
+                    product(target, Start::Zero, x, matrix.panels(), 1.0);
+                };
+                to_blocks(qkv, &matrices.qkv);
+                to_blocks(hidden, &matrices.fc1);
+                let mut to_rows = |x: Rows<'_>, matrix: &Packed| {
+                    product(Target::RowMajor(out), Start::Kept, x, matrix.panels(), 1e-3);
+                };
+                to_rows(Rows::all(attended, rows, merged), &matrices.projection);
+                to_rows(Rows::all(activated, rows, inner), &matrices.fc2);
+            });
+        }
+    }
+
+    /// Attention of a piece's rows to all tokens of an image on each thread.
+    pub fn attention(self) -> impl FnMut() {
+        let heads = self.heads();
+        let qkv = noise(heads.qkv_columns().values(self.tokens));
+        move || {
+            rayon::broadcast(|_| {
+                let mut scratch = heads.scratch(self.rows, false);
+                let mut out = Buffer::stale(heads.output_columns().values(self.rows));
+                let out = &mut split(&mut out, self.rows)[..];
+                heads.attend(out, &qkv, (0, self.rows), &mut scratch, None);
+            });
+        }
+    }
+}
