@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::bf16::Form;
-use super::blocked::{Columns, Rows, Stack, gather, scatter, split};
+use super::blocked::{Columns, Rows, Stack, split};
 use super::math;
 use super::packed::{Panels, Start, Target, product, transposed_product};
 use super::pool::Buffer;
@@ -22,11 +22,11 @@ pub(crate) struct Heads {
 
 /// Memory of a task that computes attention.
 pub(crate) struct Scratch {
-    /// Probabilities of some queries, in blocks of keys.
+    /// Probabilities of some queries, `[blocks of queries, T, W]`.
     probabilities: Buffer,
     /// Their gradient.
     gradient: Buffer,
-    /// Keys, and values, of a head as panels `[blocks of tokens, d, W]`.
+    /// What queries of a head, or their gradient, are as panels `[blocks of queries, d, W]`.
     transposed: Buffer,
 }
 
@@ -43,22 +43,18 @@ impl Heads {
 
     /// For so many queries at a time, and for [`Heads::backward`] if need be.
     pub(crate) fn scratch(self, queries: usize, backward: bool) -> Scratch {
-        let probabilities = self.keys().values(queries);
+        let queries = Columns::whole(queries);
+        let probabilities = queries.values(self.tokens);
         Scratch {
             probabilities: Buffer::stale(probabilities),
             gradient: Buffer::stale(if backward { probabilities } else { 0 }),
-            transposed: Buffer::stale(self.keys().values(self.head().count)),
+            transposed: Buffer::stale(queries.values(self.head().count)),
         }
     }
 
     /// Channels of a head.
     fn head(self) -> Columns {
         Columns::whole(self.width / self.count)
-    }
-
-    /// Tokens as columns.
-    fn keys(self) -> Columns {
-        Columns::whole(self.tokens)
     }
 
     fn scale(self) -> f32 {
@@ -77,10 +73,9 @@ impl Heads {
         head * blocks..(head + 1) * blocks
     }
 
-    /// Rows `first..first + rows` of a head.
-    fn rows(self, blocks: &[f32], head: usize, first: usize, rows: usize) -> Rows<'_> {
-        let blocks = self.blocks_of(blocks, head);
-        Rows::part(blocks, self.tokens, self.head(), first, rows)
+    /// All rows of a head.
+    fn rows(self, blocks: &[f32], head: usize) -> Rows<'_> {
+        Rows::all(self.blocks_of(blocks, head), self.tokens, self.head())
     }
 
     /// All rows of a head as the right side of a product over tokens.
@@ -88,35 +83,35 @@ impl Heads {
         Panels {
             form: Form::Single,
             values: self.blocks_of(blocks, head),
-            depth: self.keys(),
+            depth: Columns::whole(self.tokens),
             columns: self.head(),
         }
     }
 
-    /// All rows of a head as either side of a [`transposed_product`].
+    /// All rows of a head as the right side of a [`transposed_product`].
     fn stack(self, blocks: &[f32], head: usize) -> Stack<'_> {
         Stack::one(self.blocks_of(blocks, head), self.tokens, self.head())
     }
 
-    /// The transpose of a head, `[d, T]`, as panels in `out`.
-    fn transposed<'a>(self, out: &'a mut [f32], blocks: &[f32], head: usize) -> Panels<'a> {
+    /// The transpose of `count` rows of a head from `first` on, `[d, count]`, as panels in `out`.
+    fn transposed<'a>(
+        self,
+        out: &'a mut [f32],
+        blocks: &[f32],
+        head: usize,
+        (first, count): (usize, usize),
+    ) -> Panels<'a> {
         let (width, d, n) = (self.head().width, self.head().count, self.tokens);
+        let columns = Columns::whole(count);
+        let out = &mut out[..columns.values(d)];
         let blocks = self.blocks_of(blocks, head);
         vectorised!(|| {
             for (i, panel) in out.chunks_exact_mut(d * width).enumerate() {
-                let first = i * width;
-                let filled = width.min(n - first);
+                let (start, filled) = columns.block(i);
                 let lines = panel.chunks_mut(width * width);
                 for (lines, block) in lines.zip(blocks.chunks_exact(n * width)) {
-                    let tokens = block[first * width..].chunks_exact(width);
-                    for (token, channels) in tokens.take(filled).enumerate() {
-                        let targets = lines[token..].iter_mut().step_by(width);
-                        targets.zip(channels).for_each(|(to, from)| *to = *from);
-                    }
-                    // Products with what is not filled are thrown away; denormal numbers would make them slow.
-                    for line in lines.chunks_exact_mut(width) {
-                        line[filled..].fill(0.0);
-                    }
+                    let rows = &block[(first + start) * width..][..filled * width];
+                    math::transpose(lines, rows, width);
                 }
             }
         });
@@ -124,22 +119,29 @@ impl Heads {
             form: Form::Single,
             values: out,
             depth: self.head(),
-            columns: self.keys(),
+            columns,
         }
     }
 
-    /// `softmax(Q K^T / sqrt(d))` of one head, in blocks of keys.
-    fn probabilities(self, out: &mut [&mut [f32]], q: Rows<'_>, k: Panels<'_>) {
-        let (keys, queries) = (self.keys(), q.count);
-        product(Target::Blocks(out), Start::Zero, q, k, self.scale());
-        let mut line = vec![0f32; self.tokens];
+    /// `exp(K Q^T / sqrt(d) - m)` of one head, `[blocks of queries, T, W]`, with the largest logit m of each query, and what
+    /// makes probabilities of a query's values: the inverse of their sum, `[blocks of queries, W]`.
+    ///
+    /// Queries are columns, so that softmax goes on for a whole vector of them at a time.
+    fn exponentials(self, out: &mut [f32], k: Rows<'_>, q: Panels<'_>) -> Vec<f32> {
+        let (n, width) = (self.tokens, q.columns.width);
+        let target = Target::Blocks(&mut split(out, n));
+        product(target, Start::Zero, k, q, self.scale());
+        let mut factors = vec![0f32; q.columns.blocks() * width];
         vectorised!(|| {
-            for query in 0..queries {
-                gather(&mut line, out, query, keys.width);
-                math::softmax_row(&mut line);
-                scatter(out, query, &line, keys.width);
+            let blocks = out.chunks_exact_mut(n * width);
+            for (block, factors) in blocks.zip(factors.chunks_exact_mut(width)) {
+                math::exp_columns(block, factors);
+                factors
+                    .iter_mut()
+                    .for_each(|factor| *factor = 1.0 / *factor);
             }
         });
+        factors
     }
 
     /// Attention of `queries` of an image from `first` on into the blocks of `out` `[queries, D]`; `qkv` holds the image's
@@ -152,28 +154,38 @@ impl Heads {
         scratch: &mut Scratch,
         mut first_row: Option<&mut [f32]>,
     ) {
-        let (n, keys) = (self.tokens, self.keys());
-        let p = &mut scratch.probabilities[..keys.values(queries)];
-        let p = &mut split(p, queries)[..];
+        let (n, width) = (self.tokens, self.head().width);
+        let columns = Columns::whole(queries);
+        let p = &mut scratch.probabilities[..columns.values(n)];
         for head in 0..self.count {
-            let q = self.rows(qkv, head, first, queries);
-            let k = self.transposed(&mut scratch.transposed, qkv, self.count + head);
-            self.probabilities(p, q, k);
+            let q = self.transposed(&mut scratch.transposed, qkv, head, (first, queries));
+            let k = self.rows(qkv, self.count + head);
+            let factors = self.exponentials(p, k, q);
             if let Some(first_row) = &mut first_row {
-                let mut line = vec![0f32; n];
-                gather(&mut line, p, 0, keys.width);
-                first_row[head * (n - 1)..][..n - 1].copy_from_slice(&line[1..]);
+                let row = &mut first_row[head * (n - 1)..][..n - 1];
+                for (to, line) in row.iter_mut().zip(p[width..].chunks_exact(width)) {
+                    *to = line[0] * factors[0];
+                }
             }
-            let v = self.over_tokens(qkv, 2 * self.count + head);
-            let out = Target::Blocks(&mut out[self.blocks(head)]);
-            product(out, Start::Zero, Rows::of(p, queries, keys), v, 1.0);
+            let v = self.stack(qkv, 2 * self.count + head);
+            let out = &mut out[self.blocks(head)];
+            let p = Stack::one(p, n, columns);
+            transposed_product(Target::Blocks(out), p, 0..columns.blocks(), v, 1.0);
+            vectorised!(|| {
+                for block in out.iter_mut() {
+                    for (line, factor) in block.chunks_exact_mut(width).zip(&factors) {
+                        line.iter_mut().for_each(|value| *value *= factor);
+                    }
+                }
+            });
         }
     }
 
     /// Gradient of an image's `qkv` blocks from that of its attention's output `g`, blocks of `[T, D]`.
     pub(crate) fn backward(self, dqkv: &mut [f32], qkv: &[f32], g: &[f32], scratch: &mut Scratch) {
-        let (n, keys, scale) = (self.tokens, self.keys(), self.scale());
+        let (n, width, scale) = (self.tokens, self.head().width, self.scale());
         let dqkv = &mut split(dqkv, n)[..];
+        let columns = Columns::whole(n);
         let Scratch {
             probabilities: p,
             gradient: dp,
@@ -181,37 +193,34 @@ impl Heads {
         } = scratch;
         for head in 0..self.count {
             let [q, k, v] = [0, 1, 2].map(|which| which * self.count + head);
-            let queries = self.rows(qkv, q, 0, n);
-            let panels = self.transposed(transposed, qkv, k);
-            self.probabilities(&mut split(p, n), queries, panels);
-            let over_queries = |out: &mut [&mut [f32]], left: &[f32], right, factor| {
-                let left = Stack::one(left, n, keys);
-                let blocks = 0..keys.blocks();
-                transposed_product(Target::Blocks(out), left, blocks, right, factor);
+            let panels = self.transposed(transposed, qkv, q, (0, n));
+            let factors = self.exponentials(p, self.rows(qkv, k), panels);
+            vectorised!(|| {
+                let blocks = p.chunks_exact_mut(n * width);
+                for (block, factors) in blocks.zip(factors.chunks_exact(width)) {
+                    math::scale_columns(block, factors);
+                }
+            });
+            // Over the queries.
+            let mut to_keys = |which: usize, left: &mut [f32], right, factor| {
+                let out = Target::Blocks(&mut dqkv[self.blocks(which)]);
+                let left = Rows::all(left, n, columns);
+                product(out, Start::Zero, left, right, factor);
             };
-            over_queries(&mut dqkv[self.blocks(v)], p, self.stack(g, head), 1.0);
-            let panels = self.transposed(transposed, qkv, v);
-            {
-                let (p, dp) = (&mut split(p, n)[..], &mut split(dp, n)[..]);
-                let g = self.rows(g, head, 0, n);
-                product(Target::Blocks(dp), Start::Zero, g, panels, 1.0);
-                // Softmax: dS = P * (dP - sum(P * dP)).
-                let (mut line, mut p_line) = (vec![0f32; n], vec![0f32; n]);
-                vectorised!(|| {
-                    for query in 0..n {
-                        gather(&mut line, dp, query, keys.width);
-                        gather(&mut p_line, p, query, keys.width);
-                        let mean = math::dot(&p_line, &line);
-                        let pairs = line.iter_mut().zip(&p_line);
-                        pairs.for_each(|(dp, p)| *dp = p * (*dp - mean));
-                        scatter(dp, query, &line, keys.width);
-                    }
-                });
-                let ds = Rows::of(dp, n, keys);
-                let out = Target::Blocks(&mut dqkv[self.blocks(q)]);
-                product(out, Start::Zero, ds, self.over_tokens(qkv, k), scale);
-            }
-            over_queries(&mut dqkv[self.blocks(k)], dp, self.stack(qkv, q), scale);
+            to_keys(v, p, self.over_tokens(g, head), 1.0);
+            let panels = self.transposed(transposed, g, head, (0, n));
+            let target = Target::Blocks(&mut split(dp, n));
+            product(target, Start::Zero, self.rows(qkv, v), panels, 1.0);
+            vectorised!(|| {
+                let blocks = p.chunks_exact(n * width);
+                for (p, dp) in blocks.zip(dp.chunks_exact_mut(n * width)) {
+                    math::softmax_columns_backward(p, dp, width);
+                }
+            });
+            to_keys(k, dp, self.over_tokens(qkv, q), scale);
+            let out = Target::Blocks(&mut dqkv[self.blocks(q)]);
+            let left = Stack::one(dp, n, columns);
+            transposed_product(out, left, 0..columns.blocks(), self.stack(qkv, k), scale);
         }
     }
 }

@@ -143,14 +143,6 @@ pub(crate) fn scatter(blocks: &mut [&mut [f32]], row: usize, values: &[f32], wid
     }
 }
 
-/// Reads one row of a matrix of one group.
-#[inline(always)]
-pub(crate) fn gather(values: &mut [f32], blocks: &[&mut [f32]], row: usize, width: usize) {
-    for (block, values) in blocks.iter().zip(values.chunks_mut(width)) {
-        copy_scaled(values, &block[row * width..], 1.0);
-    }
-}
-
 /// The blocks `[rows, W]` of a matrix to write to.
 pub(crate) fn split(values: &mut [f32], rows: usize) -> Vec<&mut [f32]> {
     values.chunks_mut(rows * width()).collect()

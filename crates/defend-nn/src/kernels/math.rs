@@ -134,17 +134,117 @@ pub fn max(x: &[f32]) -> f32 {
     all.fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
 }
 
-/// Replaces a row of logits by their softmax.
+/// Calls a function for columns of this width: a block's, two vectors of the processor.
+macro_rules! of_width {
+    ($width:expr, $function:ident($($argument:expr),*)) => {
+        match $width {
+            32 => $function::<32>($($argument),*),
+            16 => $function::<16>($($argument),*),
+            8 => $function::<8>($($argument),*),
+            4 => $function::<4>($($argument),*),
+            2 => $function::<2>($($argument),*),
+            width => unreachable!("a block of {width} columns"),
+        }
+    };
+}
+
+/// Writes up to W rows of W values as the columns of `out`, `[lines, W]`; columns without a row become zeros.
 #[inline(always)]
-pub(crate) fn softmax_row(row: &mut [f32]) {
-    let top = max(row);
-    for v in row.iter_mut() {
-        *v = exp(*v - top);
+pub(crate) fn transpose(out: &mut [f32], rows: &[f32], width: usize) {
+    #[inline(always)]
+    fn of<const W: usize>(out: &mut [f32], rows: &[f32]) {
+        const SIDE: usize = 4;
+        let (out, rows) = (out.as_chunks_mut::<W>().0, rows.as_chunks::<W>().0);
+        // Squares of four are transposed in registers.
+        let (squares, rest) = if W.is_multiple_of(SIDE) {
+            (rows.as_chunks::<SIDE>().0, rows.as_chunks::<SIDE>().1)
+        } else {
+            (&[][..], rows)
+        };
+        let (fours, _) = out.as_chunks_mut::<SIDE>();
+        let by_squares = fours.len() * SIDE;
+        for (i, rows) in squares.iter().enumerate() {
+            for (j, lines) in fours.iter_mut().enumerate() {
+                let square: [[f32; SIDE]; SIDE] =
+                    std::array::from_fn(|r| std::array::from_fn(|c| rows[r][SIDE * j + c]));
+                for (c, line) in lines.iter_mut().enumerate() {
+                    let column: [f32; SIDE] = std::array::from_fn(|r| square[r][c]);
+                    line[SIDE * i..][..SIDE].copy_from_slice(&column);
+                }
+            }
+        }
+        let done = squares.len() * SIDE;
+        for (i, row) in rows.iter().enumerate() {
+            // What is left of both.
+            let from = if i < done { by_squares } else { 0 };
+            for (line, value) in out.iter_mut().zip(row).skip(from) {
+                line[i] = *value;
+            }
+        }
+        for line in out {
+            line[done + rest.len()..].fill(0.0);
+        }
     }
-    let norm = 1.0 / sum(row);
-    for v in row.iter_mut() {
-        *v *= norm;
+    of_width!(width, of(out, rows));
+}
+
+/// Replaces the values of a block `[rows, W]` by `exp(x - m)` with the largest m of each column; sums of the columns go to
+/// `sums` `[W]`.
+#[inline(always)]
+pub(crate) fn exp_columns(block: &mut [f32], sums: &mut [f32]) {
+    #[inline(always)]
+    fn of<const W: usize>(block: &mut [f32], sums: &mut [f32]) {
+        let (lines, _) = block.as_chunks_mut::<W>();
+        let mut top = [f32::NEG_INFINITY; W];
+        for line in lines.iter() {
+            for (top, &v) in top.iter_mut().zip(line) {
+                *top = if v > *top { v } else { *top };
+            }
+        }
+        let mut totals = [0f32; W];
+        for line in lines {
+            for ((v, top), total) in line.iter_mut().zip(&top).zip(&mut totals) {
+                *v = exp(*v - top);
+                *total += *v;
+            }
+        }
+        sums.copy_from_slice(&totals);
     }
+    of_width!(sums.len(), of(block, sums));
+}
+
+/// Multiplies each column of a block `[rows, W]` by its factor.
+#[inline(always)]
+pub(crate) fn scale_columns(block: &mut [f32], factors: &[f32]) {
+    #[inline(always)]
+    fn of<const W: usize>(block: &mut [f32], factors: &[f32]) {
+        let factors: [f32; W] = std::array::from_fn(|i| factors[i]);
+        for line in block.as_chunks_mut::<W>().0 {
+            line.iter_mut().zip(&factors).for_each(|(v, f)| *v *= f);
+        }
+    }
+    of_width!(factors.len(), of(block, factors));
+}
+
+/// Turns the gradient of probabilities, whose columns sum to one, into that of their logits: `p (g - sum(p g))`.
+#[inline(always)]
+pub(crate) fn softmax_columns_backward(p: &[f32], g: &mut [f32], width: usize) {
+    #[inline(always)]
+    fn of<const W: usize>(p: &[f32], g: &mut [f32]) {
+        let ((p, _), (g, _)) = (p.as_chunks::<W>(), g.as_chunks_mut::<W>());
+        let mut means = [0f32; W];
+        for (p, g) in p.iter().zip(g.iter()) {
+            for ((mean, p), g) in means.iter_mut().zip(p).zip(g) {
+                *mean += p * g;
+            }
+        }
+        for (p, g) in p.iter().zip(g) {
+            for ((g, p), mean) in g.iter_mut().zip(p).zip(&means) {
+                *g = p * (*g - mean);
+            }
+        }
+    }
+    of_width!(width, of(p, g));
 }
 
 #[cfg(test)]
@@ -200,9 +300,31 @@ mod tests {
     }
 
     #[test]
-    fn softmax_of_extreme_logits_is_finite() {
-        let mut row = vec![-1e4, 0.0, 1e4];
-        softmax_row(&mut row);
-        assert!((row[2] - 1.0).abs() < 1e-6 && row[0] == row[1] && row[0] < 1e-30);
+    fn exponentials_of_extreme_logits_are_finite() {
+        let mut block = [-1e4, 3.0, 0.0, 3.0, 1e4, 3.0];
+        let mut sums = [0.0; 2];
+        exp_columns(&mut block, &mut sums);
+        assert!(block[4] == 1.0 && block[0] < 1e-30 && block[2] < 1e-30);
+        assert_eq!((block[1], sums[1]), (1.0, 3.0));
+    }
+
+    #[test]
+    fn rows_become_columns() {
+        for width in [2, 4, 8, 16, 32] {
+            for (lines, rows) in [(width, width), (width, width - 1), (width / 2 + 1, 1)] {
+                let values: Vec<f32> = (1..=rows * width).map(|i| i as f32).collect();
+                let mut out = vec![f32::NAN; lines * width];
+                transpose(&mut out, &values, width);
+                for (i, found) in out.iter().enumerate() {
+                    let (line, row) = (i / width, i % width);
+                    let expected = if row < rows {
+                        values[row * width + line]
+                    } else {
+                        0.0
+                    };
+                    assert_eq!(*found, expected, "{width}: {line}, {row}");
+                }
+            }
+        }
     }
 }

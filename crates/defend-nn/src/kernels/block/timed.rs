@@ -24,6 +24,9 @@ pub struct Timed {
     pub rows: usize,
 }
 
+/// How often a thread does its work before it waits for the others.
+const TIMES: usize = 8;
+
 fn noise(len: usize) -> Vec<f32> {
     (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
 }
@@ -36,12 +39,12 @@ impl Timed {
     /// Multiplications and additions of a thread in [`Timed::products`].
     pub fn operations(self) -> u64 {
         let (d, hidden) = (self.width, self.hidden);
-        (2 * self.rows * (4 * d * d + 2 * d * hidden)) as u64
+        (TIMES * 2 * self.rows * (4 * d * d + 2 * d * hidden)) as u64
     }
 
     /// Multiplications and additions of a thread in [`Timed::attention`].
     pub fn attention_operations(self) -> u64 {
-        (4 * self.rows * self.tokens * self.width) as u64
+        (TIMES * 4 * self.rows * self.tokens * self.width) as u64
     }
 
     fn heads(self) -> Heads {
@@ -93,13 +96,15 @@ impl Timed {
                     let x = Rows::all(z, rows, whole);
                     product(target, Start::Zero, x, matrix.panels(), 1.0);
                 };
-                to_blocks(qkv, &matrices.qkv);
-                to_blocks(hidden, &matrices.fc1);
                 let mut to_rows = |x: Rows<'_>, matrix: &Packed| {
                     product(Target::RowMajor(out), Start::Kept, x, matrix.panels(), 1e-3);
                 };
-                to_rows(Rows::all(attended, rows, merged), &matrices.projection);
-                to_rows(Rows::all(activated, rows, inner), &matrices.fc2);
+                for _ in 0..TIMES {
+                    to_blocks(qkv, &matrices.qkv);
+                    to_blocks(hidden, &matrices.fc1);
+                    to_rows(Rows::all(attended, rows, merged), &matrices.projection);
+                    to_rows(Rows::all(activated, rows, inner), &matrices.fc2);
+                }
             });
         }
     }
@@ -113,7 +118,9 @@ impl Timed {
                 let mut scratch = heads.scratch(self.rows, false);
                 let mut out = Buffer::stale(heads.output_columns().values(self.rows));
                 let out = &mut split(&mut out, self.rows)[..];
-                heads.attend(out, &qkv, (0, self.rows), &mut scratch, None);
+                for _ in 0..TIMES {
+                    heads.attend(out, &qkv, (0, self.rows), &mut scratch, None);
+                }
             });
         }
     }
