@@ -136,9 +136,9 @@ impl Heads {
             let blocks = out.chunks_exact_mut(n * width);
             for (block, factors) in blocks.zip(factors.chunks_exact_mut(width)) {
                 math::exp_columns(block, factors);
-                factors
-                    .iter_mut()
-                    .for_each(|factor| *factor = 1.0 / *factor);
+                for factor in factors {
+                    *factor = 1.0 / *factor;
+                }
             }
         });
         factors
@@ -174,7 +174,9 @@ impl Heads {
             vectorised!(|| {
                 for block in out.iter_mut() {
                     for (line, factor) in block.chunks_exact_mut(width).zip(&factors) {
-                        line.iter_mut().for_each(|value| *value *= factor);
+                        for value in line {
+                            *value *= factor;
+                        }
                     }
                 }
             });
