@@ -84,6 +84,7 @@ impl Heads {
             form: Form::Single,
             values: self.blocks_of(blocks, head),
             depth: Columns::whole(self.tokens),
+            within: (0, self.tokens),
             columns: self.head(),
         }
     }
@@ -119,6 +120,7 @@ impl Heads {
             form: Form::Single,
             values: out,
             depth: self.head(),
+            within: (0, d),
             columns,
         }
     }
@@ -127,7 +129,7 @@ impl Heads {
     /// makes probabilities of a query's values: the inverse of their sum, `[blocks of queries, W]`.
     ///
     /// Queries are columns, so that softmax goes on for a whole vector of them at a time.
-    fn exponentials(self, out: &mut [f32], k: Rows<'_>, q: Panels<'_>) -> Vec<f32> {
+    fn exponentials(self, out: &mut [f32], k: &Rows<'_>, q: Panels<'_>) -> Vec<f32> {
         let (n, width) = (self.tokens, q.columns.width);
         let target = Target::Blocks(&mut split(out, n));
         product(target, Start::Zero, k, q, self.scale());
@@ -160,7 +162,7 @@ impl Heads {
         for head in 0..self.count {
             let q = self.transposed(&mut scratch.transposed, qkv, head, (first, queries));
             let k = self.rows(qkv, self.count + head);
-            let factors = self.exponentials(p, k, q);
+            let factors = self.exponentials(p, &k, q);
             if let Some(first_row) = &mut first_row {
                 let row = &mut first_row[head * (n - 1)..][..n - 1];
                 for (to, line) in row.iter_mut().zip(p[width..].chunks_exact(width)) {
@@ -196,7 +198,7 @@ impl Heads {
         for head in 0..self.count {
             let [q, k, v] = [0, 1, 2].map(|which| which * self.count + head);
             let panels = self.transposed(transposed, qkv, q, (0, n));
-            let factors = self.exponentials(p, self.rows(qkv, k), panels);
+            let factors = self.exponentials(p, &self.rows(qkv, k), panels);
             vectorised!(|| {
                 let blocks = p.chunks_exact_mut(n * width);
                 for (block, factors) in blocks.zip(factors.chunks_exact(width)) {
@@ -207,12 +209,12 @@ impl Heads {
             let mut to_keys = |which: usize, left: &mut [f32], right, factor| {
                 let out = Target::Blocks(&mut dqkv[self.blocks(which)]);
                 let left = Rows::all(left, n, columns);
-                product(out, Start::Zero, left, right, factor);
+                product(out, Start::Zero, &left, right, factor);
             };
             to_keys(v, p, self.over_tokens(g, head), 1.0);
             let panels = self.transposed(transposed, g, head, (0, n));
             let target = Target::Blocks(&mut split(dp, n));
-            product(target, Start::Zero, self.rows(qkv, v), panels, 1.0);
+            product(target, Start::Zero, &self.rows(qkv, v), panels, 1.0);
             vectorised!(|| {
                 let blocks = p.chunks_exact(n * width);
                 for (p, dp) in blocks.zip(dp.chunks_exact_mut(n * width)) {

@@ -209,11 +209,21 @@ impl Shape<'_> {
 
 /// `out = x + factor (y W^T + b)`, row-major but for `y`.
 fn residual(out: &mut [f32], x: &[f32], y: Rows<'_>, weight: &Packed, bias: &[f32], factor: f32) {
-    let outputs = bias.len();
-    if factor == 0.0 {
-        out.copy_from_slice(x);
-        return;
+    add_bias(out, x, bias, factor);
+    if factor != 0.0 {
+        product(
+            Target::RowMajor(out),
+            Start::Kept,
+            &y,
+            weight.panels(),
+            factor,
+        );
     }
+}
+
+/// `out = x + factor b`, row by row.
+fn add_bias(out: &mut [f32], x: &[f32], bias: &[f32], factor: f32) {
+    let outputs = bias.len();
     vectorised!(|| {
         for (out, x) in out.chunks_exact_mut(outputs).zip(x.chunks_exact(outputs)) {
             for ((o, &x), &b) in out.iter_mut().zip(x).zip(bias) {
@@ -221,13 +231,6 @@ fn residual(out: &mut [f32], x: &[f32], y: Rows<'_>, weight: &Packed, bias: &[f3
             }
         }
     });
-    product(
-        Target::RowMajor(out),
-        Start::Kept,
-        y,
-        weight.panels(),
-        factor,
-    );
 }
 
 /// Queries, keys and values of all images in blocks.
@@ -253,7 +256,7 @@ fn queries_keys_values(
                 product(
                     Target::Blocks(&mut qkv),
                     Start::Bias(weights.qkv[1]),
-                    Rows::all(z, rows, whole),
+                    &Rows::all(z, rows, whole),
                     matrices.qkv.panels(),
                     1.0,
                 );
@@ -322,15 +325,12 @@ pub(crate) fn forward(
                     shape.factor(0, image),
                 );
                 norm::forward_blocks(&mut split(z, rows), middle, weights.norm2, shape.eps);
-                let z = Rows::all(z, rows, whole);
-                let activated = &mut scratch.activated[..inner.values(rows)];
-                hidden_values(activated, hidden, z, &matrices.fc1, weights.fc1[1]);
-                residual(
+                mlp(
                     out,
                     middle,
-                    Rows::all(activated, rows, inner),
-                    &matrices.fc2,
-                    &matrices.biases[1],
+                    &Rows::all(z, rows, whole),
+                    (matrices, weights.fc1[1]),
+                    (&mut scratch.activated[..], hidden),
                     shape.factor(1, image),
                 );
             },
@@ -365,39 +365,62 @@ fn first_rows<'a>(
     rows.collect()
 }
 
-/// `GELU(z W^T + b)` in blocks; with `hidden`, its argument goes there.
-fn hidden_values(
-    activated: &mut [f32],
-    hidden: Option<Vec<&mut [f32]>>,
-    z: Rows<'_>,
-    weight: &Packed,
-    bias: &[f32],
+/// Hidden channels of the MLP that are computed at a time: between its two products they stay in the cache.
+const HIDDEN_AT_A_TIME: usize = 768;
+
+/// `out = x + factor (GELU(z W1^T + b1) W2^T + b2)`, row-major but for `z`; `activated` has room for a part of the hidden values,
+/// and with `hidden`, GELU's argument goes there.
+fn mlp(
+    out: &mut [f32],
+    x: &[f32],
+    z: &Rows<'_>,
+    (matrices, bias): (&Matrices, &[f32]),
+    (activated, mut hidden): (&mut [f32], Option<Vec<&mut [f32]>>),
+    factor: f32,
 ) {
     let rows = z.count;
-    let start = Start::Bias(bias);
-    let mut activated = split(activated, rows);
-    let Some(mut hidden) = hidden else {
-        product(
-            Target::Blocks(&mut activated),
-            start,
-            z,
-            weight.panels(),
-            1.0,
-        );
-        vectorised!(|| {
-            for activated in &mut activated {
-                activated.iter_mut().for_each(|a| *a = math::gelu(*a));
+    add_bias(out, x, &matrices.biases[1], factor);
+    let (fc1, fc2) = (matrices.fc1.panels(), matrices.fc2.panels());
+    let inner = fc1.columns;
+    let blocks = inner.blocks();
+    let step = HIDDEN_AT_A_TIME.div_ceil(inner.width);
+    for from in (0..blocks).step_by(step) {
+        let part = from..(from + step).min(blocks);
+        let fc1 = fc1.of_columns(part.clone());
+        let (first, columns) = (inner.block(from).0, fc1.columns);
+        let activated = &mut split(&mut activated[..columns.values(rows)], rows)[..];
+        let start = Start::Bias(&bias[first..first + columns.count]);
+        match &mut hidden {
+            None => {
+                product(Target::Blocks(activated), start, z, fc1, 1.0);
+                vectorised!(|| {
+                    for block in activated.iter_mut() {
+                        block.iter_mut().for_each(|a| *a = math::gelu(*a));
+                    }
+                });
             }
-        });
-        return;
-    };
-    product(Target::Blocks(&mut hidden), start, z, weight.panels(), 1.0);
-    vectorised!(|| {
-        for (activated, hidden) in activated.iter_mut().zip(&hidden) {
-            let pairs = activated.iter_mut().zip(&**hidden);
-            pairs.for_each(|(a, &h)| *a = math::gelu(h));
+            Some(hidden) => {
+                let hidden = &mut hidden[part.clone()];
+                product(Target::Blocks(hidden), start, z, fc1, 1.0);
+                vectorised!(|| {
+                    for (activated, hidden) in activated.iter_mut().zip(hidden.iter()) {
+                        let pairs = activated.iter_mut().zip(&**hidden);
+                        pairs.for_each(|(a, &h)| *a = math::gelu(h));
+                    }
+                });
+            }
         }
-    });
+        if factor != 0.0 {
+            let activated = Rows::of(activated, rows, columns);
+            product(
+                Target::RowMajor(out),
+                Start::Kept,
+                &activated,
+                fc2.of_depth(part),
+                factor,
+            );
+        }
+    }
 }
 
 /// A task's memory, used again for each of its pieces.
@@ -413,10 +436,11 @@ impl Scratch {
     fn new(shape: &Shape<'_>, save: bool) -> Self {
         let rows = shape.piece();
         let unsaved = |len: usize| Buffer::stale(if save { 0 } else { len });
+        let part = Columns::whole(shape.hidden.min(HIDDEN_AT_A_TIME));
         Self {
             attention: shape.heads().scratch(rows, false),
             normed: Buffer::stale(shape.whole().values(rows)),
-            activated: Buffer::stale(shape.inner().values(rows)),
+            activated: Buffer::stale(part.values(rows)),
             attended: unsaved(shape.heads().output_columns().values(rows)),
             middle: unsaved(rows * shape.width),
         }
@@ -521,12 +545,18 @@ pub(crate) fn backward(
 /// `out = x M`, in blocks.
 fn into_blocks(out: &mut [f32], x: Rows<'_>, matrix: &Packed) {
     let blocks = &mut split(out, x.count)[..];
-    product(Target::Blocks(blocks), Start::Zero, x, matrix.panels(), 1.0);
+    product(
+        Target::Blocks(blocks),
+        Start::Zero,
+        &x,
+        matrix.panels(),
+        1.0,
+    );
 }
 
 /// `out = x M`, row-major.
 fn into_rows(out: &mut [f32], x: Rows<'_>, matrix: &Packed) {
-    product(Target::RowMajor(out), Start::Zero, x, matrix.panels(), 1.0);
+    product(Target::RowMajor(out), Start::Zero, &x, matrix.panels(), 1.0);
 }
 
 /// From the sums of both norms, `[B, 4 D]`, and the four maps in the order that they are used: the gradient of each one's

@@ -4,6 +4,8 @@
 //! over the rows wants its right side, and a few of its columns are a tile, as a gradient of weights wants its left side: both
 //! are read in place. As the left side of a product with a matrix, a few rows are copied into a tile, four values at a time.
 
+use std::ops::Range;
+
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -67,6 +69,13 @@ impl Columns {
             group * self.group + start,
             self.width.min(self.group - start),
         )
+    }
+
+    /// Some blocks of columns that are one group.
+    pub(crate) fn part(self, blocks: Range<usize>) -> Self {
+        assert_eq!(self.group, self.count);
+        let ends = [blocks.start, blocks.end].map(|i| (i * self.width).min(self.count));
+        Self::whole(ends[1] - ends[0])
     }
 
     /// Values of a matrix of so many rows.

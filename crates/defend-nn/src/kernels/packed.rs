@@ -40,6 +40,8 @@ pub(crate) struct Panels<'a> {
     pub(crate) form: Form,
     /// How the columns of the left side are cut into blocks.
     pub(crate) depth: Columns,
+    /// The first of the matrix's rows that they meet, and all its rows.
+    pub(crate) within: (usize, usize),
     pub(crate) columns: Columns,
 }
 
@@ -101,6 +103,7 @@ impl Packed {
             values: &self.values,
             form: self.form,
             depth: self.depth,
+            within: (0, self.depth.count),
             columns: self.columns,
         }
     }
@@ -109,7 +112,29 @@ impl Packed {
 impl Panels<'_> {
     /// Values of the matrix in its form.
     fn len(&self) -> usize {
-        self.columns.values(self.depth.count) / self.form.rows_in_a_line()
+        self.columns.values(self.within.1) / self.form.rows_in_a_line()
+    }
+
+    /// Some blocks of the columns, which are one group.
+    pub(crate) fn of_columns(self, blocks: Range<usize>) -> Self {
+        let panel = self.len() / self.columns.blocks();
+        Self {
+            values: &self.values[blocks.start * panel..blocks.end * panel],
+            columns: self.columns.part(blocks),
+            ..self
+        }
+    }
+
+    /// Rows that meet some blocks of the left side, whose columns are one group.
+    pub(crate) fn of_depth(self, blocks: Range<usize>) -> Self {
+        Self {
+            within: (
+                self.within.0 + self.depth.block(blocks.start).0,
+                self.within.1,
+            ),
+            depth: self.depth.part(blocks),
+            ..self
+        }
     }
 }
 
@@ -166,7 +191,7 @@ impl Target<'_, '_> {
 pub(crate) fn product(
     out: Target<'_, '_>,
     start: Start<'_>,
-    x: Rows<'_>,
+    x: &Rows<'_>,
     matrix: Panels<'_>,
     factor: f32,
 ) {
@@ -194,7 +219,7 @@ pub(crate) fn product(
 pub(super) struct Product<'p, 't, 'a> {
     out: Target<'t, 'a>,
     start: Start<'p>,
-    x: Rows<'p>,
+    x: &'p Rows<'p>,
     matrix: Panels<'p>,
     factor: f32,
 }
@@ -297,6 +322,7 @@ impl Product<'_, '_, '_> {
         multiply: impl Fn(&[f32], usize, &[f32], Add<'_>, &mut [f32]),
     ) {
         let (depth, columns) = (self.matrix.depth.count, self.matrix.columns);
+        let (first_row, all_rows) = self.matrix.within;
         let rows_in_a_line = self.matrix.form.rows_in_a_line();
         let width = VECTORS * S::F32_LANES;
         assert_eq!(width, columns.width);
@@ -308,13 +334,11 @@ impl Product<'_, '_, '_> {
         while block < self.x.columns.blocks() {
             let (blocks, part) = self.x.run(block, most);
             let tiles = &mut tiles[..laid_out * part];
-            lay_out(&self.x, tiles, blocks.clone(), part);
+            lay_out(self.x, tiles, blocks.clone(), part);
             let lines = part / rows_in_a_line;
-            let before = from / rows_in_a_line * width;
-            let panels = self
-                .matrix
-                .values
-                .chunks_exact(depth / rows_in_a_line * width);
+            let before = (first_row + from) / rows_in_a_line * width;
+            let panels = self.matrix.values;
+            let panels = panels.chunks_exact(all_rows / rows_in_a_line * width);
             for (i, panel) in panels.enumerate() {
                 let panel = &panel[before..][..lines * width];
                 let (first, filled) = columns.block(i);
@@ -780,11 +804,11 @@ mod tests {
         let mut a = before.clone();
         let packed = form(Packed::new(&m, depths, outs));
         let target = Target::RowMajor(&mut a);
-        product(target, start, x_rows(), packed.panels(), 0.5);
+        product(target, start, &x_rows(), packed.panels(), 0.5);
         let mut b = blocks(&before, outs);
         let transposed = form(Packed::transposed(&transpose, depths, outs));
         let target = Target::Blocks(&mut split(&mut b, rows));
-        product(target, start, x_rows(), transposed.panels(), 0.5);
+        product(target, start, &x_rows(), transposed.panels(), 0.5);
         let mut same = vec![0.0; a.len()];
         read(&mut same, &b, outs);
         assert_eq!(a, same);
@@ -897,7 +921,7 @@ mod tests {
             let mut out = vec![7.0; rows * 20];
             let x = blocks(x, depth);
             let x = Rows::all(&x, rows, depth);
-            product(Target::RowMajor(&mut out), start, x, m.panels(), 1.0);
+            product(Target::RowMajor(&mut out), start, &x, m.panels(), 1.0);
             out
         };
         let all = run(&x, Start::Bias(&bias));

@@ -210,7 +210,7 @@ fn map_rows(
             let blocks = &mut blocks[..depth.values(rows)];
             fill(blocks, x, depth, 1.0);
             let x = Rows::all(blocks, rows, depth);
-            product(Target::RowMajor(out), start, x, matrix.panels(), 1.0);
+            product(Target::RowMajor(out), start, &x, matrix.panels(), 1.0);
             finish(out);
         },
     );

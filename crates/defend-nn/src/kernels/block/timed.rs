@@ -94,10 +94,16 @@ impl Timed {
                 let to_blocks = |out: &mut [f32], matrix: &Packed| {
                     let target = Target::Blocks(&mut split(out, rows));
                     let x = Rows::all(z, rows, whole);
-                    product(target, Start::Zero, x, matrix.panels(), 1.0);
+                    product(target, Start::Zero, &x, matrix.panels(), 1.0);
                 };
                 let mut to_rows = |x: Rows<'_>, matrix: &Packed| {
-                    product(Target::RowMajor(out), Start::Kept, x, matrix.panels(), 1e-3);
+                    product(
+                        Target::RowMajor(out),
+                        Start::Kept,
+                        &x,
+                        matrix.panels(),
+                        1e-3,
+                    );
                 };
                 for _ in 0..TIMES {
                     to_blocks(qkv, &matrices.qkv);
