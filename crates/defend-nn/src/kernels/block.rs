@@ -366,7 +366,7 @@ fn first_rows<'a>(
 }
 
 /// Hidden channels of the MLP that are computed at a time: between its two products they stay in the cache.
-const HIDDEN_AT_A_TIME: usize = 768;
+const HIDDEN_AT_A_TIME: usize = 384;
 
 /// `out = x + factor (GELU(z W1^T + b1) W2^T + b2)`, row-major but for `z`; `activated` has room for a part of the hidden values,
 /// and with `hidden`, GELU's argument goes there.
