@@ -131,11 +131,8 @@ fn products(c: &mut Criterion) {
             group.bench_function(name, |b| b.iter(&mut work));
         }
         group.throughput(Throughput::Elements(threads * parts.attention_operations()));
-        for (kind, arithmetic) in [("f32", Arithmetic::F32), ("bf16", Arithmetic::Bf16)] {
-            let mut work = parts.attention(arithmetic);
-            let name = format!("attention of {name} in {kind}");
-            group.bench_function(name, |b| b.iter(&mut work));
-        }
+        let mut work = parts.attention();
+        group.bench_function(format!("attention of {name}"), |b| b.iter(&mut work));
     }
     group.throughput(Throughput::Elements(threads * Peak::operations()));
     group.bench_function("peak of all threads", |b| {

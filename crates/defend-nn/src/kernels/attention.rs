@@ -26,48 +26,8 @@ pub(crate) struct Scratch {
     probabilities: Buffer,
     /// Their gradient.
     gradient: Buffer,
-    /// What queries of a head, their gradient or their result are as panels `[blocks of queries, d, W]`.
+    /// What queries of a head, or their gradient, are as panels `[blocks of queries, d, W]`.
     transposed: Buffer,
-    /// Values of a head likewise, `[blocks of tokens, d, W]`.
-    values: Buffer,
-}
-
-/// What a pass will ask of its memory.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Pass {
-    Forward,
-    /// Forward, both sides of the products rounded to `bf16`.
-    Rounded,
-    Backward,
-}
-
-/// Panels of `f32` that may still be rounded.
-struct Transposed<'a> {
-    values: &'a mut [f32],
-    depth: Columns,
-    columns: Columns,
-}
-
-impl<'a> Transposed<'a> {
-    fn single(self) -> Panels<'a> {
-        self.of(Form::Single)
-    }
-
-    fn rounded(self) -> Panels<'a> {
-        let form = Form::rounded(self.depth);
-        self.of(form)
-    }
-
-    fn of(self, form: Form) -> Panels<'a> {
-        let len = form.pack(self.values, self.columns.width);
-        Panels {
-            values: &self.values[..len],
-            form,
-            depth: self.depth,
-            within: (0, self.depth.count),
-            columns: self.columns,
-        }
-    }
 }
 
 impl Heads {
@@ -81,26 +41,14 @@ impl Heads {
         Columns::grouped(self.width, self.count)
     }
 
-    /// For so many queries at a time.
-    pub(crate) fn scratch(self, queries: usize, pass: Pass) -> Scratch {
+    /// For so many queries at a time, and for [`Heads::backward`] if need be.
+    pub(crate) fn scratch(self, queries: usize, backward: bool) -> Scratch {
         let queries = Columns::whole(queries);
-        let probabilities = queries.values(self.lines(pass));
-        let depth = self.head().count;
-        let only = |condition: bool, len: usize| Buffer::stale(if condition { len } else { 0 });
-        let values = Columns::whole(self.tokens).values(depth);
+        let probabilities = queries.values(self.tokens);
         Scratch {
             probabilities: Buffer::stale(probabilities),
-            gradient: only(pass == Pass::Backward, probabilities),
-            transposed: Buffer::stale(queries.values(depth)),
-            values: only(pass == Pass::Rounded, values),
-        }
-    }
-
-    /// Lines of a block of probabilities: the tokens, and for rounded products what fills up the last block of them.
-    fn lines(self, pass: Pass) -> usize {
-        match pass {
-            Pass::Forward | Pass::Backward => self.tokens,
-            Pass::Rounded => self.tokens.next_multiple_of(self.head().width),
+            gradient: Buffer::stale(if backward { probabilities } else { 0 }),
+            transposed: Buffer::stale(queries.values(self.head().count)),
         }
     }
 
@@ -153,7 +101,7 @@ impl Heads {
         blocks: &[f32],
         head: usize,
         (first, count): (usize, usize),
-    ) -> Transposed<'a> {
+    ) -> Panels<'a> {
         let (width, d, n) = (self.head().width, self.head().count, self.tokens);
         let columns = Columns::whole(count);
         let out = &mut out[..columns.values(d)];
@@ -168,28 +116,27 @@ impl Heads {
                 }
             }
         });
-        Transposed {
+        Panels {
+            form: Form::Single,
             values: out,
             depth: self.head(),
+            within: (0, d),
             columns,
         }
     }
 
-    /// `exp(K Q^T / sqrt(d) - m)` of one head, `[blocks of queries, lines, W]`, with the largest logit m of each query, and what
+    /// `exp(K Q^T / sqrt(d) - m)` of one head, `[blocks of queries, T, W]`, with the largest logit m of each query, and what
     /// makes probabilities of a query's values: the inverse of their sum, `[blocks of queries, W]`.
     ///
     /// Queries are columns, so that softmax goes on for a whole vector of them at a time.
-    fn exponentials(self, out: &mut [f32], k: &Rows<'_>, q: Panels<'_>, lines: usize) -> Vec<f32> {
-        let width = q.columns.width;
-        let blocks = out.chunks_exact_mut(lines * width);
-        let mut blocks: Vec<_> = blocks
-            .map(|block| &mut block[..self.tokens * width])
-            .collect();
-        let target = Target::Blocks(&mut blocks);
+    fn exponentials(self, out: &mut [f32], k: &Rows<'_>, q: Panels<'_>) -> Vec<f32> {
+        let (n, width) = (self.tokens, q.columns.width);
+        let target = Target::Blocks(&mut split(out, n));
         product(target, Start::Zero, k, q, self.scale());
         let mut factors = vec![0f32; q.columns.blocks() * width];
         vectorised!(|| {
-            for (block, factors) in blocks.iter_mut().zip(factors.chunks_exact_mut(width)) {
+            let blocks = out.chunks_exact_mut(n * width);
+            for (block, factors) in blocks.zip(factors.chunks_exact_mut(width)) {
                 math::exp_columns(block, factors);
                 for factor in factors {
                     *factor = 1.0 / *factor;
@@ -201,53 +148,29 @@ impl Heads {
 
     /// Attention of `queries` of an image from `first` on into the blocks of `out` `[queries, D]`; `qkv` holds the image's
     /// blocks, [`Heads::qkv_columns`]. The first query's attention to the other tokens goes into `first_row` `[h, T - 1]`.
-    /// `pass` is what `scratch` was made for, `Forward` or `Rounded`.
     pub(crate) fn attend(
         self,
         out: &mut [&mut [f32]],
         qkv: &[f32],
         (first, queries): (usize, usize),
-        (scratch, pass): (&mut Scratch, Pass),
+        scratch: &mut Scratch,
         mut first_row: Option<&mut [f32]>,
     ) {
         let (n, width) = (self.tokens, self.head().width);
-        let (columns, lines) = (Columns::whole(queries), self.lines(pass));
-        let Scratch {
-            probabilities: p,
-            transposed,
-            values,
-            ..
-        } = scratch;
-        let p = &mut p[..columns.values(lines)];
+        let columns = Columns::whole(queries);
+        let p = &mut scratch.probabilities[..columns.values(n)];
         for head in 0..self.count {
-            let q = self.transposed(transposed, qkv, head, (first, queries));
-            let q = match pass {
-                Pass::Rounded => q.rounded(),
-                Pass::Forward | Pass::Backward => q.single(),
-            };
+            let q = self.transposed(&mut scratch.transposed, qkv, head, (first, queries));
             let k = self.rows(qkv, self.count + head);
-            let factors = self.exponentials(p, &k, q, lines);
+            let factors = self.exponentials(p, &k, q);
             if let Some(first_row) = &mut first_row {
                 let row = &mut first_row[head * (n - 1)..][..n - 1];
                 for (to, line) in row.iter_mut().zip(p[width..].chunks_exact(width)) {
                     *to = line[0] * factors[0];
                 }
             }
+            let v = self.stack(qkv, 2 * self.count + head);
             let out = &mut out[self.blocks(head)];
-            let which = 2 * self.count + head;
-            if pass == Pass::Rounded {
-                let v = self.transposed(values, qkv, which, (0, n));
-                let v = Rows::all(v.values, self.head().count, Columns::whole(lines));
-                self.mix_rounded(
-                    out,
-                    p,
-                    &factors,
-                    &v,
-                    &mut transposed[..columns.values(v.count)],
-                );
-                continue;
-            }
-            let v = self.stack(qkv, which);
             let p = Stack::one(p, n, columns);
             transposed_product(Target::Blocks(out), p, 0..columns.blocks(), v, 1.0);
             vectorised!(|| {
@@ -262,42 +185,6 @@ impl Heads {
         }
     }
 
-    /// `(V^T P)^T` times the factors of the queries, both sides rounded, into blocks of `[queries, d]`. `p` is what
-    /// [`Heads::exponentials`] left, `v` the transposed values with zeros behind the tokens; the transposed result goes through
-    /// `mixed`.
-    fn mix_rounded(
-        self,
-        out: &mut [&mut [f32]],
-        p: &mut [f32],
-        factors: &[f32],
-        v: &Rows<'_>,
-        mixed: &mut [f32],
-    ) {
-        let (width, d, lines) = (v.columns.width, v.count, v.columns.count);
-        for block in p.chunks_exact_mut(lines * width) {
-            block[self.tokens * width..].fill(0.0);
-        }
-        let queries = out[0].len() / width;
-        let p = Transposed {
-            values: p,
-            depth: v.columns,
-            columns: Columns::whole(queries),
-        };
-        let target = Target::Blocks(&mut split(mixed, d));
-        product(target, Start::Zero, v, p.rounded(), 1.0);
-        vectorised!(|| {
-            let blocks = mixed.chunks_exact_mut(d * width);
-            for (i, (block, factors)) in blocks.zip(factors.chunks_exact(width)).enumerate() {
-                math::scale_columns(block, factors);
-                for (out, rows) in out.iter_mut().zip(block.chunks(width * width)) {
-                    let lines = &mut out[i * width * width..];
-                    let len = lines.len().min(width * width);
-                    math::transpose(&mut lines[..len], rows, width);
-                }
-            }
-        });
-    }
-
     /// Gradient of an image's `qkv` blocks from that of its attention's output `g`, blocks of `[T, D]`.
     pub(crate) fn backward(self, dqkv: &mut [f32], qkv: &[f32], g: &[f32], scratch: &mut Scratch) {
         let (n, width, scale) = (self.tokens, self.head().width, self.scale());
@@ -307,12 +194,11 @@ impl Heads {
             probabilities: p,
             gradient: dp,
             transposed,
-            ..
         } = scratch;
         for head in 0..self.count {
             let [q, k, v] = [0, 1, 2].map(|which| which * self.count + head);
-            let panels = self.transposed(transposed, qkv, q, (0, n)).single();
-            let factors = self.exponentials(p, &self.rows(qkv, k), panels, n);
+            let panels = self.transposed(transposed, qkv, q, (0, n));
+            let factors = self.exponentials(p, &self.rows(qkv, k), panels);
             vectorised!(|| {
                 let blocks = p.chunks_exact_mut(n * width);
                 for (block, factors) in blocks.zip(factors.chunks_exact(width)) {
@@ -326,7 +212,7 @@ impl Heads {
                 product(out, Start::Zero, &left, right, factor);
             };
             to_keys(v, p, self.over_tokens(g, head), 1.0);
-            let panels = self.transposed(transposed, g, head, (0, n)).single();
+            let panels = self.transposed(transposed, g, head, (0, n));
             let target = Target::Blocks(&mut split(dp, n));
             product(target, Start::Zero, &self.rows(qkv, v), panels, 1.0);
             vectorised!(|| {

@@ -6,7 +6,7 @@
 
 use super::blocked::Columns;
 use super::packed::UNROLL;
-use crate::vectorised;
+use super::pool::Buffer;
 
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
@@ -49,38 +49,26 @@ impl Form {
         }
     }
 
-    /// Brings panels of `f32`, `[blocks, depth, W]`, into this form, in place; the first values, so many, hold them afterwards.
-    pub(crate) fn pack(self, panels: &mut [f32], width: usize) -> usize {
+    /// Brings panels of `f32`, `[blocks, depth, W]`, into this form.
+    pub(crate) fn convert(self, mut panels: Buffer, width: usize) -> Buffer {
         match self {
-            Self::Single => panels.len(),
+            Self::Single => panels,
             Self::Rounded => {
-                vectorised!(|| round(panels));
-                panels.len()
+                round(&mut panels);
+                panels
             }
             Self::Pairs(_) | Self::Tiles(_) => {
-                vectorised!(|| pair_lines(panels, width));
-                panels.len() / 2
+                let mut out = Buffer::stale(panels.len() / 2);
+                let values: &mut [u32] = pulp::bytemuck::cast_slice_mut(&mut out);
+                let lines = values.chunks_exact_mut(width);
+                for (line, rows) in lines.zip(panels.chunks_exact(2 * width)) {
+                    let (even, odd) = rows.split_at(width);
+                    for ((pair, even), odd) in line.iter_mut().zip(even).zip(odd) {
+                        *pair = rounded_pair(*even, *odd);
+                    }
+                }
+                out
             }
-        }
-    }
-}
-
-/// Puts the values of each two lines side by side as `bf16`: line `i` becomes the pairs of lines `2 i` and `2 i + 1`.
-#[inline(always)]
-fn pair_lines(values: &mut [f32], width: usize) {
-    /// Values that are read before any is overwritten.
-    const PART: usize = 8;
-    for line in 0..values.len() / (2 * width) {
-        for column in (0..width).step_by(PART) {
-            let part = PART.min(width - column);
-            let mut both = [[0f32; PART]; 2];
-            for (i, both) in both.iter_mut().enumerate() {
-                let from = (2 * line + i) * width + column;
-                both[..part].copy_from_slice(&values[from..from + part]);
-            }
-            let pairs: [f32; PART] =
-                std::array::from_fn(|i| f32::from_bits(rounded_pair(both[0][i], both[1][i])));
-            values[line * width + column..][..part].copy_from_slice(&pairs[..part]);
         }
     }
 }

@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use super::attention::{Heads, Pass};
+use super::attention::Heads;
 use super::blocked::{Columns, Rows, Stack, fill, split, split_pieces};
 use super::math;
 use super::packed::{Packed, Start, Target, product, weight_gradient};
@@ -63,15 +63,6 @@ impl Matrices {
     /// The same, and what they will be multiplied with, rounded to `bf16`.
     pub(crate) fn rounded(self) -> Self {
         self.map(Packed::rounded)
-    }
-
-    /// How attention between them is computed.
-    fn attention(&self) -> Pass {
-        if self.qkv.is_rounded() {
-            Pass::Rounded
-        } else {
-            Pass::Forward
-        }
     }
 
     /// For more than one pass.
@@ -217,13 +208,13 @@ impl Shape<'_> {
 }
 
 /// `out = x + factor (y W^T + b)`, row-major but for `y`.
-fn residual(out: &mut [f32], x: &[f32], y: &Rows<'_>, weight: &Packed, bias: &[f32], factor: f32) {
+fn residual(out: &mut [f32], x: &[f32], y: Rows<'_>, weight: &Packed, bias: &[f32], factor: f32) {
     add_bias(out, x, bias, factor);
     if factor != 0.0 {
         product(
             Target::RowMajor(out),
             Start::Kept,
-            y,
+            &y,
             weight.panels(),
             factor,
         );
@@ -287,7 +278,6 @@ pub(crate) fn forward(
     let (n, d, piece) = (shape.tokens, shape.width, shape.piece());
     let (whole, inner, merged) = (shape.whole(), shape.inner(), shape.heads().output_columns());
     let qkv = queries_keys_values(&shape, &weights, matrices, x);
-    let pass = matrices.attention();
     let mut out = vec![0f32; shape.rows() * d];
     let origins = shape.origins();
     // Without a backward pass these live in each task's scratch memory.
@@ -309,7 +299,7 @@ pub(crate) fn forward(
     )
         .into_par_iter()
         .for_each_init(
-            || Scratch::new(&shape, save, pass),
+            || Scratch::new(&shape, save),
             |scratch, (out, (image, first), attended, middle, hidden, cls)| {
                 let rows = out.len() / d;
                 let x = &x[(image * n + first) * d..][..rows * d];
@@ -321,7 +311,7 @@ pub(crate) fn forward(
                     &mut attended,
                     packed,
                     (first, rows),
-                    (&mut scratch.attention, pass),
+                    &mut scratch.attention,
                     cls,
                 );
                 let middle = middle.unwrap_or(&mut scratch.middle[..]);
@@ -329,7 +319,7 @@ pub(crate) fn forward(
                 residual(
                     middle,
                     x,
-                    &Rows::of(&attended, rows, merged),
+                    Rows::of(&attended, rows, merged),
                     &matrices.projection,
                     &matrices.biases[0],
                     shape.factor(0, image),
@@ -443,12 +433,12 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn new(shape: &Shape<'_>, save: bool, pass: Pass) -> Self {
+    fn new(shape: &Shape<'_>, save: bool) -> Self {
         let rows = shape.piece();
         let unsaved = |len: usize| Buffer::stale(if save { 0 } else { len });
         let part = Columns::whole(shape.hidden.min(HIDDEN_AT_A_TIME));
         Self {
-            attention: shape.heads().scratch(rows, pass),
+            attention: shape.heads().scratch(rows, false),
             normed: Buffer::stale(shape.whole().values(rows)),
             activated: Buffer::stale(part.values(rows)),
             attended: unsaved(shape.heads().output_columns().values(rows)),
@@ -493,7 +483,7 @@ pub(crate) fn backward(
         .for_each_init(
             || {
                 (
-                    shape.heads().scratch(n, Pass::Backward),
+                    shape.heads().scratch(n, true),
                     Buffer::stale(n * d),
                     Buffer::stale(merged.values(n)),
                 )
@@ -505,7 +495,7 @@ pub(crate) fn backward(
                 let rows = |values, columns| Rows::all(values, n, columns);
                 // MLP.
                 fill(g2, &g[of(d)], whole, shape.factor(1, image));
-                into_blocks(dhidden, &rows(g2, whole), &matrices.fc2);
+                into_blocks(dhidden, rows(g2, whole), &matrices.fc2);
                 let hidden = shape.image(&saved.hidden, inner, image);
                 vectorised!(|| {
                     for ((dh, a), &x) in dhidden.iter_mut().zip(activated).zip(hidden) {
@@ -514,7 +504,7 @@ pub(crate) fn backward(
                         *dh *= derivative;
                     }
                 });
-                into_rows(dz, &rows(dhidden, inner), &matrices.fc1);
+                into_rows(dz, rows(dhidden, inner), &matrices.fc1);
                 dx.copy_from_slice(&g[of(d)]);
                 let middle = &saved.middle[of(d)];
                 let [weight, bias] = weights.norm2;
@@ -522,10 +512,10 @@ pub(crate) fn backward(
                 norm::backward(dx, norm2, middle, dz, weight, shape.eps, Some((z2, bias)));
                 // Attention; dx now holds the gradient of the MLP branch's input.
                 fill(g1, dx, whole, shape.factor(0, image));
-                into_blocks(dattended, &rows(g1, whole), &matrices.projection);
+                into_blocks(dattended, rows(g1, whole), &matrices.projection);
                 let qkv = shape.image(&saved.qkv, packed, image);
                 shape.heads().backward(dqkv, qkv, dattended, scratch);
-                into_rows(dz, &rows(dqkv, packed), &matrices.qkv);
+                into_rows(dz, rows(dqkv, packed), &matrices.qkv);
                 let [weight, bias] = weights.norm1;
                 let z1 = &mut split(z1, n)[..];
                 norm::backward(
@@ -553,14 +543,20 @@ pub(crate) fn backward(
 }
 
 /// `out = x M`, in blocks.
-fn into_blocks(out: &mut [f32], x: &Rows<'_>, matrix: &Packed) {
+fn into_blocks(out: &mut [f32], x: Rows<'_>, matrix: &Packed) {
     let blocks = &mut split(out, x.count)[..];
-    product(Target::Blocks(blocks), Start::Zero, x, matrix.panels(), 1.0);
+    product(
+        Target::Blocks(blocks),
+        Start::Zero,
+        &x,
+        matrix.panels(),
+        1.0,
+    );
 }
 
 /// `out = x M`, row-major.
-fn into_rows(out: &mut [f32], x: &Rows<'_>, matrix: &Packed) {
-    product(Target::RowMajor(out), Start::Zero, x, matrix.panels(), 1.0);
+fn into_rows(out: &mut [f32], x: Rows<'_>, matrix: &Packed) {
+    product(Target::RowMajor(out), Start::Zero, &x, matrix.panels(), 1.0);
 }
 
 /// From the sums of both norms, `[B, 4 D]`, and the four maps in the order that they are used: the gradient of each one's

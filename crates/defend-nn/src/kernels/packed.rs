@@ -88,13 +88,8 @@ impl Packed {
     /// The same matrix, and what it will be multiplied with, rounded to `bf16`.
     pub(crate) fn rounded(mut self) -> Self {
         self.form = Form::rounded(self.depth);
-        let len = self.form.pack(&mut self.values, self.columns.width);
-        self.values.shorten(len);
+        self.values = self.form.convert(self.values, self.columns.width);
         self
-    }
-
-    pub(crate) fn is_rounded(&self) -> bool {
-        !matches!(self.form, Form::Single)
     }
 
     /// Keeps the matrix for more than one pass.

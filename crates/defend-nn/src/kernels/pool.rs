@@ -68,11 +68,6 @@ impl Buffer {
         }
     }
 
-    /// Leaves the first `len` values.
-    pub(crate) fn shorten(&mut self, len: usize) {
-        self.len = self.len.min(len);
-    }
-
     /// Keeps the values for good: they take no more memory than they need, and do not go back.
     pub(crate) fn keep(&mut self) {
         self.values.truncate(self.len);
@@ -99,7 +94,7 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         let values = std::mem::take(&mut self.values);
         match self.home {
-            Home::Pool if !values.is_empty() => idle().push(values),
+            Home::Pool if self.len > 0 => idle().push(values),
             Home::Thread => OWN.set(values),
             Home::Pool | Home::Nowhere => (),
         }

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail}
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
-use crate::kernels::attention::{Heads, Pass};
+use crate::kernels::attention::Heads;
 use crate::kernels::blocked::{fill, fill_pieces, read, split};
 use crate::kernels::pool::Buffer;
 
@@ -119,7 +119,7 @@ impl CustomOp1 for Attention {
         tasks.into_par_iter().for_each_init(
             || {
                 (
-                    heads.scratch(most, Pass::Forward),
+                    heads.scratch(most, false),
                     Buffer::stale(merged.values(most)),
                 )
             },
@@ -127,8 +127,7 @@ impl CustomOp1 for Attention {
                 let queries = out.len() / width;
                 let attended = &mut attended[..merged.values(queries)];
                 let target = &mut split(attended, queries)[..];
-                let memory = (scratch, Pass::Forward);
-                heads.attend(target, image, (first, queries), memory, None);
+                heads.attend(target, image, (first, queries), scratch, None);
                 read(out, attended, merged);
             },
         );
@@ -150,7 +149,7 @@ impl CustomOp1 for Attention {
                 || {
                     let [dqkv, qkv] = [(); 2].map(|()| Buffer::stale(columns.values(n)));
                     let g = Buffer::stale(heads.output_columns().values(n));
-                    (heads.scratch(n, Pass::Backward), dqkv, qkv, g)
+                    (heads.scratch(n, true), dqkv, qkv, g)
                 },
                 |(scratch, dqkv, qkv, blocks), ((dx, x), g)| {
                     fill(qkv, x, columns, 1.0);

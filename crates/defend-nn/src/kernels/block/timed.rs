@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::super::attention::{Heads, Pass};
+use super::super::attention::Heads;
 use super::super::blocked::{Columns, Rows, split};
 use super::super::packed::{Packed, Start, Target, product};
 use super::super::pool::Buffer;
@@ -116,20 +116,16 @@ impl Timed {
     }
 
     /// Attention of a piece's rows to all tokens of an image on each thread.
-    pub fn attention(self, arithmetic: Arithmetic) -> impl FnMut() {
+    pub fn attention(self) -> impl FnMut() {
         let heads = self.heads();
-        let pass = match arithmetic {
-            Arithmetic::F32 => Pass::Forward,
-            Arithmetic::Bf16 => Pass::Rounded,
-        };
         let qkv = noise(heads.qkv_columns().values(self.tokens));
         move || {
             rayon::broadcast(|_| {
-                let mut scratch = heads.scratch(self.rows, pass);
+                let mut scratch = heads.scratch(self.rows, false);
                 let mut out = Buffer::stale(heads.output_columns().values(self.rows));
                 let out = &mut split(&mut out, self.rows)[..];
                 for _ in 0..TIMES {
-                    heads.attend(out, &qkv, (0, self.rows), (&mut scratch, pass), None);
+                    heads.attend(out, &qkv, (0, self.rows), &mut scratch, None);
                 }
             });
         }
