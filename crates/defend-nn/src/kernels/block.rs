@@ -208,13 +208,13 @@ impl Shape<'_> {
 }
 
 /// `out = x + factor (y W^T + b)`, row-major but for `y`.
-fn residual(out: &mut [f32], x: &[f32], y: Rows<'_>, weight: &Packed, bias: &[f32], factor: f32) {
+fn residual(out: &mut [f32], x: &[f32], y: &Rows<'_>, weight: &Packed, bias: &[f32], factor: f32) {
     add_bias(out, x, bias, factor);
     if factor != 0.0 {
         product(
             Target::RowMajor(out),
             Start::Kept,
-            &y,
+            y,
             weight.panels(),
             factor,
         );
@@ -319,7 +319,7 @@ pub(crate) fn forward(
                 residual(
                     middle,
                     x,
-                    Rows::of(&attended, rows, merged),
+                    &Rows::of(&attended, rows, merged),
                     &matrices.projection,
                     &matrices.biases[0],
                     shape.factor(0, image),
@@ -495,7 +495,7 @@ pub(crate) fn backward(
                 let rows = |values, columns| Rows::all(values, n, columns);
                 // MLP.
                 fill(g2, &g[of(d)], whole, shape.factor(1, image));
-                into_blocks(dhidden, rows(g2, whole), &matrices.fc2);
+                into_blocks(dhidden, &rows(g2, whole), &matrices.fc2);
                 let hidden = shape.image(&saved.hidden, inner, image);
                 vectorised!(|| {
                     for ((dh, a), &x) in dhidden.iter_mut().zip(activated).zip(hidden) {
@@ -504,7 +504,7 @@ pub(crate) fn backward(
                         *dh *= derivative;
                     }
                 });
-                into_rows(dz, rows(dhidden, inner), &matrices.fc1);
+                into_rows(dz, &rows(dhidden, inner), &matrices.fc1);
                 dx.copy_from_slice(&g[of(d)]);
                 let middle = &saved.middle[of(d)];
                 let [weight, bias] = weights.norm2;
@@ -512,10 +512,10 @@ pub(crate) fn backward(
                 norm::backward(dx, norm2, middle, dz, weight, shape.eps, Some((z2, bias)));
                 // Attention; dx now holds the gradient of the MLP branch's input.
                 fill(g1, dx, whole, shape.factor(0, image));
-                into_blocks(dattended, rows(g1, whole), &matrices.projection);
+                into_blocks(dattended, &rows(g1, whole), &matrices.projection);
                 let qkv = shape.image(&saved.qkv, packed, image);
                 shape.heads().backward(dqkv, qkv, dattended, scratch);
-                into_rows(dz, rows(dqkv, packed), &matrices.qkv);
+                into_rows(dz, &rows(dqkv, packed), &matrices.qkv);
                 let [weight, bias] = weights.norm1;
                 let z1 = &mut split(z1, n)[..];
                 norm::backward(
@@ -543,20 +543,14 @@ pub(crate) fn backward(
 }
 
 /// `out = x M`, in blocks.
-fn into_blocks(out: &mut [f32], x: Rows<'_>, matrix: &Packed) {
+fn into_blocks(out: &mut [f32], x: &Rows<'_>, matrix: &Packed) {
     let blocks = &mut split(out, x.count)[..];
-    product(
-        Target::Blocks(blocks),
-        Start::Zero,
-        &x,
-        matrix.panels(),
-        1.0,
-    );
+    product(Target::Blocks(blocks), Start::Zero, x, matrix.panels(), 1.0);
 }
 
 /// `out = x M`, row-major.
-fn into_rows(out: &mut [f32], x: Rows<'_>, matrix: &Packed) {
-    product(Target::RowMajor(out), Start::Zero, &x, matrix.panels(), 1.0);
+fn into_rows(out: &mut [f32], x: &Rows<'_>, matrix: &Packed) {
+    product(Target::RowMajor(out), Start::Zero, x, matrix.panels(), 1.0);
 }
 
 /// From the sums of both norms, `[B, 4 D]`, and the four maps in the order that they are used: the gradient of each one's

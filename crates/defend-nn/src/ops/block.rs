@@ -21,8 +21,8 @@ pub enum Arithmetic {
     #[default]
     F32,
     /// In `bf16`, eight significant bits. On the CPU the matrices of the blocks, and the activations that are multiplied with
-    /// them, are rounded; sums and all between the products are `f32`. Processors with AVX-512 BF16 have an instruction for it, on
-    /// others it gains nothing. Two kinds of processors differ by a part of what the rounding does: calibrate where you score.
+    /// them, are rounded; sums and all between the products are `f32`. Processors with AMX or AVX-512 BF16 have instructions for it,
+    /// on others it gains nothing. Two kinds of processors differ by a part of what the rounding does: calibrate where you score.
     Bf16,
 }
 
