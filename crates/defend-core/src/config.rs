@@ -30,8 +30,8 @@ pub struct DefendConfig {
     pub aggregation: Aggregation,
     /// Images a forward pass when scoring; has no influence on the scores.
     pub batch: usize,
-    /// How the frozen teacher computes, and the student once it is trained. `bf16` is faster on GPUs, meant to be on processors
-    /// with AVX-512 BF16 (docs/PERFORMANCE.md), and model files take half the space. Networks of one's own stay as they are.
+    /// How the frozen teacher computes, and the student once it is trained. `bf16` is faster on GPUs and on processors with AMX,
+    /// meant to be on those with AVX-512 BF16 (docs/PERFORMANCE.md), and model files take half the space. Networks of one's own stay as they are.
     pub arithmetic: Arithmetic,
 }
 

@@ -1,5 +1,5 @@
-//! Products whose sides are rounded to `bf16` and summed in `f32`: for frozen weights, where a processor with AVX-512 BF16
-//! multiplies twice as many at a time.
+//! Products whose sides are rounded to `bf16` and summed in `f32`: for frozen weights, where a processor with AMX or AVX-512
+//! BF16 multiplies more of them at a time.
 //!
 //! Elsewhere both sides are rounded as well and multiplied as `f32`: a product is the same to within the order of its sum. From
 //! product to product more values fall on the other side of a rounding, so that networks differ by a part of what the rounding does.
