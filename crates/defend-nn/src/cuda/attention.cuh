@@ -12,6 +12,8 @@
 constexpr int DEPTH = 64, KEYS = 64;
 // Queries of a warp.
 constexpr int QUERIES = 16;
+// Warps of a block at most: what the registers suffice for.
+constexpr int MOST_WARPS = 7;
 // Values of 16 bytes, and such packs of a row.
 constexpr int PACK = 8, PACKS = DEPTH / PACK;
 

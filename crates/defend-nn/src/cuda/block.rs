@@ -48,8 +48,9 @@ struct Attention {
 
 impl Attention {
     /// Of `[B T, 3 D]` before its bias.
-    fn of(heads: Heads, packed: &Tensor, bias: &Tensor, scale: f64) -> Result<Self> {
-        let [q, k, v] = heads.split(packed, bias, scale)?;
+    fn of(heads: Heads, packed: Tensor, bias: &Tensor, scale: f64) -> Result<Self> {
+        let [q, k, v] = heads.split(&packed, bias, scale)?;
+        drop(packed);
         let probabilities = q.matmul(&k.t()?)?;
         heads.softmax(&probabilities)?;
         Ok(Self {
@@ -116,12 +117,11 @@ impl Block<'_> {
             let attended = heads.attend(&packed, self.qkv[1], scale)?;
             (attended, cls.transpose()?, None)
         } else {
-            let attention = Attention::of(heads, &packed, self.qkv[1], scale)?;
+            let attention = Attention::of(heads, packed, self.qkv[1], scale)?;
             let cls = with_cls.then(|| attention.first_rows(heads));
             let attended = heads.merge(&attention.probabilities.matmul(&attention.v)?)?;
             (attended, cls.transpose()?, Some(attention))
         };
-        drop(packed);
         let y = map(&attended, self.projection[0])?;
         let branch = self.branch(0, &y, self.projection[1]);
         let (middle, z2, kept2) = rows::residual_norm(&x, &branch, self.norm2, self.eps, save)?;

@@ -14,7 +14,7 @@ use candle_core::{CudaStorage, DType, Device, Layout, Result, Shape, Storage, Te
 const KERNELS: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 
 /// Rows that a block of [`rows`] handles: `WARPS` of the kernels.
-const WARPS: u32 = 8;
+pub(super) const WARPS: u32 = 8;
 
 /// Whether there is such a kernel: some need a newer processor than the build may have been for.
 pub(super) fn has_kernel(name: &str) -> bool {
@@ -254,4 +254,25 @@ pub(super) fn address_of(t: &Tensor) -> Result<u64> {
     };
     let (address, _sync) = address(storage, layout, &stream)?;
     Ok(address)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Without them everything would still be right, and slower.
+    #[test]
+    fn newer_processors_have_the_fused_attention() {
+        let target = KERNELS.split(".target sm_").nth(1).unwrap();
+        let digits: String = target.chars().take_while(char::is_ascii_digit).collect();
+        let newer = digits.parse::<u32>().unwrap() >= 80;
+        for name in [
+            "attend_bf16",
+            "attend_f16",
+            "cls_attention_bf16",
+            "cls_attention_f16",
+        ] {
+            assert_eq!(has_kernel(name), newer, "{name} for sm_{digits}");
+        }
+    }
 }

@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use candle_core::{DType, Result, Tensor};
 
-use super::launch::{Grid, Number, empty, empty_of, has_kernel, launch};
+use super::launch::{Grid, Number, WARPS, empty, empty_of, has_kernel, launch};
 
 /// Rows whose sums a block of `column_sums` adds up.
 const ROWS_PER_CHUNK: usize = 128;
@@ -186,7 +186,7 @@ pub(crate) fn bias_gelu_backward(y: &Tensor, bias: &Tensor, g: &Tensor) -> Resul
 const FUSED_DEPTH: usize = 64;
 /// `QUERIES` of the kernels.
 const QUERIES_OF_A_WARP: usize = 16;
-/// Warps of a block of [`Heads::attend`]: what its registers suffice for.
+/// Warps of a block of [`Heads::attend`] at most: `MOST_WARPS` of the kernels.
 const MOST_WARPS: usize = 7;
 
 /// How an image's tokens are cut into heads.
@@ -250,7 +250,7 @@ impl Heads {
         let out = empty((self.images, self.count, self.tokens - 1), packed)?;
         let grid = Grid {
             blocks: [self.images * self.count, 1],
-            threads: [32, 8],
+            threads: [32, WARPS],
         };
         self.launch_fused("cls_attention", grid, packed, bias, &out, scale)?;
         Ok(out)

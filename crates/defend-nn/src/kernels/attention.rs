@@ -84,7 +84,8 @@ impl Heads {
             form: Form::Single,
             values: self.blocks_of(blocks, head),
             depth: Columns::whole(self.tokens),
-            within: (0, self.tokens),
+            first_row: 0,
+            all_rows: self.tokens,
             columns: self.head(),
         }
     }
@@ -120,7 +121,8 @@ impl Heads {
             form: Form::Single,
             values: out,
             depth: self.head(),
-            within: (0, d),
+            first_row: 0,
+            all_rows: d,
             columns,
         }
     }
@@ -138,9 +140,6 @@ impl Heads {
             let blocks = out.chunks_exact_mut(n * width);
             for (block, factors) in blocks.zip(factors.chunks_exact_mut(width)) {
                 math::exp_columns(block, factors);
-                for factor in factors {
-                    *factor = 1.0 / *factor;
-                }
             }
         });
         factors

@@ -20,7 +20,7 @@ pub(crate) mod timed;
 const ROWS_PER_PIECE: usize = 128;
 /// Rows of an image that a task handles at least, where there are threads for more tasks: two of the highest tiles.
 const LEAST_ROWS_PER_PIECE: usize = 24;
-/// Work that each piece of an image does again, mostly bringing keys into panels, as a part of the image's own.
+/// Work that each piece of an image does again, mostly laying out the keys, as a part of the image's own.
 const COST_OF_A_PIECE: f64 = 0.02;
 
 /// Weights of a block: matrices `[O, I]` row-major, vectors `[O]`.
@@ -368,8 +368,9 @@ fn first_rows<'a>(
 /// Hidden channels of the MLP that are computed at a time: between its two products they stay in the cache.
 const HIDDEN_AT_A_TIME: usize = 384;
 
-/// `out = x + factor (GELU(z W1^T + b1) W2^T + b2)`, row-major but for `z`; `activated` has room for a part of the hidden values,
-/// and with `hidden`, GELU's argument goes there.
+/// `out = x + factor (GELU(z W1^T + b1) W2^T + b2)`; `out` and `x` are row-major `[rows, D]`, `z` is `[rows, D]` in blocks.
+/// `activated` has room for a part of the hidden values, `[rows, 384]` in blocks; with `hidden`, blocks of `[rows, H]`, GELU's
+/// argument goes there.
 fn mlp(
     out: &mut [f32],
     x: &[f32],
@@ -380,6 +381,9 @@ fn mlp(
 ) {
     let rows = z.count;
     add_bias(out, x, &matrices.biases[1], factor);
+    if factor == 0.0 && hidden.is_none() {
+        return;
+    }
     let (fc1, fc2) = (matrices.fc1.panels(), matrices.fc2.panels());
     let inner = fc1.columns;
     let blocks = inner.blocks();

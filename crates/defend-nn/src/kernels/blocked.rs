@@ -86,7 +86,7 @@ impl Columns {
 
 /// Some rows of a matrix in blocks.
 pub(crate) struct Rows<'a> {
-    /// Each block from the first of the rows on.
+    /// Each block's rows.
     pub(crate) blocks: Vec<&'a [f32]>,
     /// Their number.
     pub(crate) count: usize,
@@ -94,28 +94,14 @@ pub(crate) struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// Rows `first..first + count` of a matrix of `all` rows.
-    pub(crate) fn part(
-        values: &'a [f32],
-        all: usize,
-        columns: Columns,
-        first: usize,
-        count: usize,
-    ) -> Self {
-        let blocks = values.chunks_exact(all * columns.width);
-        let blocks = blocks.take(columns.blocks());
-        Self {
-            blocks: blocks
-                .map(|block| &block[first * columns.width..])
-                .collect(),
-            count,
-            columns,
-        }
-    }
-
     /// All rows of a matrix.
     pub(crate) fn all(values: &'a [f32], rows: usize, columns: Columns) -> Self {
-        Self::part(values, rows, columns, 0, rows)
+        let blocks = values.chunks_exact(rows * columns.width);
+        Self {
+            blocks: blocks.take(columns.blocks()).collect(),
+            count: rows,
+            columns,
+        }
     }
 
     /// Of blocks that were written to.

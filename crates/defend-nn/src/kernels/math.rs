@@ -188,12 +188,12 @@ pub(crate) fn transpose(out: &mut [f32], rows: &[f32], width: usize) {
     of_width!(width, of(out, rows));
 }
 
-/// Replaces the values of a block `[rows, W]` by `exp(x - m)` with the largest m of each column; sums of the columns go to
-/// `sums` `[W]`.
+/// Replaces the values of a block `[rows, W]` by `exp(x - m)` with the largest m of each column; what makes probabilities of
+/// them, the inverse sums of the columns, goes to `factors` `[W]`.
 #[inline(always)]
-pub(crate) fn exp_columns(block: &mut [f32], sums: &mut [f32]) {
+pub(crate) fn exp_columns(block: &mut [f32], factors: &mut [f32]) {
     #[inline(always)]
-    fn of<const W: usize>(block: &mut [f32], sums: &mut [f32]) {
+    fn of<const W: usize>(block: &mut [f32], factors: &mut [f32]) {
         let (lines, _) = block.as_chunks_mut::<W>();
         let mut top = [f32::NEG_INFINITY; W];
         for line in lines.iter() {
@@ -208,9 +208,9 @@ pub(crate) fn exp_columns(block: &mut [f32], sums: &mut [f32]) {
                 *total += *v;
             }
         }
-        sums.copy_from_slice(&totals);
+        factors.copy_from_slice(&totals.map(|total| 1.0 / total));
     }
-    of_width!(sums.len(), of(block, sums));
+    of_width!(factors.len(), of(block, factors));
 }
 
 /// Multiplies each column of a block `[rows, W]` by its factor.
@@ -226,7 +226,8 @@ pub(crate) fn scale_columns(block: &mut [f32], factors: &[f32]) {
     of_width!(factors.len(), of(block, factors));
 }
 
-/// Turns the gradient of probabilities, whose columns sum to one, into that of their logits: `p (g - sum(p g))`.
+/// Turns the gradient `g` `[rows, W]` of probabilities `p` `[rows, W]`, whose columns sum to one, into that of their logits:
+/// `p (g - sum(p g))`.
 #[inline(always)]
 pub(crate) fn softmax_columns_backward(p: &[f32], g: &mut [f32], width: usize) {
     #[inline(always)]
@@ -302,10 +303,10 @@ mod tests {
     #[test]
     fn exponentials_of_extreme_logits_are_finite() {
         let mut block = [-1e4, 3.0, 0.0, 3.0, 1e4, 3.0];
-        let mut sums = [0.0; 2];
-        exp_columns(&mut block, &mut sums);
+        let mut factors = [0.0; 2];
+        exp_columns(&mut block, &mut factors);
         assert!(block[4] == 1.0 && block[0] < 1e-30 && block[2] < 1e-30);
-        assert_eq!((block[1], sums[1]), (1.0, 3.0));
+        assert_eq!((block[1], factors[1]), (1.0, 1.0 / 3.0));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `f32` CPU kernels behind [`crate::ops`], in safe code but for the instruction of [`bf16`].
+//! `f32` CPU kernels behind [`crate::ops`], in safe code but for the instructions of [`bf16`].
 //!
 //! Products ([`packed`]) and what lies between them work on activations in blocks of columns ([`blocked`]).
 

@@ -40,8 +40,10 @@ pub(crate) struct Panels<'a> {
     pub(crate) form: Form,
     /// How the columns of the left side are cut into blocks.
     pub(crate) depth: Columns,
-    /// The first of the matrix's rows that they meet, and all its rows.
-    pub(crate) within: (usize, usize),
+    /// The first of the matrix's rows that they meet.
+    pub(crate) first_row: usize,
+    /// All rows of the matrix.
+    pub(crate) all_rows: usize,
     pub(crate) columns: Columns,
 }
 
@@ -103,7 +105,8 @@ impl Packed {
             values: &self.values,
             form: self.form,
             depth: self.depth,
-            within: (0, self.depth.count),
+            first_row: 0,
+            all_rows: self.depth.count,
             columns: self.columns,
         }
     }
@@ -112,7 +115,7 @@ impl Packed {
 impl Panels<'_> {
     /// Values of the matrix in its form.
     fn len(&self) -> usize {
-        self.columns.values(self.within.1) / self.form.rows_in_a_line()
+        self.columns.values(self.all_rows) / self.form.rows_in_a_line()
     }
 
     /// Some blocks of the columns, which are one group.
@@ -128,10 +131,7 @@ impl Panels<'_> {
     /// Rows that meet some blocks of the left side, whose columns are one group.
     pub(crate) fn of_depth(self, blocks: Range<usize>) -> Self {
         Self {
-            within: (
-                self.within.0 + self.depth.block(blocks.start).0,
-                self.within.1,
-            ),
+            first_row: self.first_row + self.depth.block(blocks.start).0,
             depth: self.depth.part(blocks),
             ..self
         }
@@ -198,6 +198,7 @@ pub(crate) fn product(
     assert_eq!(x.columns, matrix.depth);
     assert_eq!(x.blocks.len(), x.columns.blocks());
     assert_eq!(matrix.values.len(), matrix.len());
+    assert!(matrix.first_row + matrix.depth.count <= matrix.all_rows);
     out.check(x.count, matrix.columns);
     if let Start::Bias(bias) = start {
         assert_eq!(bias.len(), matrix.columns.count);
@@ -219,7 +220,7 @@ pub(crate) fn product(
 pub(super) struct Product<'p, 't, 'a> {
     out: Target<'t, 'a>,
     start: Start<'p>,
-    x: &'p Rows<'p>,
+    pub(super) x: &'p Rows<'p>,
     matrix: Panels<'p>,
     factor: f32,
 }
@@ -319,10 +320,10 @@ impl Product<'_, '_, '_> {
         mut self,
         heights: &(impl Iterator<Item = usize> + Clone),
         lay_out: impl Fn(&Rows<'_>, &mut [f32], Range<usize>, usize),
-        multiply: impl Fn(&[f32], usize, &[f32], Add<'_>, &mut [f32]),
+        mut multiply: impl FnMut(&[f32], usize, &[f32], Add<'_>, &mut [f32]),
     ) {
         let (depth, columns) = (self.matrix.depth.count, self.matrix.columns);
-        let (first_row, all_rows) = self.matrix.within;
+        let (first_row, all_rows) = (self.matrix.first_row, self.matrix.all_rows);
         let rows_in_a_line = self.matrix.form.rows_in_a_line();
         let width = VECTORS * S::F32_LANES;
         assert_eq!(width, columns.width);
@@ -384,11 +385,6 @@ impl Product<'_, '_, '_> {
             multiply,
         );
     }
-
-    /// Rows of the left side.
-    pub(super) fn rows(&self) -> usize {
-        self.x.count
-    }
 }
 
 impl WithSimd for Product<'_, '_, '_> {
@@ -419,18 +415,13 @@ pub(super) struct Add<'a> {
     /// Columns of the block.
     filled: usize,
     /// From one row of the result to the next.
-    stride: usize,
+    pub(super) stride: usize,
     /// For the block's columns.
     start: Start<'a>,
     factor: f32,
 }
 
 impl Add<'_> {
-    /// From one row of the result to the next.
-    pub(super) fn stride(&self) -> usize {
-        self.stride
-    }
-
     /// `out = start + factor x sums`, row by row.
     #[inline(always)]
     pub(super) fn add<S: Simd, const H: usize>(
@@ -503,11 +494,22 @@ struct ByColumn<'a> {
     right: Stack<'a>,
     /// Pieces of both.
     pieces: Range<usize>,
+    /// Rows of each piece.
+    rows: Range<usize>,
     /// Block of the left side, and the tile's first column in it.
     from: (usize, usize),
     /// Block of the right side.
     to: usize,
     add: Add<'a>,
+}
+
+impl ByColumn<'_> {
+    /// Its rows of a block of a piece; the last piece may have fewer.
+    #[inline(always)]
+    fn part<'a>(&self, block: &'a [f32], width: usize) -> &'a [f32] {
+        let [from, to] = [self.rows.start, self.rows.end].map(|i| (i * width).min(block.len()));
+        &block[from..to]
+    }
 }
 
 /// Calls a macro with all heights of tiles, and names for the sums of each row.
@@ -612,8 +614,9 @@ macro_rules! tiles {
                         let mut $high = simd.splat_f32s(0.0);
                     )*
                     for piece in self.pieces.clone() {
-                        let left = self.left.block(piece, self.from.0);
-                        let (right, _) = S::as_simd_f32s(self.right.block(piece, self.to));
+                        let left = self.part(self.left.block(piece, self.from.0), width);
+                        let right = self.part(self.right.block(piece, self.to), width);
+                        let (right, _) = S::as_simd_f32s(right);
                         let (steps, rest) = right.as_chunks::<{ UNROLL * VECTORS }>();
                         for (values, lines) in left.chunks_exact(UNROLL * width).zip(steps) {
                             let values = &values[self.from.1..][..(UNROLL - 1) * width + $height];
@@ -684,12 +687,18 @@ impl WithSimd for TransposedProduct<'_, '_, '_> {
     fn with_simd<S: Simd>(mut self, simd: S) {
         let columns = self.left.columns;
         let width = VECTORS * S::F32_LANES;
-        // Whole pieces whose rows of one block stay in the nearest cache.
-        let step = (PANEL_BYTES / (4 * width) / self.left.piece).max(1);
+        // Pieces whose rows of one block stay in the nearest cache: some, or a part of a long one.
+        let (piece, most) = (self.left.piece, PANEL_BYTES / (4 * width));
+        let step = (most / piece).max(1);
+        let rows = piece.div_ceil(piece.div_ceil(2 * most));
         let first_row = columns.block(self.blocks.start).0;
-        for from in (0..self.left.pieces()).step_by(step) {
+        let parts = (0..self.left.pieces()).step_by(step).flat_map(|from| {
             let pieces = from..(from + step).min(self.left.pieces());
-            let start = if from == 0 { Start::Zero } else { Start::Kept };
+            let firsts = (0..piece).step_by(rows);
+            firsts.map(move |first| (pieces.clone(), first..first + rows))
+        });
+        for (i, (pieces, rows)) in parts.enumerate() {
+            let start = if i == 0 { Start::Zero } else { Start::Kept };
             for to in 0..self.right.columns.blocks() {
                 let (out, stride) = self.out.block(to, self.right.columns);
                 let add = Add {
@@ -706,6 +715,7 @@ impl WithSimd for TransposedProduct<'_, '_, '_> {
                             left: self.left,
                             right: self.right,
                             pieces: pieces.clone(),
+                            rows: rows.clone(),
                             from: (block, column),
                             to,
                             add,
@@ -844,10 +854,52 @@ mod tests {
         println!("pairs: {pairs}, tiles: {}", tiles(form(64)));
         assert_eq!(matches!(form(36), Form::Pairs(_)), pairs);
         assert_eq!(matches!(form(64), Form::Pairs(_)) || tiles(form(64)), pairs);
-        // A system that lists the matrix unit grants it.
+        // A system may refuse the matrix unit, but none grants it without.
         let listed = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        assert_eq!(tiles(form(64)), listed.contains(" amx_bf16"));
+        assert!(!tiles(form(64)) || listed.contains(" amx_bf16"));
         assert!(matches!(form(6), Form::Rounded));
+    }
+
+    #[test]
+    fn parts_of_a_matrix_make_the_whole_product() {
+        for (rounded, depth, columns) in [(false, 90, 70), (true, 90, 70), (true, 96, 96)] {
+            let (rows, depths, outs) = (19, Columns::whole(depth), Columns::whole(columns));
+            let (x, m) = (noise(rows * depth, 0.37), noise(depth * columns, 0.73));
+            let x = blocks(&x, depths);
+            let x = Rows::all(&x, rows, depths);
+            let m = Packed::new(&m, depths, outs);
+            let m = if rounded { m.rounded() } else { m };
+            let mut whole = vec![f32::NAN; outs.values(rows)];
+            let target = Target::Blocks(&mut split(&mut whole, rows));
+            product(target, Start::Zero, &x, m.panels(), 0.5);
+            let mut parts = vec![f32::NAN; outs.values(rows)];
+            let parts = &mut split(&mut parts, rows)[..];
+            let cut = |count: usize| [0..count / 2, count / 2..count];
+            for columns in cut(outs.blocks()) {
+                for depth in cut(depths.blocks()) {
+                    let panels = m.panels().of_columns(columns.clone());
+                    let panels = panels.of_depth(depth.clone());
+                    let start = match depth.start {
+                        0 => Start::Zero,
+                        _ => Start::Kept,
+                    };
+                    let x = Rows {
+                        blocks: x.blocks[depth].to_vec(),
+                        count: rows,
+                        columns: panels.depth,
+                    };
+                    let target = Target::Blocks(&mut parts[columns.clone()]);
+                    product(target, start, &x, panels, 0.5);
+                }
+            }
+            for (i, (part, whole)) in parts.iter().zip(split(&mut whole, rows)).enumerate() {
+                let (filled, width) = (outs.block(i).1, outs.width);
+                for (part, whole) in part.chunks(width).zip(whole.chunks(width)) {
+                    let pairs = part[..filled].iter().zip(whole);
+                    pairs.for_each(|(a, b)| assert!((a - b).abs() < 1e-4, "{a} {b}"));
+                }
+            }
+        }
     }
 
     #[test]
@@ -877,6 +929,8 @@ mod tests {
             (3, 7, 13, 33),
             (2, 9, 1, 64),
             (2, 9, 2, 5),
+            // Pieces that are cut.
+            (2, 1700, 3, 5),
         ] {
             // The last piece is not whole.
             let depth = pieces * piece - piece / 3;

@@ -188,6 +188,24 @@ mod tests {
         Ok(())
     }
 
+    /// Heads of one block of the kernel and a part of another, queries in several.
+    #[test]
+    fn heads_of_any_width_match_the_composition_in_double_precision() -> Result<()> {
+        let gradient = |dtype| -> Result<[Tensor; 2]> {
+            let qkv = noise(&[2, 150, 3 * 80], 5).to_dtype(dtype)?;
+            let qkv = candle_core::Var::from_tensor(&qkv)?;
+            let out = attention(&qkv, 2)?;
+            let loss = (&out * noise(out.dims(), 6).to_dtype(dtype)?)?.sum_all()?;
+            Ok([out, loss.backward()?.get(&qkv).unwrap().clone()])
+        };
+        let single = gradient(candle_core::DType::F32)?;
+        let double = gradient(candle_core::DType::F64)?;
+        for (single, double) in single.iter().zip(&double) {
+            assert!(distance(single, double) < 1e-5);
+        }
+        Ok(())
+    }
+
     #[test]
     fn an_image_does_not_depend_on_its_batch() -> Result<()> {
         let qkv = noise(&[5, 150, 3 * 16], 5);

@@ -523,13 +523,15 @@ mod tests {
     /// Heads that fill the kernel's blocks, as real ones do, in images of one piece and of several.
     #[test]
     fn whole_blocks_of_columns_match_the_composition_in_double_precision() -> Result<()> {
-        whole_blocks([2, 70])?;
-        whole_blocks([2, 150])?;
-        whole_blocks([2, 1])
+        whole_blocks([2, 70], 64)?;
+        whole_blocks([2, 150], 64)?;
+        whole_blocks([2, 1], 64)?;
+        // Hidden channels in several parts, of which the last ends within a block.
+        whole_blocks([2, 70], 900)
     }
 
-    fn whole_blocks(extents: [usize; 2]) -> Result<()> {
-        let mut t = sized(extents, 96, 64);
+    fn whole_blocks(extents: [usize; 2], hidden: usize) -> Result<()> {
+        let mut t = sized(extents, 96, hidden);
         // No sum is large.
         for matrix in [3, 5, 9, 11] {
             t[matrix] = (&t[matrix] / 10.0)?;
@@ -633,7 +635,14 @@ mod tests {
 
     #[test]
     fn products_in_bf16_round_matrices_and_activations() -> Result<()> {
-        let mut t = sized([2, 150], 96, 64);
+        for hidden in [64, 404, 800] {
+            rounded_products(hidden)?;
+        }
+        Ok(())
+    }
+
+    fn rounded_products(hidden: usize) -> Result<()> {
+        let mut t = sized([2, 150], 96, hidden);
         for matrix in [3, 5, 9, 11] {
             t[matrix] = (&t[matrix] / 10.0)?;
         }

@@ -20,18 +20,13 @@ const LANES: usize = 16;
 /// A processor with AVX-512 BF16: there is none without it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Processor {
-    v4: V4,
+    pub(super) v4: V4,
 }
 
 impl Processor {
     pub(super) fn detect() -> Option<Self> {
         let v4 = V4::try_new()?;
         std::is_x86_feature_detected!("avx512bf16").then_some(Self { v4 })
-    }
-
-    /// The processor's other instructions.
-    pub(super) fn v4(self) -> V4 {
-        self.v4
     }
 
     pub(in crate::kernels) fn run(self, product: Product<'_, '_, '_>) {

@@ -43,24 +43,30 @@ impl Processor {
 
     pub(in crate::kernels) fn run(self, product: Product<'_, '_, '_>) {
         // SAFETY: `detect`, which alone makes a `Processor`, found all features that the function asks for, and the unit.
-        unsafe { run(self.pairs.v4(), product) }
+        unsafe { run(self.pairs.v4, product) }
     }
 }
 
 /// Whether the processor has AMX with `bf16`.
 fn has_unit() -> bool {
-    const BF16: u32 = 1 << 22;
-    const TILE: u32 = 1 << 24;
-    let known = __cpuid(0).eax >= 7;
-    known && __cpuid_count(7, 0).edx & (BF16 | TILE) == BF16 | TILE
+    const BF16_PRODUCTS: u32 = 1 << 22;
+    const REGISTERS: u32 = 1 << 24;
+    // SAFETY: every x86-64 processor has this instruction. The calls are safe functions from Rust 1.94 on.
+    #[allow(unused_unsafe)]
+    let (leaves, features) = unsafe { (__cpuid(0).eax, __cpuid_count(7, 0).edx) };
+    let both = BF16_PRODUCTS | REGISTERS;
+    leaves >= 7 && features & both == both
 }
 
 /// Asks Linux for the unit's registers, which a process has only after it did; no where it knows no such registers.
+///
+/// This holds for the whole process: from then on Linux refuses a signal stack that is too small to save them. std's own are
+/// large enough.
 fn is_granted() -> bool {
     const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
     const XFEATURE_XTILE_DATA: libc::c_long = 18;
-    // SAFETY: a call without pointers. It enlarges what the kernel saves of a thread, and is refused where a thread's stack for
-    // signals would be too small for that.
+    // SAFETY: a call without pointers. It enlarges what the kernel saves of a thread, and is refused where a thread's signal
+    // stack is too small for that.
     unsafe {
         libc::syscall(
             libc::SYS_arch_prctl,
@@ -119,7 +125,8 @@ impl Drop for Configured {
 unsafe fn run(v4: V4, product: Product<'_, '_, '_>) {
     // SAFETY: what it asks for is what this function asks for.
     let _configured = unsafe { Configured::new() };
-    let rows = product.rows();
+    let rows = product.x.count;
+    let mut sums = Sums([0.0; TILE * WIDTH]);
     let heights = (0..rows).step_by(TILE).map(|row| TILE.min(rows - row));
     product.by_tiles::<V4>(
         &heights,
@@ -134,15 +141,14 @@ unsafe fn run(v4: V4, product: Product<'_, '_, '_>) {
             }
         },
         |x, rows, panel, add, out| {
-            let mut sums = Sums([0.0; TILE * WIDTH]);
-            let depth = panel.len() / WIDTH;
-            let x = &x[..filled(rows) * depth];
+            let lines = panel.len() / WIDTH;
+            let x = &x[..filled(rows) * lines];
             // SAFETY: the unit is there and configured.
             unsafe { multiply(x, panel, &mut sums) };
             let (sums, _) = V4::as_simd_f32s(&sums.0);
             let (sums, _) = sums.as_chunks::<2>();
             for (row, sums) in sums[..rows].iter().enumerate() {
-                add.add::<V4, 1>(v4, &mut out[row * add.stride()..], [*sums]);
+                add.add::<V4, 1>(v4, &mut out[row * add.stride..], [*sums]);
             }
         },
     );
@@ -183,85 +189,58 @@ unsafe fn multiply(x: &[f32], panel: &[f32], sums: &mut Sums) {
     if steps == 0 {
         return;
     }
+    /// Loads of a step of one or two registers of rows, and what is added to which sums.
+    macro_rules! steps {
+        ($bytes:literal; clear $($clear:literal)*; step $($step:literal)*; store $($store:literal)*) => {
+            asm!(
+                $($clear,)*
+                "2:",
+                "tileloadd tmm6, [{panel} + {width}*1]",
+                "tileloadd tmm4, [{x} + {line}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{panel} + {width}*1 + 64]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                $($step,)*
+                concat!("add {x}, ", $bytes),
+                "add {panel}, 2048",
+                "dec {steps}",
+                "jnz 2b",
+                "tilestored [{sums} + {width}*1], tmm0",
+                "tilestored [{sums} + {width}*1 + 64], tmm1",
+                $($store,)*
+                x = inout(reg) x.as_ptr() => _,
+                panel = inout(reg) panel.as_ptr() => _,
+                steps = inout(reg) steps => _,
+                sums = in(reg) &raw mut sums.0,
+                line = in(reg) LINE,
+                width = in(reg) 2 * LINE,
+                out("tmm0") _,
+                out("tmm1") _,
+                out("tmm2") _,
+                out("tmm3") _,
+                out("tmm4") _,
+                out("tmm5") _,
+                out("tmm6") _,
+                out("tmm7") _,
+                options(nostack),
+            )
+        };
+    }
     if x.len() == steps * ALL {
         // SAFETY: the unit is there, and its registers 0 to 7 have 16 rows of 64 bytes. A step reads 32 rows of 64 bytes of `x`,
         // which has as many for each step, and 16 rows of 128 bytes of `panel`, likewise. At the end 32 rows of 128 bytes
         // are written to `sums`, which has them.
         unsafe {
-            asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                "2:",
-                "tileloadd tmm6, [{panel} + {width}*1]",
-                "tileloadd tmm4, [{x} + {line}*1]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{panel} + {width}*1 + 64]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{x} + {line}*1 + 1024]",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {x}, 2048",
-                "add {panel}, 2048",
-                "dec {steps}",
-                "jnz 2b",
-                "tilestored [{sums} + {width}*1], tmm0",
-                "tilestored [{sums} + {width}*1 + 64], tmm1",
-                "tilestored [{sums} + {width}*1 + 2048], tmm2",
-                "tilestored [{sums} + {width}*1 + 2112], tmm3",
-                x = inout(reg) x.as_ptr() => _,
-                panel = inout(reg) panel.as_ptr() => _,
-                steps = inout(reg) steps => _,
-                sums = in(reg) &raw mut sums.0,
-                line = in(reg) LINE,
-                width = in(reg) 2 * LINE,
-                out("tmm0") _,
-                out("tmm1") _,
-                out("tmm2") _,
-                out("tmm3") _,
-                out("tmm4") _,
-                out("tmm5") _,
-                out("tmm6") _,
-                out("tmm7") _,
-                options(nostack),
+            steps!(
+                "2048";
+                clear "tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3";
+                step "tileloadd tmm5, [{x} + {line}*1 + 1024]" "tdpbf16ps tmm2, tmm5, tmm6" "tdpbf16ps tmm3, tmm5, tmm7";
+                store "tilestored [{sums} + {width}*1 + 2048], tmm2" "tilestored [{sums} + {width}*1 + 2112], tmm3"
             );
         }
     } else {
         assert_eq!(x.len(), steps * HALF);
         // SAFETY: as above, with half the rows of `x` and `sums`.
-        unsafe {
-            asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "2:",
-                "tileloadd tmm6, [{panel} + {width}*1]",
-                "tileloadd tmm4, [{x} + {line}*1]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{panel} + {width}*1 + 64]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "add {x}, 1024",
-                "add {panel}, 2048",
-                "dec {steps}",
-                "jnz 2b",
-                "tilestored [{sums} + {width}*1], tmm0",
-                "tilestored [{sums} + {width}*1 + 64], tmm1",
-                x = inout(reg) x.as_ptr() => _,
-                panel = inout(reg) panel.as_ptr() => _,
-                steps = inout(reg) steps => _,
-                sums = in(reg) &raw mut sums.0,
-                line = in(reg) LINE,
-                width = in(reg) 2 * LINE,
-                out("tmm0") _,
-                out("tmm1") _,
-                out("tmm2") _,
-                out("tmm3") _,
-                out("tmm4") _,
-                out("tmm5") _,
-                out("tmm6") _,
-                out("tmm7") _,
-                options(nostack),
-            );
-        }
+        unsafe { steps!("1024"; clear "tilezero tmm0" "tilezero tmm1"; step; store) }
     }
 }

@@ -55,7 +55,7 @@ impl Timed {
         }
     }
 
-    /// All four products on each thread.
+    /// All four products on each thread, each as a whole: the block itself takes the MLP's hidden channels in parts.
     pub fn products(self, arithmetic: Arithmetic) -> impl FnMut() {
         let (d, hidden, rows) = (self.width, self.hidden, self.rows);
         let pair = |outputs: usize, inputs: usize| [noise(outputs * inputs), noise(outputs)];
