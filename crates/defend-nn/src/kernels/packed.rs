@@ -494,22 +494,11 @@ struct ByColumn<'a> {
     right: Stack<'a>,
     /// Pieces of both.
     pieces: Range<usize>,
-    /// Rows of each piece.
-    rows: Range<usize>,
     /// Block of the left side, and the tile's first column in it.
     from: (usize, usize),
     /// Block of the right side.
     to: usize,
     add: Add<'a>,
-}
-
-impl ByColumn<'_> {
-    /// Its rows of a block of a piece; the last piece may have fewer.
-    #[inline(always)]
-    fn part<'a>(&self, block: &'a [f32], width: usize) -> &'a [f32] {
-        let [from, to] = [self.rows.start, self.rows.end].map(|i| (i * width).min(block.len()));
-        &block[from..to]
-    }
 }
 
 /// Calls a macro with all heights of tiles, and names for the sums of each row.
@@ -614,9 +603,8 @@ macro_rules! tiles {
                         let mut $high = simd.splat_f32s(0.0);
                     )*
                     for piece in self.pieces.clone() {
-                        let left = self.part(self.left.block(piece, self.from.0), width);
-                        let right = self.part(self.right.block(piece, self.to), width);
-                        let (right, _) = S::as_simd_f32s(right);
+                        let left = self.left.block(piece, self.from.0);
+                        let (right, _) = S::as_simd_f32s(self.right.block(piece, self.to));
                         let (steps, rest) = right.as_chunks::<{ UNROLL * VECTORS }>();
                         for (values, lines) in left.chunks_exact(UNROLL * width).zip(steps) {
                             let values = &values[self.from.1..][..(UNROLL - 1) * width + $height];
@@ -687,18 +675,12 @@ impl WithSimd for TransposedProduct<'_, '_, '_> {
     fn with_simd<S: Simd>(mut self, simd: S) {
         let columns = self.left.columns;
         let width = VECTORS * S::F32_LANES;
-        // Pieces whose rows of one block stay in the nearest cache: some, or a part of a long one.
-        let (piece, most) = (self.left.piece, PANEL_BYTES / (4 * width));
-        let step = (most / piece).max(1);
-        let rows = piece.div_ceil(piece.div_ceil(2 * most));
+        // Whole pieces whose rows of one block stay in the nearest cache.
+        let step = (PANEL_BYTES / (4 * width) / self.left.piece).max(1);
         let first_row = columns.block(self.blocks.start).0;
-        let parts = (0..self.left.pieces()).step_by(step).flat_map(|from| {
+        for from in (0..self.left.pieces()).step_by(step) {
             let pieces = from..(from + step).min(self.left.pieces());
-            let firsts = (0..piece).step_by(rows);
-            firsts.map(move |first| (pieces.clone(), first..first + rows))
-        });
-        for (i, (pieces, rows)) in parts.enumerate() {
-            let start = if i == 0 { Start::Zero } else { Start::Kept };
+            let start = if from == 0 { Start::Zero } else { Start::Kept };
             for to in 0..self.right.columns.blocks() {
                 let (out, stride) = self.out.block(to, self.right.columns);
                 let add = Add {
@@ -715,7 +697,6 @@ impl WithSimd for TransposedProduct<'_, '_, '_> {
                             left: self.left,
                             right: self.right,
                             pieces: pieces.clone(),
-                            rows: rows.clone(),
                             from: (block, column),
                             to,
                             add,
@@ -929,8 +910,6 @@ mod tests {
             (3, 7, 13, 33),
             (2, 9, 1, 64),
             (2, 9, 2, 5),
-            // Pieces that are cut.
-            (2, 1700, 3, 5),
         ] {
             // The last piece is not whole.
             let depth = pieces * piece - piece / 3;
