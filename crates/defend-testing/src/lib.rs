@@ -65,6 +65,9 @@ pub fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64, what: &st
 
 /// Compares how far a transformer's parameter of timm's `name` moved in training, and that it moved at least `least`.
 ///
+/// AdamW divides by the gradient's own size, so an element whose gradient nearly vanishes shows the rounding of the others: single
+/// elements were off by 0.8e-3 and 1.2e-3 of the largest move with two equally exact orders of attention's sums.
+///
 /// A softmax does not change when all keys move: the keys' part of a `qkv.bias` has no gradient but rounding, which
 /// AdamW blows up to a part of a step, so only queries and values are compared there.
 pub fn assert_moved(name: &str, before: &Tensor, found: &Tensor, expected: &Tensor, least: f64) {
@@ -78,7 +81,7 @@ pub fn assert_moved(name: &str, before: &Tensor, found: &Tensor, expected: &Tens
     };
     let change = |t: &Tensor| (parts(t) - parts(before)).unwrap();
     assert!(largest(&change(expected)) > least, "{name} hardly trained");
-    assert_close(&change(found), &change(expected), 1e-3, name);
+    assert_close(&change(found), &change(expected), 2e-3, name);
 }
 
 /// The folder of images and weights that `$DEFEND_ASSETS` names.
