@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use super::bf16::Form;
 use super::blocked::{Columns, Rows, Stack, split};
 use super::math;
 use super::packed::{Panels, Start, Target, product, transposed_product};
@@ -80,14 +79,8 @@ impl Heads {
 
     /// All rows of a head as the right side of a product over tokens.
     fn over_tokens(self, blocks: &[f32], head: usize) -> Panels<'_> {
-        Panels {
-            form: Form::Single,
-            values: self.blocks_of(blocks, head),
-            depth: Columns::whole(self.tokens),
-            first_row: 0,
-            all_rows: self.tokens,
-            columns: self.head(),
-        }
+        let values = self.blocks_of(blocks, head);
+        Panels::of(values, Columns::whole(self.tokens), self.head())
     }
 
     /// All rows of a head as the right side of a [`transposed_product`].
@@ -117,14 +110,7 @@ impl Heads {
                 }
             }
         });
-        Panels {
-            form: Form::Single,
-            values: out,
-            depth: self.head(),
-            first_row: 0,
-            all_rows: d,
-            columns,
-        }
+        Panels::of(out, self.head(), columns)
     }
 
     /// `exp(K Q^T / sqrt(d) - m)` of one head, `[blocks of queries, T, W]`, with the largest logit m of each query, and what

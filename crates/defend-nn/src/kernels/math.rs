@@ -156,10 +156,10 @@ pub(crate) fn transpose(out: &mut [f32], rows: &[f32], width: usize) {
         const SIDE: usize = 4;
         let (out, rows) = (out.as_chunks_mut::<W>().0, rows.as_chunks::<W>().0);
         // Squares of four are transposed in registers.
-        let (squares, rest) = if W.is_multiple_of(SIDE) {
-            (rows.as_chunks::<SIDE>().0, rows.as_chunks::<SIDE>().1)
+        let squares = if W.is_multiple_of(SIDE) {
+            rows.as_chunks::<SIDE>().0
         } else {
-            (&[][..], rows)
+            &[]
         };
         let (fours, _) = out.as_chunks_mut::<SIDE>();
         let by_squares = fours.len() * SIDE;
@@ -182,7 +182,7 @@ pub(crate) fn transpose(out: &mut [f32], rows: &[f32], width: usize) {
             }
         }
         for line in out {
-            line[done + rest.len()..].fill(0.0);
+            line[rows.len()..].fill(0.0);
         }
     }
     of_width!(width, of(out, rows));

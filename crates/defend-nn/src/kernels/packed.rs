@@ -102,17 +102,25 @@ impl Packed {
 
     pub(crate) fn panels(&self) -> Panels<'_> {
         Panels {
-            values: &self.values,
             form: self.form,
-            depth: self.depth,
-            first_row: 0,
-            all_rows: self.depth.count,
-            columns: self.columns,
+            ..Panels::of(&self.values, self.depth, self.columns)
         }
     }
 }
 
-impl Panels<'_> {
+impl<'a> Panels<'a> {
+    /// A whole matrix as `f32`.
+    pub(crate) fn of(values: &'a [f32], depth: Columns, columns: Columns) -> Self {
+        Self {
+            values,
+            form: Form::Single,
+            depth,
+            first_row: 0,
+            all_rows: depth.count,
+            columns,
+        }
+    }
+
     /// Values of the matrix in its form.
     fn len(&self) -> usize {
         self.columns.values(self.all_rows) / self.form.rows_in_a_line()
