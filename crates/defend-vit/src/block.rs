@@ -41,24 +41,16 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    /// `[B, T, D]` to `[B, T, D]`; `rng` draws stochastic depth and is given only while training.
-    pub(crate) fn forward(&self, x: &Tensor, rng: Option<&mut Rng>) -> Result<Tensor> {
-        let factors = self.factors(x, rng)?;
-        Ok(ops::transformer_block(x, &self.parameters, factors.as_ref(), false)?.0)
-    }
-
-    /// As [`Block::forward`], and the attention of the CLS token to the others, `[B, h, T - 1]`, which
-    /// carries no gradient.
-    pub(crate) fn forward_with_cls_attention(
+    /// `[B, T, D]` to `[B, T, D]`, and if need be the attention of the CLS token to the others, `[B, h, T - 1]`, which carries
+    /// no gradient; `rng` draws stochastic depth and is given only while training.
+    pub(crate) fn forward(
         &self,
         x: &Tensor,
         rng: Option<&mut Rng>,
-    ) -> Result<(Tensor, Tensor)> {
+        with_cls_attention: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
         let factors = self.factors(x, rng)?;
-        match ops::transformer_block(x, &self.parameters, factors.as_ref(), true)? {
-            (x, Some(attention)) => Ok((x, attention)),
-            (_, None) => candle_core::bail!("a block without its CLS attention"),
-        }
+        ops::transformer_block(x, &self.parameters, factors.as_ref(), with_cls_attention)
     }
 
     /// Stochastic depth: leaves a branch out for some images of the batch and scales it up for the others.

@@ -332,7 +332,7 @@ impl Vit {
             reason: "the backbone was loaded without its classification head".into(),
         })?;
         let (tokens, _) = self.embed(images, None)?;
-        let tokens = through(&self.blocks, tokens)?;
+        let (tokens, _) = through(&self.blocks, &tokens, false)?;
         let tokens = self.norm.forward(
             &tokens
                 .narrow(1, 0, 1 + self.spec.architecture.extra_tokens())?
@@ -356,10 +356,10 @@ impl Vit {
             return Err(self.no_block(blocks));
         };
         let (tokens, _) = self.embed(images, None)?;
-        let mut tokens = through(&self.blocks[..first], tokens)?;
+        let (mut tokens, _) = through(&self.blocks[..first], &tokens, false)?;
         let mut all = vec![tokens.clone()];
         for block in &self.blocks[first..] {
-            tokens = block.forward(&tokens, None)?;
+            (tokens, _) = block.forward(&tokens, None, false)?;
             all.push(tokens.clone());
         }
         Ok(all)
@@ -371,7 +371,7 @@ impl Vit {
     /// [`Error::Config`] for a block that there is not, [`Error::Candle`] for tokens of another width.
     pub fn run_block(&self, index: usize, tokens: &Tensor) -> Result<Tensor, Error> {
         match self.blocks.get(index) {
-            Some(block) => Ok(block.forward(tokens, None)?),
+            Some(block) => Ok(block.forward(tokens, None, false)?.0),
             None => Err(self.no_block(index + 1)),
         }
     }
@@ -486,22 +486,24 @@ impl Vit {
         grid: Grid,
         mut rng: Option<&mut Rng>,
     ) -> Result<Features, Error> {
-        let mut tokens = tokens.clone();
-        let mut attention = None;
+        let (mut tokens, mut attention) = (tokens.clone(), None);
         let mut earlier = Vec::new();
-        for (i, block) in self.blocks.iter().enumerate().skip(from) {
-            if i + 1 == self.blocks.len() {
-                let (out, cls_attention) =
-                    block.forward_with_cls_attention(&tokens, rng.as_deref_mut())?;
-                let extra = self.spec.architecture.extra_tokens();
-                let patches = cls_attention.dim(2)? - extra;
-                let cls_attention = cls_attention.narrow(2, extra, patches)?.contiguous()?;
-                (tokens, attention) = (out, Some(cls_attention));
-            } else {
-                tokens = block.forward(&tokens, rng.as_deref_mut())?;
-                if i + self.spec.layers >= self.blocks.len() {
-                    earlier.push(self.layer(&tokens)?);
-                }
+        let mut first = from;
+        for i in from..self.blocks.len() {
+            let last = i + 1 == self.blocks.len();
+            // Blocks run together up to one whose output is asked for; stochastic depth is drawn for each block.
+            let asked_for = i + self.spec.layers >= self.blocks.len();
+            if !asked_for && rng.is_none() {
+                continue;
+            }
+            let blocks = &self.blocks[first..=i];
+            first = i + 1;
+            (tokens, attention) = match &mut rng {
+                Some(rng) => self.blocks[i].forward(&tokens, Some(rng), last)?,
+                None => through(blocks, &tokens, last)?,
+            };
+            if asked_for && !last {
+                earlier.push(self.layer(&tokens)?);
             }
         }
         earlier.reverse();
@@ -509,6 +511,9 @@ impl Vit {
             origin: self.spec.name.clone(),
             reason: "features need at least one block after the frozen prefix".into(),
         })?;
+        let extra = self.spec.architecture.extra_tokens();
+        let seen = cls_attention.dim(2)? - extra;
+        let cls_attention = cls_attention.narrow(2, extra, seen)?.contiguous()?;
         let Layer { cls, patches } = self.layer(&tokens)?;
         Ok(Features {
             cls,
@@ -535,10 +540,15 @@ impl Vit {
     }
 }
 
-/// Runs blocks as they are at test time.
-fn through(blocks: &[Block], tokens: Tensor) -> Result<Tensor, Error> {
-    let run = |tokens: Tensor, block: &Block| block.forward(&tokens, None);
-    Ok(blocks.iter().try_fold(tokens, run)?)
+/// Runs blocks as they are at test time, with the attention of the last one's CLS token to the others if need be.
+fn through(
+    blocks: &[Block],
+    tokens: &Tensor,
+    with_cls_attention: bool,
+) -> Result<(Tensor, Option<Tensor>), Error> {
+    let parameters: Vec<_> = blocks.iter().map(|block| &block.parameters).collect();
+    let found = ops::transformer_blocks(tokens, &parameters, with_cls_attention)?;
+    Ok(found)
 }
 
 impl Backbone for Vit {
@@ -564,7 +574,7 @@ impl Backbone for Vit {
 impl Trainable for Vit {
     fn frozen_prefix(&self, images: &Tensor) -> Result<Prefix, Error> {
         let (tokens, grid) = self.embed(images, None)?;
-        let tokens = through(&self.blocks[..self.frozen_blocks()], tokens)?;
+        let (tokens, _) = through(&self.blocks[..self.frozen_blocks()], &tokens, false)?;
         Ok(Prefix { tokens, grid })
     }
 

@@ -114,6 +114,8 @@ pub(crate) struct Shape<'a> {
     pub(crate) eps: f32,
     /// Factors of both residual branches for each image; one without.
     pub(crate) factors: Option<[&'a [f32]; 2]>,
+    /// Threads that have nothing but these images to do.
+    pub(crate) threads: usize,
 }
 
 /// Activations that the backward pass needs, image by image.
@@ -150,11 +152,10 @@ impl Shape<'_> {
 
     /// Rows of a piece: an image cut evenly, into more pieces where a few images would leave threads idle.
     fn piece(&self) -> usize {
-        let threads = rayon::current_num_threads();
         let fewest = self.tokens.div_ceil(ROWS_PER_PIECE);
         let most = (self.tokens / LEAST_ROWS_PER_PIECE).max(fewest);
         let time = |pieces: usize| {
-            let turns = (self.images * pieces).div_ceil(threads);
+            let turns = (self.images * pieces).div_ceil(self.threads);
             turns as f64 * (1.0 / pieces as f64 + COST_OF_A_PIECE)
         };
         let best = (fewest..=most).min_by(|&a, &b| time(a).total_cmp(&time(b)));

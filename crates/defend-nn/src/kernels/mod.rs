@@ -1,4 +1,4 @@
-//! `f32` CPU kernels behind [`crate::ops`], in safe code but for the instructions of [`bf16`].
+//! `f32` CPU kernels behind [`crate::ops`], in safe code but for the instructions of [`bf16`] and [`prefetch`].
 //!
 //! Products ([`packed`]) and what lies between them work on activations in blocks of columns ([`blocked`]).
 
@@ -13,6 +13,8 @@ pub(crate) mod math;
 pub(crate) mod norm;
 pub(crate) mod packed;
 pub(crate) mod pool;
+#[allow(unsafe_code)]
+mod prefetch;
 
 /// Rows a parallel task handles in element-wise kernels: fixed, so that sums over rows are added in
 /// the same order whatever the number of threads.

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use super::bf16::{self, Form};
 use super::blocked::{Columns, Rows, Stack, VECTORS, fill_block};
 use super::pool::Buffer;
+use super::prefetch::{LINE, prefetch};
 
 /// Rows that a tile handles at most, with 16 registers and with 32: with a block's vectors their sums fill the registers.
 const TILE_ROWS: [usize; 2] = [6, 12];
@@ -248,7 +249,9 @@ impl Rows<'_> {
             let mut k = 0usize;
             for block in blocks.clone() {
                 let filled = self.columns.block(block).1;
-                let lines = &self.blocks[block][row * width..][..height * width];
+                let (lines, next) = self.blocks[block][row * width..].split_at(height * width);
+                // The next tile's, which are not where a processor would expect them.
+                prefetch(&next[..next.len().min(height * width)]);
                 if k.is_multiple_of(UNROLL) && filled.is_multiple_of(UNROLL) {
                     let groups = &mut groups[k * height..][..filled * height];
                     interleave(groups, lines, width, height);
@@ -346,10 +349,18 @@ impl Product<'_, '_, '_> {
             lay_out(self.x, tiles, blocks.clone(), part);
             let lines = part / rows_in_a_line;
             let before = (first_row + from) / rows_in_a_line * width;
+            // Each tile asks for its share of the next panel: a processor does not expect one so far away.
+            let share = (lines * width / LINE).div_ceil(heights.clone().count().max(1));
+            let share = share.max(1) * LINE;
             let panels = self.matrix.values;
             let panels = panels.chunks_exact(all_rows / rows_in_a_line * width);
-            for (i, panel) in panels.enumerate() {
-                let panel = &panel[before..][..lines * width];
+            let panels = panels.map(|panel| &panel[before..][..lines * width]);
+            let mut panels = panels.enumerate().peekable();
+            while let Some((i, panel)) = panels.next() {
+                let mut next = panels
+                    .peek()
+                    .map_or(&[][..], |(_, next)| next)
+                    .chunks(share);
                 let (first, filled) = columns.block(i);
                 let start = match self.start {
                     _ if from > 0 => Start::Kept,
@@ -365,6 +376,7 @@ impl Product<'_, '_, '_> {
                 };
                 let mut row = 0;
                 for rows in heights.clone() {
+                    prefetch(next.next().unwrap_or_default());
                     let x = &tiles[row * lines..];
                     multiply(x, rows, panel, add, &mut out[row * stride..]);
                     row += rows;

@@ -104,6 +104,33 @@ impl BlockParameters {
         self.scales.iter().flatten()
     }
 
+    fn check_scales(&self) -> Result<()> {
+        for scale in self.scales() {
+            let expected = self.norm1[0].dims();
+            if scale.dims() != expected {
+                bail!(
+                    "transformer block: LayerScale has shape {:?}, expected {expected:?}",
+                    scale.dims()
+                )
+            }
+        }
+        Ok(())
+    }
+
+    /// For an input `[B, T, D]` on so many threads, without stochastic depth.
+    fn shape(&self, x: (usize, usize, usize), threads: usize) -> kernel::Shape<'static> {
+        kernel::Shape {
+            images: x.0,
+            tokens: x.1,
+            width: x.2,
+            hidden: self.fc1[1].elem_count(),
+            heads: self.heads,
+            eps: self.eps as f32,
+            factors: None,
+            threads,
+        }
+    }
+
     /// The same block without LayerScale: its factors are in the matrices and the biases that end the branches, which carry
     /// gradients to it and to what they were made of.
     fn folded(&self) -> Result<Self> {
@@ -172,15 +199,7 @@ pub fn transformer_block(
     factors: Option<&[Vec<f32>; 2]>,
     with_cls_attention: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
-    for scale in parameters.scales() {
-        let expected = parameters.norm1[0].dims();
-        if scale.dims() != expected {
-            bail!(
-                "transformer block: LayerScale has shape {:?}, expected {expected:?}",
-                scale.dims()
-            )
-        }
-    }
+    parameters.check_scales()?;
     let tensors = parameters.tensors();
     let all: Vec<&Tensor> = tensors.into_iter().chain(parameters.scales()).collect();
     let trains = x.track_op() || all.iter().any(|tensor| tensor.track_op());
@@ -338,14 +357,10 @@ type Gradients = Arc<Mutex<Option<Vec<Tensor>>>>;
 
 impl Call {
     fn shape(&self, x: (usize, usize, usize)) -> kernel::Shape<'_> {
+        let factors = self.factors.as_ref();
         kernel::Shape {
-            images: x.0,
-            tokens: x.1,
-            width: x.2,
-            hidden: self.parameters.fc1[1].elem_count(),
-            heads: self.parameters.heads,
-            eps: self.parameters.eps as f32,
-            factors: self.factors.as_ref().map(|[f1, f2]| [&f1[..], &f2[..]]),
+            factors: factors.map(|[f1, f2]| [&f1[..], &f2[..]]),
+            ..self.parameters.shape(x, rayon::current_num_threads())
         }
     }
 }
@@ -473,6 +488,7 @@ impl CustomOp3 for Deliver {
     }
 }
 
+pub(super) mod chain;
 #[cfg(feature = "cuda")]
 mod cuda;
 
@@ -486,13 +502,13 @@ mod tests {
         sized([images, tokens], 12, 20)
     }
 
-    fn sized([images, tokens]: [usize; 2], d: usize, hidden: usize) -> Vec<Tensor> {
+    pub(super) fn sized([images, tokens]: [usize; 2], d: usize, hidden: usize) -> Vec<Tensor> {
         let input = vec![images, tokens, d];
         let tensors = std::iter::once(input).chain(shapes(d, hidden)).zip(0..);
         tensors.map(|(shape, seed)| noise(&shape, seed)).collect()
     }
 
-    fn parameters(t: &[Tensor]) -> BlockParameters {
+    pub(super) fn parameters(t: &[Tensor]) -> BlockParameters {
         let pair = |i: usize| [t[i].clone(), t[i + 1].clone()];
         BlockParameters {
             norm1: pair(1),
