@@ -491,17 +491,15 @@ impl Vit {
         let mut first = from;
         for i in from..self.blocks.len() {
             let last = i + 1 == self.blocks.len();
-            // Blocks run together up to one whose output is asked for; stochastic depth is drawn for each block.
             let asked_for = i + self.spec.layers >= self.blocks.len();
-            if !asked_for && rng.is_none() {
-                continue;
-            }
-            let blocks = &self.blocks[first..=i];
-            first = i + 1;
             (tokens, attention) = match &mut rng {
+                // Stochastic depth is drawn for each block.
                 Some(rng) => self.blocks[i].forward(&tokens, Some(rng), last)?,
-                None => through(blocks, &tokens, last)?,
+                // Blocks run together up to one whose output is asked for.
+                None if asked_for => through(&self.blocks[first..=i], &tokens, last)?,
+                None => continue,
             };
+            first = i + 1;
             if asked_for && !last {
                 earlier.push(self.layer(&tokens)?);
             }

@@ -40,6 +40,45 @@ fn model(golden: &Golden, scope: TrainScope) -> Vit {
     .unwrap()
 }
 
+/// Two threads, so that two of three images go through the frozen blocks by themselves.
+#[test]
+fn images_of_a_batch_are_those_alone() -> Result<(), Error> {
+    let golden = golden();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build();
+    let pool = pool.unwrap();
+    let image = golden.get("images").narrow(0, 0, 1)?;
+    let images = [&image, &(&image * 0.5)?, &(&image * 2.0)?];
+    let batch = candle_core::Tensor::cat(&images, 0)?;
+    for layers in [1, 2, 3] {
+        let vit = model(&golden, TrainScope::Frozen).with_layers(layers)?;
+        let found = pool.install(|| vit.features(&batch))?;
+        assert_eq!(found.earlier.len(), layers - 1);
+        let partly = model(&golden, TrainScope::LastBlocks(1)).with_layers(layers)?;
+        let prefix = pool.install(|| partly.frozen_prefix(&batch))?;
+        let from_prefix = partly.features_from(&prefix)?;
+        for (i, image) in images.into_iter().enumerate() {
+            let alone = pool.install(|| vit.features(image))?;
+            let row = |tensor: &candle_core::Tensor| tensor.narrow(0, i, 1);
+            for found in [&found, &from_prefix] {
+                assert_same(&row(&found.cls)?, &alone.cls);
+                assert_same(&row(&found.patches)?, &alone.patches);
+                assert_same(&row(&found.cls_attention)?, &alone.cls_attention);
+                for (found, alone) in found.earlier.iter().zip(&alone.earlier) {
+                    assert_same(&row(&found.cls)?, &alone.cls);
+                    assert_same(&row(&found.patches)?, &alone.patches);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn assert_same(found: &candle_core::Tensor, expected: &candle_core::Tensor) {
+    assert_eq!(found.dims(), expected.dims());
+    let values = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert_eq!(values(found), values(expected));
+}
+
 #[test]
 fn whole_images_match_timm() -> Result<(), Error> {
     let golden = golden();

@@ -22,7 +22,8 @@ const TILE_ROWS: [usize; 2] = [6, 12];
 pub(super) const UNROLL: usize = 4;
 /// Rows of the left side are laid out in a multiple of these at most.
 pub(super) const ROWS_FILLED: usize = 16;
-/// Bytes of a panel that are handled in one go: with the rows' parts they stay in the nearest cache.
+/// Bytes of a panel that are handled in one go: with a tile's values they fit into the nearest cache. The next panel, which is asked
+/// for meanwhile, takes the place of what the tiles have read.
 const PANEL_BYTES: usize = 24 * 1024;
 
 /// A matrix of `depth` rows as panels `[blocks of its columns, depth, W]`.
@@ -350,8 +351,8 @@ impl Product<'_, '_, '_> {
             let lines = part / rows_in_a_line;
             let before = (first_row + from) / rows_in_a_line * width;
             // Each tile asks for its share of the next panel: a processor does not expect one so far away.
-            let share = (lines * width / LINE).div_ceil(heights.clone().count().max(1));
-            let share = share.max(1) * LINE;
+            let count = heights.clone().count().max(1);
+            let share = (lines * width / LINE).div_ceil(count).max(1) * LINE;
             let panels = self.matrix.values;
             let panels = panels.chunks_exact(all_rows / rows_in_a_line * width);
             let panels = panels.map(|panel| &panel[before..][..lines * width]);

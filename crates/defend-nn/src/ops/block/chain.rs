@@ -9,9 +9,11 @@ use super::{BlockParameters, check, kernel, transformer_block};
 /// Runs blocks one after the other as [`transformer_block`] does, without stochastic depth.
 ///
 /// `x`: `[B, T, D]`; returns `[B, T, D]` and, with `with_cls_attention`, the last block's attention of the first token to the
-/// others, `[B, h, T - 1]`. The values are those of the blocks called one by one. Without gradients, on the CPU, each image goes
-/// through all blocks on a thread of its own, so that no thread waits for the others after each of them; what is left of the
-/// batch, fewer images than there are threads, is shared by all.
+/// others, `[B, h, T - 1]`; no block gives no attention. The values are those of the blocks called one by one.
+///
+/// Where neither `x` nor any block carries gradients, each image of an `f32` CPU batch goes through all blocks by itself, as many
+/// images at a time as there are threads, so that threads do not wait for each other after each block. The rest of the batch, and
+/// batches of fewer images than threads, are shared by all threads.
 ///
 /// # Errors
 /// When the shapes do not fit.
@@ -22,12 +24,13 @@ pub fn transformer_blocks(
 ) -> Result<(Tensor, Option<Tensor>)> {
     let threads = rayon::current_num_threads();
     let images = x.dims().first().copied().unwrap_or(0);
-    let fast = |block: &&BlockParameters| {
+    let plain = |tensor: &Tensor| is_fast(&[tensor]) && !tensor.track_op();
+    let frozen = |block: &&BlockParameters| {
         let mut tensors = block.tensors().into_iter().chain(block.scales());
-        tensors.all(|tensor| is_fast(&[tensor]) && !tensor.track_op())
+        tensors.all(plain)
     };
-    let alone = threads > 1 && images >= threads && is_fast(&[x]) && !x.track_op();
-    if alone && blocks.len() > 1 && blocks.iter().all(fast) {
+    let enough = threads > 1 && images >= threads && blocks.len() > 1;
+    if enough && plain(x) && blocks.iter().all(frozen) {
         return image_by_image(x, blocks, with_cls_attention, threads);
     }
     let (mut x, mut attention) = (x.clone(), None);
@@ -52,28 +55,29 @@ fn image_by_image(
     let heads = blocks.last().map_or(0, |block| block.heads);
     let matrices = blocks.iter().map(|block| block.matrices(block.arithmetic));
     let matrices = matrices.collect::<Result<Vec<_>>>()?;
-    // The values and the attention of some images, on so many threads.
-    let run = |images: usize, threads: usize, x: &[f32]| -> Result<(Vec<f32>, Vec<f32>)> {
+    // Tokens and attention of some images, on so many threads.
+    let run = |images: usize, threads: usize, input: &[f32]| -> Result<(Vec<f32>, Vec<f32>)> {
         let seen = if with_cls_attention { tokens - 1 } else { 0 };
         let mut attention = vec![0f32; images * heads * seen];
         let mut values: Option<Vec<f32>> = None;
         for (i, (block, matrices)) in blocks.iter().zip(&matrices).enumerate() {
             let shape = block.shape((images, tokens, width), threads);
-            let x = values.as_deref().unwrap_or(x);
+            let input = values.as_deref().unwrap_or(input);
             let last = i + 1 == blocks.len();
             let attention = (with_cls_attention && last).then_some(&mut attention[..]);
             let forward = |weights: kernel::Weights<'_>| {
-                kernel::forward(shape, weights, matrices, x, attention, false)
+                kernel::forward(shape, weights, matrices, input, attention, false)
             };
             values = Some(block.with_weights(forward)?.0);
         }
-        Ok((values.unwrap_or_else(|| x.to_vec()), attention))
+        Ok((values.unwrap_or_else(|| input.to_vec()), attention))
     };
     let alone = images / threads * threads;
-    let parts = with_slices("transformer blocks", [x], |[x]| {
-        let (each, rest) = x.split_at(alone * tokens * width);
-        let each = each.par_chunks_exact(tokens * width).with_max_len(1);
-        let mut parts = each.map(|x| run(1, 1, x)).collect::<Result<Vec<_>>>()?;
+    let parts = with_slices("transformer blocks", [x], |[values]| {
+        let (first, rest) = values.split_at(alone * tokens * width);
+        let first = first.par_chunks_exact(tokens * width).with_max_len(1);
+        let parts = first.map(|image| run(1, 1, image));
+        let mut parts = parts.collect::<Result<Vec<_>>>()?;
         if alone < images {
             parts.push(run(images - alone, threads, rest)?);
         }
@@ -90,78 +94,109 @@ fn image_by_image(
 
 #[cfg(test)]
 mod tests {
-    use candle_core::DType;
+    use candle_core::{DType, Var};
 
     use super::super::super::testing::distance;
     use super::super::Arithmetic;
     use super::super::tests::{parameters, sized};
     use super::*;
 
-    /// Blocks of different weights, the second with LayerScale, the third in `bf16`.
-    fn blocks(images: usize) -> (Tensor, Vec<BlockParameters>) {
-        let t = sized([images, 150], 96, 64);
+    /// Blocks of different weights, the second with LayerScale and other heads, the third in `bf16`.
+    fn blocks(images: usize, tokens: usize) -> (Tensor, Vec<BlockParameters>) {
+        let t = sized([images, tokens], 96, 64);
         let scaled = |factor: f64| -> Vec<Tensor> {
             let of = |tensor: &Tensor| (tensor * factor).unwrap();
             t.iter().map(of).collect()
         };
         let mut blocks = [0.1, 0.2, 0.15].map(|factor| parameters(&scaled(factor)));
         blocks[1].scales = Some([t[1].clone(), t[2].clone()]);
+        blocks[1].heads = 6;
         blocks[2].arithmetic = Arithmetic::Bf16;
         (t[0].clone(), blocks.to_vec())
+    }
+
+    fn one_by_one(x: &Tensor, blocks: &[&BlockParameters]) -> Result<(Tensor, Option<Tensor>)> {
+        blocks.iter().try_fold((x.clone(), None), |(x, _), block| {
+            transformer_block(&x, block, None, true)
+        })
+    }
+
+    fn on_four_threads<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build();
+        pool.unwrap().install(f)
     }
 
     /// Fewer images than threads, as many, and some that are left.
     #[test]
     fn blocks_in_a_chain_give_the_bits_of_blocks_one_by_one() -> Result<()> {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build();
-        let pool = pool.unwrap();
-        for images in [1, 3, 4, 7, 9] {
-            let (x, blocks) = blocks(images);
-            let chain: Vec<&BlockParameters> = blocks.iter().collect();
-            let (mut expected, mut expected_attention) = (x.clone(), None);
-            for block in &blocks {
-                (expected, expected_attention) = transformer_block(&expected, block, None, true)?;
+        for (images, tokens) in [(1, 150), (3, 150), (4, 1), (4, 150), (7, 150), (9, 20)] {
+            let (x, blocks) = blocks(images, tokens);
+            for chain in [&blocks[..], &blocks[..2]] {
+                let chain: Vec<&BlockParameters> = chain.iter().collect();
+                // Rows with gaps are copied.
+                let gaps = x.transpose(0, 1)?.contiguous()?.transpose(0, 1)?;
+                for x in [&x, &gaps] {
+                    let (expected, expected_attention) = one_by_one(x, &chain)?;
+                    let expected_attention = expected_attention.unwrap();
+                    let found = on_four_threads(|| image_by_image(x, &chain, true, 4))?;
+                    let chosen = on_four_threads(|| transformer_blocks(x, &chain, true))?;
+                    for (found, attention) in [found, chosen] {
+                        assert_eq!(distance(&found, &expected), 0.0);
+                        let attention = attention.unwrap();
+                        assert_eq!(attention.dims(), expected_attention.dims());
+                        if tokens > 1 {
+                            assert_eq!(distance(&attention, &expected_attention), 0.0);
+                        }
+                    }
+                    let (found, none) = on_four_threads(|| image_by_image(x, &chain, false, 4))?;
+                    assert_eq!(distance(&found, &expected), 0.0);
+                    assert!(none.is_none());
+                }
             }
-            let run = |attention| pool.install(|| transformer_blocks(&x, &chain, attention));
-            let (found, attention) = run(true)?;
-            assert_eq!(distance(&found, &expected), 0.0);
-            assert_eq!(
-                distance(&attention.unwrap(), &expected_attention.unwrap()),
-                0.0
-            );
-            let (found, attention) = run(false)?;
-            assert_eq!(distance(&found, &expected), 0.0);
-            assert!(attention.is_none());
         }
         Ok(())
     }
 
     #[test]
     fn no_block_changes_nothing_and_one_that_does_not_fit_is_refused() -> Result<()> {
-        let (x, blocks) = blocks(64);
+        let (x, blocks) = blocks(4, 20);
         assert_eq!(distance(&transformer_blocks(&x, &[], false)?.0, &x), 0.0);
+        let refused = |wrong: &BlockParameters| {
+            let chain = [&blocks[0], wrong];
+            on_four_threads(|| transformer_blocks(&x, &chain, false)).unwrap_err()
+        };
         let mut wrong = blocks[0].clone();
         wrong.fc2[1] = blocks[0].fc1[1].clone();
-        assert!(transformer_blocks(&x, &[&blocks[0], &wrong], false).is_err());
+        let error = refused(&wrong).to_string();
+        assert!(error.contains("a parameter has shape [64]"), "{error}");
         wrong = blocks[1].clone();
         wrong.scales = Some([Tensor::ones(1, DType::F32, x.device())?, x.clone()]);
-        assert!(transformer_blocks(&x, &[&blocks[0], &wrong], false).is_err());
+        let error = refused(&wrong).to_string();
+        assert!(error.contains("LayerScale has shape [1]"), "{error}");
         Ok(())
     }
 
+    /// To the input, and with a frozen input to a parameter of one block.
     #[test]
     fn gradients_pass_through_a_chain() -> Result<()> {
-        let (x, blocks) = blocks(8);
-        let x = candle_core::Var::from_tensor(&x)?;
-        let chain: Vec<&BlockParameters> = blocks[..2].iter().collect();
-        let gradient = |out: Tensor| -> Result<Tensor> {
-            let grads = out.sqr()?.sum_all()?.backward()?;
-            Ok(grads.get(&x).unwrap().clone())
+        let (x, mut blocks) = blocks(4, 20);
+        let check = |x: &Tensor, blocks: &[BlockParameters], var: &Var| -> Result<()> {
+            let chain: Vec<&BlockParameters> = blocks.iter().collect();
+            let gradient = |out: Tensor| -> Result<Tensor> {
+                let grads = out.sqr()?.sum_all()?.backward()?;
+                Ok(grads.get(var).unwrap().clone())
+            };
+            let (found, _) = on_four_threads(|| transformer_blocks(x, &chain, false))?;
+            let (expected, _) = one_by_one(x, &chain)?;
+            let (found, expected) = (gradient(found)?, gradient(expected)?);
+            assert!(distance(&found, &found.zeros_like()?) > 0.0);
+            assert_eq!(distance(&found, &expected), 0.0);
+            Ok(())
         };
-        let one_by_one = transformer_block(&x, &blocks[0], None, false)?.0;
-        let one_by_one = transformer_block(&one_by_one, &blocks[1], None, false)?.0;
-        let found = gradient(transformer_blocks(&x, &chain, false)?.0)?;
-        assert_eq!(distance(&found, &gradient(one_by_one)?), 0.0);
-        Ok(())
+        let var = Var::from_tensor(&x)?;
+        check(&var, &blocks, &var)?;
+        let var = Var::from_tensor(&blocks[1].fc1[0])?;
+        blocks[1].fc1[0] = var.as_tensor().clone();
+        check(&x, &blocks, &var)
     }
 }
