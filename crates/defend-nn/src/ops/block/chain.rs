@@ -76,6 +76,7 @@ fn image_by_image(
     let parts = with_slices("transformer blocks", [x], |[values]| {
         let (first, rest) = values.split_at(alone * tokens * width);
         let first = first.par_chunks_exact(tokens * width).with_max_len(1);
+        // A thread that runs out of images takes pieces of another's.
         let parts = first.map(|image| run(1, 1, image));
         let mut parts = parts.collect::<Result<Vec<_>>>()?;
         if alone < images {
