@@ -7,7 +7,7 @@
     reason = "helpers of tests may panic"
 )]
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use defend_testing::{Golden, assert_close};
 use defend_vit::{
     Architecture, Backbone, BackboneSpec, Error, Grid, TokenSet, TrainScope, Trainable, Vit,
@@ -48,7 +48,7 @@ fn images_of_a_batch_are_those_alone() -> Result<(), Error> {
     let pool = pool.unwrap();
     let image = golden.get("images").narrow(0, 0, 1)?;
     let images = [&image, &(&image * 0.5)?, &(&image * 2.0)?];
-    let batch = candle_core::Tensor::cat(&images, 0)?;
+    let batch = Tensor::cat(&images, 0)?;
     for layers in [1, 2, 3] {
         let vit = model(&golden, TrainScope::Frozen).with_layers(layers)?;
         let found = pool.install(|| vit.features(&batch))?;
@@ -58,7 +58,7 @@ fn images_of_a_batch_are_those_alone() -> Result<(), Error> {
         let from_prefix = partly.features_from(&prefix)?;
         for (i, image) in images.into_iter().enumerate() {
             let alone = pool.install(|| vit.features(image))?;
-            let row = |tensor: &candle_core::Tensor| tensor.narrow(0, i, 1);
+            let row = |tensor: &Tensor| tensor.narrow(0, i, 1);
             for found in [&found, &from_prefix] {
                 assert_same(&row(&found.cls)?, &alone.cls);
                 assert_same(&row(&found.patches)?, &alone.patches);
@@ -73,9 +73,9 @@ fn images_of_a_batch_are_those_alone() -> Result<(), Error> {
     Ok(())
 }
 
-fn assert_same(found: &candle_core::Tensor, expected: &candle_core::Tensor) {
+fn assert_same(found: &Tensor, expected: &Tensor) {
     assert_eq!(found.dims(), expected.dims());
-    let values = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     assert_eq!(values(found), values(expected));
 }
 

@@ -530,7 +530,7 @@ KERNELS(__half, f16)
 
 #ifdef HAS_TENSOR_CORES
 #define ATTENTION(T, NAME)                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(32 * MOST_WARPS, 2)                                                                       \
+    extern "C" __global__ void __launch_bounds__(32 * MOST_WARPS, 2)                                                           \
         attend_##NAME(const T *packed, const T *bias, T *out, int tokens, int heads, float scale) {                            \
         attend(packed, bias, out, tokens, heads, scale);                                                                       \
     }                                                                                                                          \

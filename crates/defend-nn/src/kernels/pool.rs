@@ -101,8 +101,8 @@ impl Drop for Buffer {
     }
 }
 
-/// Gives the memory that operations on the CPU keep for their next call back, forward passes as well, but for some 100 to 400 KB a thread;
-/// training loops do so at their end.
+/// Gives the memory that operations on the CPU keep for their next call back, forward passes as well, but for some 100 to 400 KB a
+/// thread; training loops do so at their end.
 pub fn release_memory() {
     idle().clear();
 }

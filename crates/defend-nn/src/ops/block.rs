@@ -165,6 +165,10 @@ impl BlockParameters {
         })
     }
 
+    fn all_tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.tensors().into_iter().chain(self.scales())
+    }
+
     /// All but LayerScale's, in the kernel's order.
     fn tensors(&self) -> [&Tensor; 12] {
         let groups = [
@@ -201,7 +205,7 @@ pub fn transformer_block(
 ) -> Result<(Tensor, Option<Tensor>)> {
     parameters.check_scales()?;
     let tensors = parameters.tensors();
-    let all: Vec<&Tensor> = tensors.into_iter().chain(parameters.scales()).collect();
+    let all: Vec<&Tensor> = parameters.all_tensors().collect();
     let trains = x.track_op() || all.iter().any(|tensor| tensor.track_op());
     let has_kernels = x.dtype() == DType::F32 && (x.device().is_cpu() || x.device().is_cuda());
     if parameters.scales.is_some() && trains && has_kernels {
@@ -734,8 +738,12 @@ mod tests {
             found.extend(vars.iter().map(|var| grads.get(var).unwrap().clone()));
             Ok(found)
         };
+        in_pool(threads, compute)
+    }
+
+    pub(super) fn in_pool<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-        pool.unwrap().install(compute)
+        pool.unwrap().install(f)
     }
 
     #[test]

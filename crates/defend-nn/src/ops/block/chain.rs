@@ -1,5 +1,7 @@
 //! Several blocks one after the other, without a backward pass.
 
+use std::borrow::Cow;
+
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
@@ -25,10 +27,7 @@ pub fn transformer_blocks(
     let threads = rayon::current_num_threads();
     let images = x.dims().first().copied().unwrap_or(0);
     let plain = |tensor: &Tensor| is_fast(&[tensor]) && !tensor.track_op();
-    let frozen = |block: &&BlockParameters| {
-        let mut tensors = block.tensors().into_iter().chain(block.scales());
-        tensors.all(plain)
-    };
+    let frozen = |block: &&BlockParameters| block.all_tensors().all(plain);
     let enough = threads > 1 && images >= threads && blocks.len() > 1;
     if enough && plain(x) && blocks.iter().all(frozen) {
         return image_by_image(x, blocks, with_cls_attention, threads);
@@ -59,18 +58,17 @@ fn image_by_image(
     let run = |images: usize, threads: usize, input: &[f32]| -> Result<(Vec<f32>, Vec<f32>)> {
         let seen = if with_cls_attention { tokens - 1 } else { 0 };
         let mut attention = vec![0f32; images * heads * seen];
-        let mut values: Option<Vec<f32>> = None;
+        let mut values = Cow::Borrowed(input);
         for (i, (block, matrices)) in blocks.iter().zip(&matrices).enumerate() {
             let shape = block.shape((images, tokens, width), threads);
-            let input = values.as_deref().unwrap_or(input);
             let last = i + 1 == blocks.len();
             let attention = (with_cls_attention && last).then_some(&mut attention[..]);
             let forward = |weights: kernel::Weights<'_>| {
-                kernel::forward(shape, weights, matrices, input, attention, false)
+                kernel::forward(shape, weights, matrices, &values, attention, false)
             };
-            values = Some(block.with_weights(forward)?.0);
+            values = Cow::Owned(block.with_weights(forward)?.0);
         }
-        Ok((values.unwrap_or_else(|| input.to_vec()), attention))
+        Ok((values.into_owned(), attention))
     };
     let alone = images / threads * threads;
     let parts = with_slices("transformer blocks", [x], |[values]| {
@@ -99,7 +97,7 @@ mod tests {
 
     use super::super::super::testing::distance;
     use super::super::Arithmetic;
-    use super::super::tests::{parameters, sized};
+    use super::super::tests::{in_pool, parameters, sized};
     use super::*;
 
     /// Blocks of different weights, the second with LayerScale and other heads, the third in `bf16`.
@@ -123,8 +121,7 @@ mod tests {
     }
 
     fn on_four_threads<R: Send>(f: impl FnOnce() -> R + Send) -> R {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build();
-        pool.unwrap().install(f)
+        in_pool(4, f)
     }
 
     /// Fewer images than threads, as many, and some that are left.
