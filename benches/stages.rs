@@ -9,7 +9,7 @@ use std::io::Cursor;
 
 use candle_core::{Device, Tensor, Var};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use defend_benches::{frozen_vit, noise, parameter_group, random_vit};
+use defend_benches::{StudentStep, frozen_vit, noise, parameter_group, random_vit};
 use defend_data::{Preprocess, RgbImage, decode_image};
 use defend_dense::{CropBox, DenseConfig, DenseObjective, PrototypeObjective};
 use defend_distill::{DistillObjective, FeatureDistance};
@@ -133,6 +133,15 @@ fn products(c: &mut Criterion) {
         group.throughput(Throughput::Elements(threads * parts.attention_operations()));
         let mut work = parts.attention();
         group.bench_function(format!("attention of {name}"), |b| b.iter(&mut work));
+        // The student's step: half of the patches of 32 images.
+        let step = Timed {
+            tokens: StudentStep::kept(&arch) + 1,
+            ..parts
+        };
+        group.throughput(Throughput::Elements(step.gradient_operations(32)));
+        let mut work = step.weight_gradients(32);
+        let name = format!("gradients of the weights of a block of {name}");
+        group.bench_function(name, |b| b.iter(&mut work));
     }
     group.throughput(Throughput::Elements(threads * Peak::operations()));
     group.bench_function("peak of all threads", |b| {

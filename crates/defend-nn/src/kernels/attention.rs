@@ -184,10 +184,14 @@ impl Heads {
             let [q, k, v] = [0, 1, 2].map(|which| which * self.count + head);
             let panels = self.transposed(transposed, qkv, q, (0, n));
             let factors = self.exponentials(p, &self.rows(qkv, k), panels);
+            let panels = self.transposed(transposed, g, head, (0, n));
+            let target = Target::Blocks(&mut split(dp, n));
+            product(target, Start::Zero, &self.rows(qkv, v), panels, 1.0);
             vectorised!(|| {
                 let blocks = p.chunks_exact_mut(n * width);
-                for (block, factors) in blocks.zip(factors.chunks_exact(width)) {
-                    math::scale_columns(block, factors);
+                let blocks = blocks.zip(dp.chunks_exact_mut(n * width));
+                for ((p, dp), factors) in blocks.zip(factors.chunks_exact(width)) {
+                    math::softmax_columns_backward(p, dp, factors);
                 }
             });
             // Over the queries.
@@ -197,15 +201,6 @@ impl Heads {
                 product(out, Start::Zero, &left, right, factor);
             };
             to_keys(v, p, self.over_tokens(g, head), 1.0);
-            let panels = self.transposed(transposed, g, head, (0, n));
-            let target = Target::Blocks(&mut split(dp, n));
-            product(target, Start::Zero, &self.rows(qkv, v), panels, 1.0);
-            vectorised!(|| {
-                let blocks = p.chunks_exact(n * width);
-                for (p, dp) in blocks.zip(dp.chunks_exact_mut(n * width)) {
-                    math::softmax_columns_backward(p, dp, width);
-                }
-            });
             to_keys(k, dp, self.over_tokens(qkv, q), scale);
             let out = Target::Blocks(&mut dqkv[self.blocks(q)]);
             let left = Stack::one(dp, n, columns);

@@ -7,11 +7,11 @@
 use rayon::prelude::*;
 
 use super::attention::Heads;
-use super::blocked::{Columns, Rows, Stack, fill, split, split_pieces};
+use super::blocked::{Columns, Rows, Stack, column_sums, fill, split, split_pieces};
 use super::math;
+use super::norm;
 use super::packed::{Packed, Start, Target, product, weight_gradient};
 use super::pool::Buffer;
-use super::{column_sums, norm};
 use crate::vectorised;
 
 pub(crate) mod timed;
@@ -470,7 +470,12 @@ pub(crate) fn backward(
     let [mut z1, mut z2, mut g1, mut g2] = [(); 4].map(|()| shape.buffer(whole));
     let [mut dhidden, mut activated] = [(); 2].map(|()| shape.buffer(inner));
     let mut dqkv = shape.buffer(packed);
-    let mut norms = vec![0f32; shape.images * 4 * d];
+    // Each image's sums for the vectors' gradients, while what is summed is in the cache.
+    let vectors = Vectors {
+        width: d,
+        hidden: shape.hidden,
+    };
+    let mut sums = vec![0f32; shape.images * vectors.len()];
     let [image_whole, image_inner] = [whole.values(n), inner.values(n)];
     (
         dx.par_chunks_mut(n * d),
@@ -481,7 +486,7 @@ pub(crate) fn backward(
         dhidden.par_chunks_mut(image_inner),
         activated.par_chunks_mut(image_inner),
         g2.par_chunks_mut(image_whole),
-        norms.par_chunks_mut(4 * d),
+        sums.par_chunks_mut(vectors.len()),
     )
         .into_par_iter()
         .enumerate()
@@ -494,12 +499,13 @@ pub(crate) fn backward(
                 )
             },
             |(scratch, dz, dattended), (image, parts)| {
-                let (dx, z1, dqkv, g1, z2, dhidden, activated, g2, norms) = parts;
+                let (dx, z1, dqkv, g1, z2, dhidden, activated, g2, sums) = parts;
+                let [norm1, sum_qkv, sum_g1, norm2, sum_hidden, sum_g2] = vectors.split(sums);
                 let of = |columns: usize| image * n * columns..(image + 1) * n * columns;
-                let (norm1, norm2) = norms.split_at_mut(2 * d);
                 let rows = |values, columns| Rows::all(values, n, columns);
                 // MLP.
                 fill(g2, &g[of(d)], whole, shape.factor(1, image));
+                column_sums(sum_g2, g2, whole);
                 into_blocks(dhidden, &rows(g2, whole), &matrices.fc2);
                 let hidden = shape.image(&saved.hidden, inner, image);
                 vectorised!(|| {
@@ -509,6 +515,7 @@ pub(crate) fn backward(
                         *dh *= derivative;
                     }
                 });
+                column_sums(sum_hidden, dhidden, inner);
                 into_rows(dz, &rows(dhidden, inner), &matrices.fc1);
                 dx.copy_from_slice(&g[of(d)]);
                 let middle = &saved.middle[of(d)];
@@ -517,9 +524,11 @@ pub(crate) fn backward(
                 norm::backward(dx, norm2, middle, dz, weight, shape.eps, Some((z2, bias)));
                 // Attention; dx now holds the gradient of the MLP branch's input.
                 fill(g1, dx, whole, shape.factor(0, image));
+                column_sums(sum_g1, g1, whole);
                 into_blocks(dattended, &rows(g1, whole), &matrices.projection);
                 let qkv = shape.image(&saved.qkv, packed, image);
                 shape.heads().backward(dqkv, qkv, dattended, scratch);
+                column_sums(sum_qkv, dqkv, packed);
                 into_rows(dz, &rows(dqkv, packed), &matrices.qkv);
                 let [weight, bias] = weights.norm1;
                 let z1 = &mut split(z1, n)[..];
@@ -544,7 +553,7 @@ pub(crate) fn backward(
         [(&g2, whole), (&activated, inner)],
     ];
     let maps = maps.map(|sides| sides.map(|(values, columns)| shape.stack(values, columns)));
-    (dx, Some(parameter_gradients(&norms, &maps)))
+    (dx, Some(parameter_gradients(&sums, vectors, &maps)))
 }
 
 /// `out = x M`, in blocks.
@@ -558,28 +567,51 @@ fn into_rows(out: &mut [f32], x: &Rows<'_>, matrix: &Packed) {
     product(Target::RowMajor(out), Start::Zero, x, matrix.panels(), 1.0);
 }
 
-/// From the sums of both norms, `[B, 4 D]`, and the four maps in the order that they are used: the gradient of each one's
-/// output, and its input.
-fn parameter_gradients(norms: &[f32], maps: &[[Stack<'_>; 2]; 4]) -> Gradients {
-    let d = maps[0][1].columns.count;
-    let sums = column_sums(norms, 4 * d);
-    let part = |i: usize| sums[i * d..(i + 1) * d].to_vec();
+/// Lengths of what a block's vectors' gradients are, in the order that they have in [`Gradients`]; a norm's two are one.
+#[derive(Clone, Copy)]
+struct Vectors {
+    width: usize,
+    hidden: usize,
+}
+
+impl Vectors {
+    fn lengths(self) -> [usize; 6] {
+        let (d, hidden) = (self.width, self.hidden);
+        [2 * d, 3 * d, d, 2 * d, hidden, d]
+    }
+
+    fn len(self) -> usize {
+        self.lengths().iter().sum()
+    }
+
+    fn split(self, mut all: &mut [f32]) -> [&mut [f32]; 6] {
+        self.lengths()
+            .map(|len| all.split_off_mut(..len).unwrap_or_default())
+    }
+}
+
+/// From the sums for the vectors, an image after the other, and the four maps in the order that they are used: the gradient
+/// of each one's output, and its input.
+fn parameter_gradients(sums: &[f32], vectors: Vectors, maps: &[[Stack<'_>; 2]; 4]) -> Gradients {
+    let mut sums = super::column_sums(sums, vectors.len());
+    let [norm1, qkv_bias, projection_bias, norm2, fc1_bias, fc2_bias] =
+        vectors.split(&mut sums).map(|sums| sums.to_vec());
+    let d = vectors.width;
     let gradient = |i: usize| weight_gradient(maps[i][0], maps[i][1]);
     let pair = |i| rayon::join(|| gradient(i), || gradient(i + 1));
     let ((qkv, projection), (fc1, fc2)) = rayon::join(|| pair(0), || pair(2));
-    let bias = |i: usize| maps[i][0].column_sums();
     [
-        part(0),
-        part(1),
+        norm1[..d].to_vec(),
+        norm1[d..].to_vec(),
         qkv,
-        bias(0),
+        qkv_bias,
         projection,
-        bias(1),
-        part(2),
-        part(3),
+        projection_bias,
+        norm2[..d].to_vec(),
+        norm2[d..].to_vec(),
         fc1,
-        bias(2),
+        fc1_bias,
         fc2,
-        bias(3),
+        fc2_bias,
     ]
 }

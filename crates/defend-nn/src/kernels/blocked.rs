@@ -9,6 +9,7 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::math;
 use super::pool::Buffer;
 use crate::vectorised;
 
@@ -247,30 +248,17 @@ impl<'a> Stack<'a> {
         let len = self.piece.min(self.rows - first) * self.columns.width;
         &self.values[self.columns.values(first) + block * len..][..len]
     }
+}
 
-    /// Sums over all rows, in an order that does not depend on the threads.
-    pub(crate) fn column_sums(&self) -> Vec<f32> {
-        let w = self.columns.width;
-        let sums = (0..self.columns.blocks()).into_par_iter().map(|block| {
-            let mut sums = vec![0f32; w];
-            vectorised!(|| {
-                // Some columns after the others, so that their sums stay in a register.
-                for (part, sums) in sums.chunks_mut(PART).enumerate() {
-                    for piece in 0..self.pieces() {
-                        let mut piece_sums = [0f32; PART];
-                        for row in self.block(piece, block).chunks_exact(w) {
-                            let row = row[part * PART..].iter();
-                            piece_sums.iter_mut().zip(row).for_each(|(s, v)| *s += v);
-                        }
-                        sums.iter_mut().zip(piece_sums).for_each(|(s, v)| *s += v);
-                    }
-                }
-            });
-            sums.truncate(self.columns.block(block).1);
-            sums
-        });
-        sums.collect::<Vec<_>>().concat()
-    }
+/// Sums over the rows of a matrix in blocks.
+pub(crate) fn column_sums(sums: &mut [f32], values: &[f32], columns: Columns) {
+    let blocks = values.chunks_exact(values.len() / columns.blocks());
+    vectorised!(|| {
+        for (i, block) in blocks.enumerate() {
+            let (first, filled) = columns.block(i);
+            math::column_sums(&mut sums[first..first + filled], block, columns.width);
+        }
+    });
 }
 
 #[cfg(test)]
@@ -306,7 +294,9 @@ mod tests {
         let mut back = vec![0.0; 30];
         read(&mut back, &blocks, columns);
         assert!(back.iter().zip(&x).all(|(back, x)| *back == 2.0 * x));
-        let sums: Vec<f32> = (0..10).map(|i| 2.0 * (30 + 3 * i) as f32).collect();
-        assert_eq!(stack.column_sums(), sums);
+        let expected: Vec<f32> = (0..10).map(|i| 2.0 * (30 + 3 * i) as f32).collect();
+        let mut sums = vec![f32::NAN; 10];
+        column_sums(&mut sums, &blocks, columns);
+        assert_eq!(sums, expected);
     }
 }

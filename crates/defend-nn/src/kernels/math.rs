@@ -4,8 +4,12 @@
 //! multiply-add), so the compiler turns the loops into AVX2 or AVX-512 code under
 //! [`pulp::Arch::dispatch`] and the results do not depend on which of them runs.
 
-/// Number of partial sums in a reduction: one AVX-512 register.
-const LANES: usize = 16;
+use std::array::from_fn;
+
+use super::square::{self, SIDE, Square};
+
+/// Number of partial sums in a reduction: two AVX-512 registers, as one addition waits for the other.
+const LANES: usize = 32;
 
 /// Runs `body` compiled for the widest vector unit that this processor has. Only what is inlined is compiled so:
 /// [`crate::vectorised`] sees to that.
@@ -84,39 +88,46 @@ pub(crate) fn gelu_and_derivative(x: f32) -> (f32, f32) {
     (x * cdf, cdf + x * FRAC_1_SQRT_2PI * exp(-0.5 * x * x))
 }
 
-/// Folds `term(index)` for `index` in `0..n` into [`LANES`] partial sums and adds those.
+/// Sums a function of the elements of slices of equal length: [`LANES`] partial sums, then those in pairs.
 #[inline(always)]
-fn reduce(n: usize, term: impl Fn(usize) -> f32) -> f32 {
+fn reduce<const N: usize>(slices: [&[f32]; N], term: impl Fn([f32; N]) -> f32) -> f32 {
+    let len = slices[0].len();
+    let slices = slices.map(|x| x[..len].as_chunks::<LANES>());
     let mut lanes = [0f32; LANES];
-    let whole = n / LANES * LANES;
-    let mut start = 0;
-    while start < whole {
+    for i in 0..len / LANES {
+        let chunks = slices.map(|(chunks, _)| &chunks[i]);
         for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += term(start + lane);
+            *sum += term(chunks.map(|chunk| chunk[lane]));
         }
-        start += LANES;
     }
-    let tail: f32 = (whole..n).map(term).sum();
-    lanes.iter().sum::<f32>() + tail
+    let tail = (0..len % LANES).map(|i| term(slices.map(|(_, tail)| tail[i])));
+    let tail: f32 = tail.sum();
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[half + i];
+        }
+        half /= 2;
+    }
+    lanes[0] + tail
 }
 
 /// Sum of `x`.
 #[inline(always)]
 pub fn sum(x: &[f32]) -> f32 {
-    reduce(x.len(), |i| x[i])
+    reduce([x], |[x]| x)
 }
 
 /// Inner product of two slices of equal length.
 #[inline(always)]
 pub fn dot(x: &[f32], y: &[f32]) -> f32 {
-    let y = &y[..x.len()];
-    reduce(x.len(), |i| x[i] * y[i])
+    reduce([x, y], |[x, y]| x * y)
 }
 
 /// Sum of squared differences to `centre`.
 #[inline(always)]
 pub(crate) fn squared_deviation(x: &[f32], centre: f32) -> f32 {
-    reduce(x.len(), |i| (x[i] - centre) * (x[i] - centre))
+    reduce([x], |[x]| (x - centre) * (x - centre))
 }
 
 /// Largest value of `x`.
@@ -153,7 +164,6 @@ macro_rules! of_width {
 pub(crate) fn transpose(out: &mut [f32], rows: &[f32], width: usize) {
     #[inline(always)]
     fn of<const W: usize>(out: &mut [f32], rows: &[f32]) {
-        const SIDE: usize = 4;
         let (out, rows) = (out.as_chunks_mut::<W>().0, rows.as_chunks::<W>().0);
         // Squares of four are transposed in registers.
         let squares = if W.is_multiple_of(SIDE) {
@@ -165,10 +175,8 @@ pub(crate) fn transpose(out: &mut [f32], rows: &[f32], width: usize) {
         let by_squares = fours.len() * SIDE;
         for (i, rows) in squares.iter().enumerate() {
             for (j, lines) in fours.iter_mut().enumerate() {
-                let square: [[f32; SIDE]; SIDE] =
-                    std::array::from_fn(|r| std::array::from_fn(|c| rows[r][SIDE * j + c]));
-                for (c, line) in lines.iter_mut().enumerate() {
-                    let column: [f32; SIDE] = std::array::from_fn(|r| square[r][c]);
+                let square: Square = from_fn(|r| from_fn(|c| rows[r][SIDE * j + c]));
+                for (line, column) in lines.iter_mut().zip(square::transpose(square)) {
                     line[SIDE * i..][..SIDE].copy_from_slice(&column);
                 }
             }
@@ -213,30 +221,19 @@ pub(crate) fn exp_columns(block: &mut [f32], factors: &mut [f32]) {
     of_width!(factors.len(), of(block, factors));
 }
 
-/// Multiplies each column of a block `[rows, W]` by its factor.
+/// Makes probabilities of the values `p` `[rows, W]` by the `factors` `[W]` of [`exp_columns`], and of the gradient `g` `[rows, W]` of
+/// these probabilities that of their logits: `p (g - sum(p g))`.
 #[inline(always)]
-pub(crate) fn scale_columns(block: &mut [f32], factors: &[f32]) {
+pub(crate) fn softmax_columns_backward(p: &mut [f32], g: &mut [f32], factors: &[f32]) {
     #[inline(always)]
-    fn of<const W: usize>(block: &mut [f32], factors: &[f32]) {
-        let factors: [f32; W] = std::array::from_fn(|i| factors[i]);
-        for line in block.as_chunks_mut::<W>().0 {
-            line.iter_mut().zip(&factors).for_each(|(v, f)| *v *= f);
-        }
-    }
-    of_width!(factors.len(), of(block, factors));
-}
-
-/// Turns the gradient `g` `[rows, W]` of probabilities `p` `[rows, W]`, whose columns sum to one, into that of their logits:
-/// `p (g - sum(p g))`.
-#[inline(always)]
-pub(crate) fn softmax_columns_backward(p: &[f32], g: &mut [f32], width: usize) {
-    #[inline(always)]
-    fn of<const W: usize>(p: &[f32], g: &mut [f32]) {
-        let ((p, _), (g, _)) = (p.as_chunks::<W>(), g.as_chunks_mut::<W>());
+    fn of<const W: usize>(p: &mut [f32], g: &mut [f32], factors: &[f32]) {
+        let ((p, _), (g, _)) = (p.as_chunks_mut::<W>(), g.as_chunks_mut::<W>());
+        let factors: [f32; W] = from_fn(|i| factors[i]);
         let mut means = [0f32; W];
-        for (p, g) in p.iter().zip(g.iter()) {
-            for ((mean, p), g) in means.iter_mut().zip(p).zip(g) {
-                *mean += p * g;
+        for (p, g) in p.iter_mut().zip(g.iter()) {
+            for (((mean, p), g), factor) in means.iter_mut().zip(p).zip(g).zip(&factors) {
+                *p *= factor;
+                *mean += *p * g;
             }
         }
         for (p, g) in p.iter().zip(g) {
@@ -245,7 +242,21 @@ pub(crate) fn softmax_columns_backward(p: &[f32], g: &mut [f32], width: usize) {
             }
         }
     }
-    of_width!(width, of(p, g));
+    of_width!(factors.len(), of(p, g, factors));
+}
+
+/// Sums of the first columns of a block `[rows, W]`, as many as `sums` holds.
+#[inline(always)]
+pub(crate) fn column_sums(sums: &mut [f32], block: &[f32], width: usize) {
+    #[inline(always)]
+    fn of<const W: usize>(sums: &mut [f32], block: &[f32]) {
+        let mut all = [0f32; W];
+        for line in block.as_chunks::<W>().0 {
+            all.iter_mut().zip(line).for_each(|(sum, v)| *sum += v);
+        }
+        sums.copy_from_slice(&all[..sums.len()]);
+    }
+    of_width!(width, of(sums, block));
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! `f32` CPU kernels behind [`crate::ops`], in safe code but for the instructions of [`bf16`] and [`prefetch`].
+//! `f32` CPU kernels behind [`crate::ops`], in safe code but for the instructions of [`bf16`], [`prefetch`] and [`square`].
 //!
 //! Products ([`packed`]) and what lies between them work on activations in blocks of columns ([`blocked`]).
 
@@ -15,6 +15,8 @@ pub(crate) mod packed;
 pub(crate) mod pool;
 #[allow(unsafe_code)]
 mod prefetch;
+#[allow(unsafe_code)]
+mod square;
 
 /// Rows a parallel task handles in element-wise kernels: fixed, so that sums over rows are added in
 /// the same order whatever the number of threads.

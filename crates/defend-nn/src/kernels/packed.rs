@@ -713,7 +713,22 @@ impl WithSimd for TransposedProduct<'_, '_, '_> {
                 for block in self.blocks.clone() {
                     let (first, filled) = columns.block(block);
                     let mut column = 0;
-                    for height in Heights::of(filled, most_rows::<S>()) {
+                    let heights = Heights::of(filled, most_rows::<S>());
+                    // What comes after this block from far away: the left side in the first round, a block of the right in each.
+                    let unread = if block + 1 < self.blocks.end {
+                        (to == 0).then_some((self.left, block + 1))
+                    } else {
+                        (to + 1 < self.right.columns.blocks()).then_some((self.right, to + 1))
+                    };
+                    let tiles = heights.tiles;
+                    for (i, height) in heights.enumerate() {
+                        if let Some((side, block)) = unread {
+                            for piece in pieces.clone() {
+                                let values = side.block(piece, block);
+                                let share = |i: usize| values.len() * i / tiles;
+                                prefetch(&values[share(i)..share(i + 1)]);
+                            }
+                        }
                         let tile = ByColumn {
                             left: self.left,
                             right: self.right,
@@ -742,7 +757,7 @@ pub(crate) fn weight_gradient(g: Stack<'_>, x: Stack<'_>) -> Vec<f32> {
     let mut out = vec![0f32; g.columns.count * inputs];
     // Enough tasks for all threads; a sum does not depend on its task.
     let blocks = g.columns.blocks();
-    let per_task = blocks.div_ceil(2 * rayon::current_num_threads());
+    let per_task = blocks.div_ceil(3 * rayon::current_num_threads());
     let per_task = per_task.clamp(1, BLOCKS_PER_TASK);
     let mut tasks = Vec::new();
     let mut rest = &mut out[..];

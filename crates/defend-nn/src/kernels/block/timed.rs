@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::super::attention::Heads;
-use super::super::blocked::{Columns, Rows, split};
+use super::super::blocked::{Columns, Rows, Stack, split};
 use super::super::packed::{Packed, Start, Target, product};
 use super::super::pool::Buffer;
 use super::{Matrices, Weights};
@@ -128,6 +128,42 @@ impl Timed {
                     heads.attend(out, &qkv, (0, self.rows), &mut scratch, None);
                 }
             });
+        }
+    }
+
+    /// Multiplications and additions of all threads together in [`Timed::weight_gradients`].
+    pub fn gradient_operations(self, images: usize) -> u64 {
+        let (d, hidden) = (self.width, self.hidden);
+        (2 * images * self.tokens * (4 * d * d + 2 * d * hidden)) as u64
+    }
+
+    /// Gradients of the four matrices from so many images, all threads together.
+    pub fn weight_gradients(self, images: usize) -> impl FnMut() {
+        let [whole, inner] = [self.width, self.hidden].map(Columns::whole);
+        let (packed, merged) = (self.heads().qkv_columns(), self.heads().output_columns());
+        let columns = [
+            [packed, whole],
+            [whole, merged],
+            [inner, whole],
+            [whole, inner],
+        ];
+        let sides = columns
+            .map(|map| map.map(|columns| (noise(images * columns.values(self.tokens)), columns)));
+        let vectors = super::Vectors {
+            width: self.width,
+            hidden: self.hidden,
+        };
+        let sums = vec![0.0; images * vectors.len()];
+        move || {
+            let maps = sides.each_ref().map(|map| {
+                map.each_ref().map(|(values, columns)| Stack {
+                    values,
+                    rows: images * self.tokens,
+                    piece: self.tokens,
+                    columns: *columns,
+                })
+            });
+            std::hint::black_box(super::parameter_gradients(&sums, vectors, &maps));
         }
     }
 }
