@@ -8,7 +8,7 @@
 
 use candle_core::{Device, Tensor};
 use defend_distill::{DistillObjective, FeatureDistance};
-use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng, normal};
+use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng, backward, normal};
 use defend_vit::{Architecture, BackboneSpec, TokenSet, TrainScope, Trainable, Vit};
 
 pub fn noise(shape: &[usize], seed: u64) -> Tensor {
@@ -88,7 +88,7 @@ impl StudentStep {
     }
 
     pub fn run(&mut self) {
-        let grads = self.loss().backward().expect("gradients");
+        let grads = backward(&self.loss()).expect("gradients");
         self.optimiser.step(&grads, 1.0).expect("a step");
     }
 }

@@ -10,7 +10,7 @@ use defend_benches::{StudentStep, frozen_vit, noise, random_vit};
 use defend_data::{Fit, Interpolation, Preprocess, decode_image};
 use defend_dense::{CropSampler, DenseConfig, DenseObjective, PrototypeObjective, extract};
 use defend_distill::{DistillObjective, FeatureDistance};
-use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng};
+use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng, backward};
 use defend_ot::{Assigner, SinkhornKnopp};
 use defend_vit::{Architecture, Arithmetic, Backbone, Grid, Prefix, TrainScope, Trainable, Vit};
 use rayon::prelude::*;
@@ -279,7 +279,7 @@ fn dense_step() -> Row {
             let q = objective.assign(&vit.features_from(&view)?.patches.detach())?;
             let crops = vit.features_from(&vit.frozen_prefix(&crops)?)?;
             let loss = objective.loss(&q, GRID, &crops.patches, crops.grid, &boxes)?;
-            optimiser.step(&loss.backward()?, 1.0)?;
+            optimiser.step(&backward(&loss)?, 1.0)?;
             Ok(())
         };
         let work = Work {

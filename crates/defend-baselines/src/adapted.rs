@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor, Var};
-use defend_core::nn::{AdamW, AdamWConfig, ParameterGroup, Rng, release_memory, shuffled_batches};
+use defend_core::nn::{
+    AdamW, AdamWConfig, ParameterGroup, Rng, backward, release_memory, shuffled_batches,
+};
 use defend_core::vit::{ImageSource, TrainScope, Trainable, Vit};
 use defend_core::{Error, Event, NoveltyDetector, Observer, Stage, distill};
 
@@ -60,7 +62,7 @@ pub(crate) fn train(
                 return Err(distill::Error::Diverged { step, loss: value }.into());
             }
             optimiser
-                .step(&loss.backward()?, 1.0)
+                .step(&backward(&loss)?, 1.0)
                 .map_err(distill::Error::from)?;
             observer.on(&Event::Advanced {
                 images: batch.len() as u64,

@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use defend_nn::{
-    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, half_cosine,
+    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, backward, half_cosine,
     release_memory, rows_of, shuffled_batches,
 };
 use defend_vit::{Grid, ImageSource, Prefix, Trainable};
@@ -118,7 +118,7 @@ impl DenseTuner {
                     let first = config.weight_decay;
                     optimiser.set_weight_decay(between(first, last, optimiser.steps(), steps))?;
                 }
-                optimiser.step(&loss.backward()?, 1.0)?;
+                optimiser.step(&backward(&loss)?, 1.0)?;
                 if let Some(average) = &mut average {
                     average.update()?;
                 }

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Tensor};
 use defend_nn::{
-    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, release_memory, rows_of,
-    shuffled_batches,
+    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, backward, release_memory,
+    rows_of, shuffled_batches,
 };
 use defend_vit::{Backbone, ImageSource, Trainable};
 
@@ -96,7 +96,7 @@ impl Distiller {
                     });
                 }
                 let multiplier = config.schedule.multiplier(optimiser.steps(), steps);
-                optimiser.step(&loss.backward()?, multiplier)?;
+                optimiser.step(&backward(&loss)?, multiplier)?;
                 total += value * indices.len() as f64;
                 on_step(TrainingStep {
                     epoch,

@@ -7,6 +7,7 @@
 //! other device or type the same functions compose candle's differentiable primitives.
 
 mod adamw;
+mod backward;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod error;
@@ -28,6 +29,7 @@ pub mod timed {
 }
 
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
+pub use backward::backward;
 pub use error::Error;
 pub use init::{Rng, normal, truncated_normal, xavier_uniform};
 pub use kernels::pool::release_memory;

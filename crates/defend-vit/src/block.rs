@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 use defend_nn::Rng;
-use defend_nn::ops::{self, BlockParameters};
+use defend_nn::ops::{self, BlockParameters, BranchFactors};
 use rand::RngExt;
 
 /// Weight `[O, I]` and bias `[O]` of an affine map.
@@ -41,29 +41,16 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    /// `[B, T, D]` to `[B, T, D]`, and if need be the attention of the CLS token to the others, `[B, h, T - 1]`, which carries
-    /// no gradient; `rng` draws stochastic depth and is given only while training.
-    pub(crate) fn forward(
-        &self,
-        x: &Tensor,
-        rng: Option<&mut Rng>,
-        with_cls_attention: bool,
-    ) -> Result<(Tensor, Option<Tensor>)> {
-        let factors = self.factors(x, rng)?;
-        ops::transformer_block(x, &self.parameters, factors.as_ref(), with_cls_attention)
-    }
-
     /// Stochastic depth: leaves a branch out for some images of the batch and scales it up for the others.
-    fn factors(&self, x: &Tensor, rng: Option<&mut Rng>) -> Result<Option<[Vec<f32>; 2]>> {
-        let (Some(rng), true) = (rng, self.drop_path > 0.0) else {
-            return Ok(None);
-        };
-        let (images, keep) = (x.dim(0)?, 1.0 - self.drop_path);
+    /// `rng` is given only while training.
+    pub(crate) fn factors(&self, images: usize, rng: Option<&mut Rng>) -> Option<BranchFactors> {
+        let rng = rng.filter(|_| self.drop_path > 0.0)?;
+        let keep = 1.0 - self.drop_path;
         let mut draw = || {
             let kept = (0..images).map(|_| rng.random::<f64>() < keep);
             kept.map(|kept| if kept { (1.0 / keep) as f32 } else { 0.0 })
                 .collect()
         };
-        Ok(Some([draw(), draw()]))
+        Some([draw(), draw()])
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor, Var};
-use defend_nn::ops::{self, BlockParameters, Prepared};
+use defend_nn::ops::{self, BlockParameters, BranchFactors, Prepared};
 use defend_nn::{Rng, normal, xavier_uniform};
 
 use crate::block::{Block, Linear, Norm};
@@ -332,7 +332,7 @@ impl Vit {
             reason: "the backbone was loaded without its classification head".into(),
         })?;
         let (tokens, _) = self.embed(images, None)?;
-        let (tokens, _) = through(&self.blocks, &tokens, false)?;
+        let (tokens, _) = through(&self.blocks, &tokens, &[], false)?;
         let tokens = self.norm.forward(
             &tokens
                 .narrow(1, 0, 1 + self.spec.architecture.extra_tokens())?
@@ -356,10 +356,10 @@ impl Vit {
             return Err(self.no_block(blocks));
         };
         let (tokens, _) = self.embed(images, None)?;
-        let (mut tokens, _) = through(&self.blocks[..first], &tokens, false)?;
+        let (mut tokens, _) = through(&self.blocks[..first], &tokens, &[], false)?;
         let mut all = vec![tokens.clone()];
-        for block in &self.blocks[first..] {
-            (tokens, _) = block.forward(&tokens, None, false)?;
+        for block in self.blocks[first..].chunks(1) {
+            (tokens, _) = through(block, &tokens, &[], false)?;
             all.push(tokens.clone());
         }
         Ok(all)
@@ -370,8 +370,8 @@ impl Vit {
     /// # Errors
     /// [`Error::Config`] for a block that there is not, [`Error::Candle`] for tokens of another width.
     pub fn run_block(&self, index: usize, tokens: &Tensor) -> Result<Tensor, Error> {
-        match self.blocks.get(index) {
-            Some(block) => Ok(block.forward(tokens, None, false)?.0),
+        match self.blocks.get(index..=index) {
+            Some(block) => Ok(through(block, tokens, &[], false)?.0),
             None => Err(self.no_block(index + 1)),
         }
     }
@@ -487,20 +487,20 @@ impl Vit {
         mut rng: Option<&mut Rng>,
     ) -> Result<Features, Error> {
         let (mut tokens, mut attention) = (tokens.clone(), None);
-        let mut earlier = Vec::new();
+        let images = tokens.dim(0)?;
+        let (mut earlier, mut factors) = (Vec::new(), Vec::new());
         let mut first = from;
-        for i in from..self.blocks.len() {
+        for (i, block) in self.blocks.iter().enumerate().skip(from) {
             let last = i + 1 == self.blocks.len();
-            let asked_for = i + self.spec.layers >= self.blocks.len();
-            (tokens, attention) = match &mut rng {
-                // Stochastic depth is drawn for each block.
-                Some(rng) => self.blocks[i].forward(&tokens, Some(rng), last)?,
-                // Blocks run together up to one whose output is asked for.
-                None if asked_for => through(&self.blocks[first..=i], &tokens, last)?,
-                None => continue,
-            };
+            factors.push(block.factors(images, rng.as_deref_mut()));
+            // Blocks run together up to one whose output is asked for.
+            if i + self.spec.layers < self.blocks.len() {
+                continue;
+            }
+            (tokens, attention) = through(&self.blocks[first..=i], &tokens, &factors, last)?;
+            factors.clear();
             first = i + 1;
-            if asked_for && !last {
+            if !last {
                 earlier.push(self.layer(&tokens)?);
             }
         }
@@ -538,14 +538,16 @@ impl Vit {
     }
 }
 
-/// Runs blocks as they are at test time, with the attention of the last one's CLS token to the others if need be.
+/// Runs blocks, with factors of their branches or none at all, and with the attention of the last one's CLS token to the others if
+/// need be.
 fn through(
     blocks: &[Block],
     tokens: &Tensor,
+    factors: &[Option<BranchFactors>],
     with_cls_attention: bool,
 ) -> Result<(Tensor, Option<Tensor>), Error> {
     let parameters: Vec<_> = blocks.iter().map(|block| &block.parameters).collect();
-    let found = ops::transformer_blocks(tokens, &parameters, with_cls_attention)?;
+    let found = ops::transformer_blocks(tokens, &parameters, factors, with_cls_attention)?;
     Ok(found)
 }
 
@@ -572,7 +574,7 @@ impl Backbone for Vit {
 impl Trainable for Vit {
     fn frozen_prefix(&self, images: &Tensor) -> Result<Prefix, Error> {
         let (tokens, grid) = self.embed(images, None)?;
-        let (tokens, _) = through(&self.blocks[..self.frozen_blocks()], &tokens, false)?;
+        let (tokens, _) = through(&self.blocks[..self.frozen_blocks()], &tokens, &[], false)?;
         Ok(Prefix { tokens, grid })
     }
 

@@ -2,16 +2,12 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use candle_core::{
-    CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, TensorId, bail,
-};
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, TensorId, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    attention, cls_attention, from_vec, is_fast, layer_norm, linear, linear_gelu, slice,
-    with_slices,
-};
-use crate::kernels::block::{self as kernel, Matrices, Saved};
+use super::{attention, cls_attention, is_fast, layer_norm, linear, linear_gelu, with_slices};
+use crate::backward::gradient;
+use crate::kernels::block::{self as kernel, Matrices};
 
 /// How frozen networks compute.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -204,7 +200,6 @@ pub fn transformer_block(
     with_cls_attention: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
     parameters.check_scales()?;
-    let tensors = parameters.tensors();
     let all: Vec<&Tensor> = parameters.all_tensors().collect();
     let trains = x.track_op() || all.iter().any(|tensor| tensor.track_op());
     let has_kernels = x.dtype() == DType::F32 && (x.device().is_cpu() || x.device().is_cuda());
@@ -218,33 +213,21 @@ pub fn transformer_block(
     if !is_fast(&all) || !is_fast(&[x]) {
         return composed(x, parameters, factors, with_cls_attention);
     }
-    check(x, parameters, factors)?;
-    let (b, t, _) = x.dims3()?;
-    let tracked = tensors.iter().any(|p| p.track_op());
-    let gradients = Gradients::default();
-    let block = Arc::new(Call {
-        parameters: parameters.clone(),
-        factors: factors.cloned(),
-        tracked: [x.track_op(), tracked],
-        with_cls_attention,
-        saved: Mutex::new(None),
-        cls_attention: Mutex::new(Vec::new()),
-        gradients: Arc::clone(&gradients),
-    });
-    let ticket = ticket(x, &tensors, &gradients)?;
-    let x = x.contiguous()?;
-    let out = x.apply_op2(&ticket, Block(Arc::clone(&block)))?;
-    if !with_cls_attention {
-        return Ok((out, None));
-    }
-    let attention = std::mem::take(&mut *lock(&block.cls_attention));
-    let attention = from_vec(attention, (b, parameters.heads, t - 1))?;
-    Ok((out, Some(attention)))
+    chain::fused(x, &[(parameters, factors)], with_cls_attention)
 }
 
-/// A node of the graph below a block, from which the backward pass reaches the parameters that train after the block.
-fn ticket(x: &Tensor, tensors: &[&Tensor; 12], gradients: &Gradients) -> Result<Tensor> {
-    let mut ticket = Tensor::zeros(1, DType::F32, x.device())?;
+/// A node of the graph below a block, from which the backward pass reaches the parameters that train after the block; with
+/// another block's ticket those of that one as well.
+fn ticket(
+    x: &Tensor,
+    tensors: &[&Tensor; 12],
+    gradients: &Gradients,
+    other: Option<Tensor>,
+) -> Result<Tensor> {
+    let mut ticket = match other {
+        Some(ticket) => ticket,
+        None => Tensor::zeros(1, DType::F32, x.device())?,
+    };
     if tensors.iter().any(|p| p.track_op()) {
         for pair in 0..6 {
             let deliver = Deliver {
@@ -344,97 +327,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One call of the block: what its forward and its backward pass share.
-struct Call {
-    parameters: BlockParameters,
-    factors: Option<[Vec<f32>; 2]>,
-    /// Whether the input and any parameter need a gradient.
-    tracked: [bool; 2],
-    with_cls_attention: bool,
-    saved: Mutex<Option<Saved>>,
-    cls_attention: Mutex<Vec<f32>>,
-    gradients: Gradients,
-}
-
 /// Gradients of the parameters, in the order of [`BlockParameters::tensors`], once the block's backward pass has run.
 type Gradients = Arc<Mutex<Option<Vec<Tensor>>>>;
-
-impl Call {
-    fn shape(&self, x: (usize, usize, usize)) -> kernel::Shape<'_> {
-        let factors = self.factors.as_ref();
-        kernel::Shape {
-            factors: factors.map(|[f1, f2]| [&f1[..], &f2[..]]),
-            ..self.parameters.shape(x, rayon::current_num_threads())
-        }
-    }
-}
-
-/// The block itself. An operation of candle has at most three operands, so the parameters are not among them: their
-/// gradients are left in the call, and [`Deliver`]s, which the backward pass reaches next, hand them over.
-struct Block(Arc<Call>);
-
-impl CustomOp2 for Block {
-    fn name(&self) -> &'static str {
-        "transformer-block"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        lx: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let call = &*self.0;
-        let dims = lx.shape().dims3()?;
-        let xs = slice("transformer block", x, lx)?;
-        let attended = dims.0 * call.parameters.heads * (dims.1 - 1);
-        let mut attention = vec![0f32; if call.with_cls_attention { attended } else { 0 }];
-        let save = call.tracked.contains(&true);
-        // The backward pass is that of `f32`.
-        let arithmetic = if save {
-            Arithmetic::F32
-        } else {
-            call.parameters.arithmetic
-        };
-        let matrices = call.parameters.matrices(arithmetic)?;
-        let (out, saved) = call.parameters.with_weights(|weights| {
-            let attention = call.with_cls_attention.then_some(&mut attention[..]);
-            kernel::forward(call.shape(dims), weights, &matrices, xs, attention, save)
-        })?;
-        *lock(&call.saved) = saved;
-        *lock(&call.cls_attention) = attention;
-        Ok((CpuStorage::F32(out), lx.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        ticket: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let call = &*self.0;
-        let [needs_x, needs_parameters] = call.tracked;
-        let saved = lock(&call.saved);
-        let Some(saved) = &*saved else {
-            bail!("transformer block: backward pass without a forward pass")
-        };
-        let (dx, gradients) = with_slices("transformer block", [x, grad], |[xs, gs]| {
-            let shape = call.shape(x.dims3()?);
-            let parameters = &call.parameters;
-            parameters.with_weights(|w| kernel::backward(shape, w, xs, saved, gs, needs_parameters))
-        })?;
-        if let Some(gradients) = gradients {
-            let pairs = gradients.into_iter().zip(call.parameters.tensors());
-            let gradients = pairs.map(|(values, like)| from_vec(values, like.dims()));
-            *lock(&call.gradients) = Some(gradients.collect::<Result<_>>()?);
-        }
-        let dx = needs_x.then(|| from_vec(dx, x.dims())).transpose()?;
-        let ticket = needs_parameters.then(|| ticket.zeros_like()).transpose()?;
-        Ok((dx, ticket))
-    }
-}
 
 /// Hands the gradients of two parameters to candle's backward pass.
 struct Deliver {
@@ -486,7 +380,10 @@ impl CustomOp3 for Deliver {
         let Some(gradients) = &*gradients else {
             bail!("transformer block: its gradients were asked for before its backward pass")
         };
-        let of = |t: &Tensor, i: usize| t.track_op().then(|| gradients[2 * self.pair + i].clone());
+        let of = |t: &Tensor, i: usize| {
+            let found = t.track_op().then(|| gradients[2 * self.pair + i].clone());
+            found.and_then(|found| gradient(t, found))
+        };
         let ticket = ticket.track_op().then(|| ticket.zeros_like()).transpose()?;
         Ok((ticket, of(weight, 0), of(bias, 1)))
     }

@@ -8,6 +8,7 @@ use candle_core::{
     Tensor, bail,
 };
 
+use crate::backward::gradient;
 use crate::cuda::{aligned, rows};
 
 /// How gradients pass an operation of N operands.
@@ -151,8 +152,10 @@ impl<G: Backward<3>> CustomOp3 for Precomputed<G> {
         out: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [a, b, c] = self.gradients.backward([a, b, c], out, grad)?;
-        Ok((a, b, c))
+        let operands = [a, b, c];
+        let [a, b, c] = self.gradients.backward(operands, out, grad)?;
+        let of = |i: usize, grad: Option<Tensor>| grad.and_then(|grad| gradient(operands[i], grad));
+        Ok((of(0, a), of(1, b), of(2, c)))
     }
 }
 

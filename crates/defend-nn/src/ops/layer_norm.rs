@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
+use crate::backward::gradient;
 use crate::kernels::{ROWS_PER_TASK, column_sums, norm};
 
 /// LayerNorm of the last dimension with a two-pass variance (stable for any mean).
@@ -107,7 +108,7 @@ impl CustomOp3 for LayerNorm {
         &self,
         x: &Tensor,
         weight: &Tensor,
-        _bias: &Tensor,
+        bias: &Tensor,
         _res: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
@@ -127,10 +128,12 @@ impl CustomOp3 for LayerNorm {
             let mut dw = column_sums(&sums, 2 * d);
             let db = dw.split_off(d);
             let [needs_x, needs_w, needs_b] = self.needs;
+            let dw = needs_w.then(|| from_vec(dw, d)).transpose()?;
+            let db = needs_b.then(|| from_vec(db, d)).transpose()?;
             Ok((
                 needs_x.then(|| from_vec(dx, x.dims())).transpose()?,
-                needs_w.then(|| from_vec(dw, d)).transpose()?,
-                needs_b.then(|| from_vec(db, d)).transpose()?,
+                dw.and_then(|dw| gradient(weight, dw)),
+                db.and_then(|db| gradient(bias, db)),
             ))
         })
     }

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
+use crate::backward::gradient;
 use crate::kernels::blocked::{Columns, Rows, Stack, fill, fill_pieces};
 use crate::kernels::packed::{Packed, Panels, Start, Target, product, weight_gradient};
 use crate::kernels::pool::Buffer;
@@ -158,7 +159,7 @@ impl CustomOp3 for Linear {
         &self,
         x: &Tensor,
         weight: &Tensor,
-        _bias: &Tensor,
+        bias: &Tensor,
         _res: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
@@ -184,7 +185,10 @@ impl CustomOp3 for Linear {
                 from_vec(weight_gradient(g, x), (outputs, inputs))
             });
             let db = self.needs[2].then(|| from_vec(column_sums(gs, outputs), outputs));
-            Ok((dx.transpose()?, dw.transpose()?, db.transpose()?))
+            let [dw, db] = [(weight, dw), (bias, db)].map(|(of, grad)| {
+                Ok::<_, candle_core::Error>(grad.transpose()?.and_then(|grad| gradient(of, grad)))
+            });
+            Ok((dx.transpose()?, dw?, db?))
         })
     }
 }

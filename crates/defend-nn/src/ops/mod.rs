@@ -18,7 +18,7 @@ mod patches;
 mod pick;
 
 pub use attention::{attention, cls_attention};
-pub use block::chain::transformer_blocks;
+pub use block::chain::{BranchFactors, transformer_blocks};
 pub use block::{Arithmetic, BlockParameters, Prepared, transformer_block};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;

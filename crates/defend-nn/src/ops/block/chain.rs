@@ -1,43 +1,264 @@
-//! Several blocks one after the other, without a backward pass.
+//! Several blocks one after the other.
 
 use std::borrow::Cow;
+use std::sync::{Arc, Mutex};
 
-use candle_core::{Result, Tensor};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::super::{from_vec, is_fast, with_slices};
-use super::{BlockParameters, check, kernel, transformer_block};
+use super::super::{from_vec, is_fast, slice, with_slices};
+use super::{
+    Arithmetic, BlockParameters, Gradients, check, kernel, lock, ticket, transformer_block,
+};
+use kernel::Saved;
 
-/// Runs blocks one after the other as [`transformer_block`] does, without stochastic depth.
+/// Factors of both branches of a block for each image: stochastic depth.
+pub type BranchFactors = [Vec<f32>; 2];
+
+/// Runs blocks one after the other as [`transformer_block`] does.
 ///
-/// `x`: `[B, T, D]`; returns `[B, T, D]` and, with `with_cls_attention`, the last block's attention of the first token to the
-/// others, `[B, h, T - 1]`; no block gives no attention. The values are those of the blocks called one by one.
+/// `x`: `[B, T, D]`; `factors`: each block's, or none at all; returns `[B, T, D]` and, with `with_cls_attention`, the last
+/// block's attention of the first token to the others, `[B, h, T - 1]`; no block gives no attention. The values are those of the
+/// blocks called one by one.
 ///
-/// Where neither `x` nor any block carries gradients, each image of an `f32` CPU batch goes through all blocks by itself, as many
-/// images at a time as there are threads, so that threads do not wait for each other after each block. The rest of the batch, and
-/// batches of fewer images than threads, are shared by all threads.
+/// Where neither `x` nor any block carries gradients, and without factors, each image of an `f32` CPU batch goes through all blocks
+/// by itself, as many images at a time as there are threads, so that threads do not wait for each other after each block. The
+/// rest of the batch, and batches of fewer images than threads, are shared by all threads. With gradients the blocks of an
+/// `f32` CPU batch are one operation, which spares candle's addition of the gradient between two blocks to zeros.
 ///
 /// # Errors
 /// When the shapes do not fit.
 pub fn transformer_blocks(
     x: &Tensor,
     blocks: &[&BlockParameters],
+    factors: &[Option<BranchFactors>],
     with_cls_attention: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
-    let threads = rayon::current_num_threads();
-    let images = x.dims().first().copied().unwrap_or(0);
-    let plain = |tensor: &Tensor| is_fast(&[tensor]) && !tensor.track_op();
-    let frozen = |block: &&BlockParameters| block.all_tensors().all(plain);
-    let enough = threads > 1 && images >= threads && blocks.len() > 1;
-    if enough && plain(x) && blocks.iter().all(frozen) {
-        return image_by_image(x, blocks, with_cls_attention, threads);
+    if !factors.is_empty() && factors.len() != blocks.len() {
+        bail!(
+            "transformer blocks: factors for {} of {} blocks",
+            factors.len(),
+            blocks.len()
+        )
+    }
+    let factors_of = |i: usize| factors.get(i).and_then(Option::as_ref);
+    let all = || {
+        blocks
+            .iter()
+            .flat_map(|block| block.all_tensors())
+            .chain([x])
+    };
+    if blocks.len() > 1 && all().all(|tensor| is_fast(&[tensor])) {
+        let threads = rayon::current_num_threads();
+        let images = x.dims().first().copied().unwrap_or(0);
+        if all().any(Tensor::track_op) {
+            for block in blocks {
+                block.check_scales()?;
+            }
+            let folded = blocks.iter().map(|block| block.folded());
+            let folded = folded.collect::<Result<Vec<_>>>()?;
+            let calls = folded
+                .iter()
+                .enumerate()
+                .map(|(i, block)| (block, factors_of(i)));
+            return fused(x, &calls.collect::<Vec<_>>(), with_cls_attention);
+        }
+        if threads > 1 && images >= threads && factors.iter().all(Option::is_none) {
+            return image_by_image(x, blocks, with_cls_attention, threads);
+        }
     }
     let (mut x, mut attention) = (x.clone(), None);
     for (i, block) in blocks.iter().enumerate() {
         let with_attention = with_cls_attention && i + 1 == blocks.len();
-        (x, attention) = transformer_block(&x, block, None, with_attention)?;
+        (x, attention) = transformer_block(&x, block, factors_of(i), with_attention)?;
     }
     Ok((x, attention))
+}
+
+/// At least one block without LayerScale on `f32` CPU tensors as one operation.
+pub(super) fn fused(
+    x: &Tensor,
+    blocks: &[(&BlockParameters, Option<&BranchFactors>)],
+    with_cls_attention: bool,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let (mut calls, mut below, mut tickets) = (Vec::new(), x.track_op(), None);
+    for &(parameters, factors) in blocks {
+        check(x, parameters, factors)?;
+        let tensors = parameters.tensors();
+        let tracked = tensors.iter().any(|tensor| tensor.track_op());
+        let gradients = Gradients::default();
+        tickets = Some(ticket(x, &tensors, &gradients, tickets)?);
+        calls.push(Call {
+            parameters: parameters.clone(),
+            factors: factors.cloned(),
+            tracked: [below, tracked],
+            saved: Mutex::new(None),
+            gradients,
+        });
+        below |= tracked;
+    }
+    let (Some(tickets), Some(last)) = (tickets, blocks.last()) else {
+        bail!("transformer blocks: there is none")
+    };
+    let (images, tokens, _) = x.dims3()?;
+    let chain = Arc::new(Calls {
+        of: calls,
+        with_cls_attention,
+        cls_attention: Mutex::new(Vec::new()),
+    });
+    let out = x
+        .contiguous()?
+        .apply_op2(&tickets, Chain(Arc::clone(&chain)))?;
+    if !with_cls_attention {
+        return Ok((out, None));
+    }
+    let attention = std::mem::take(&mut *lock(&chain.cls_attention));
+    let attention = from_vec(attention, (images, last.0.heads, tokens - 1))?;
+    Ok((out, Some(attention)))
+}
+
+/// One call of a block: what its forward and its backward pass share.
+struct Call {
+    parameters: BlockParameters,
+    factors: Option<BranchFactors>,
+    /// Whether the input and any parameter need a gradient.
+    tracked: [bool; 2],
+    /// The input, but of the first block, and the block's activations.
+    saved: Mutex<Option<(Vec<f32>, Saved)>>,
+    gradients: Gradients,
+}
+
+impl Call {
+    fn shape(&self, x: (usize, usize, usize)) -> kernel::Shape<'_> {
+        let factors = self.factors.as_ref();
+        kernel::Shape {
+            factors: factors.map(|[f1, f2]| [&f1[..], &f2[..]]),
+            ..self.parameters.shape(x, rayon::current_num_threads())
+        }
+    }
+
+    /// The block's output; what the backward pass needs is kept.
+    fn forward(
+        &self,
+        x: Cow<'_, [f32]>,
+        dims: (usize, usize, usize),
+        cls_attention: Option<&mut [f32]>,
+    ) -> Result<Vec<f32>> {
+        let save = self.tracked.contains(&true);
+        // The backward pass is that of `f32`.
+        let arithmetic = if save {
+            Arithmetic::F32
+        } else {
+            self.parameters.arithmetic
+        };
+        let matrices = self.parameters.matrices(arithmetic)?;
+        let (out, saved) = self.parameters.with_weights(|weights| {
+            kernel::forward(
+                self.shape(dims),
+                weights,
+                &matrices,
+                &x,
+                cls_attention,
+                save,
+            )
+        })?;
+        let input = match x {
+            Cow::Owned(input) => input,
+            Cow::Borrowed(_) => Vec::new(),
+        };
+        *lock(&self.saved) = saved.map(|saved| (input, saved));
+        Ok(out)
+    }
+
+    /// The gradient of the block's input from that of its output; those of the parameters are left for [`super::Deliver`]. `x`:
+    /// the input of the first block.
+    fn backward(&self, x: &[f32], dims: (usize, usize, usize), grad: &[f32]) -> Result<Vec<f32>> {
+        let saved = lock(&self.saved);
+        let Some((input, saved)) = &*saved else {
+            bail!("transformer block: backward pass without a forward pass")
+        };
+        let x = if input.is_empty() { x } else { input };
+        let [_, with_parameters] = self.tracked;
+        let (dx, gradients) = self.parameters.with_weights(|weights| {
+            kernel::backward(self.shape(dims), weights, x, saved, grad, with_parameters)
+        })?;
+        if let Some(gradients) = gradients {
+            let pairs = gradients.into_iter().zip(self.parameters.tensors());
+            let gradients = pairs.map(|(values, like)| from_vec(values, like.dims()));
+            *lock(&self.gradients) = Some(gradients.collect::<Result<_>>()?);
+        }
+        Ok(dx)
+    }
+}
+
+/// Calls one after the other.
+struct Calls {
+    of: Vec<Call>,
+    with_cls_attention: bool,
+    cls_attention: Mutex<Vec<f32>>,
+}
+
+/// The operation. One of candle has at most three operands, so the parameters are not among them: their gradients are left in
+/// the calls, and [`super::Deliver`]s, which the backward pass reaches next, hand them over.
+struct Chain(Arc<Calls>);
+
+impl CustomOp2 for Chain {
+    fn name(&self) -> &'static str {
+        "transformer-blocks"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let Calls {
+            of: calls,
+            with_cls_attention,
+            cls_attention,
+        } = &*self.0;
+        let dims = lx.shape().dims3()?;
+        let mut values = Cow::Borrowed(slice("transformer blocks", x, lx)?);
+        for (i, call) in calls.iter().enumerate() {
+            let wanted = *with_cls_attention && i + 1 == calls.len();
+            let heads = if wanted { call.parameters.heads } else { 0 };
+            let mut attention = vec![0f32; dims.0 * heads * (dims.1 - 1)];
+            let out = call.forward(values, dims, wanted.then_some(&mut attention[..]))?;
+            values = Cow::Owned(out);
+            *lock(cls_attention) = attention;
+        }
+        Ok((CpuStorage::F32(values.into_owned()), lx.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        ticket: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let calls = &self.0.of;
+        let needs_x = calls.first().is_some_and(|call| call.tracked[0]);
+        let needs_parameters = calls.iter().any(|call| call.tracked[1]);
+        let dims = x.dims3()?;
+        let dx = with_slices("transformer blocks", [x, grad], |[xs, gs]| {
+            let mut grad = Cow::Borrowed(gs);
+            for call in calls.iter().rev() {
+                // Blocks below the first that trains have nothing to pass a gradient to.
+                if !call.tracked.contains(&true) {
+                    break;
+                }
+                grad = Cow::Owned(call.backward(xs, dims, &grad)?);
+            }
+            needs_x
+                .then(|| from_vec(grad.into_owned(), x.dims()))
+                .transpose()
+        })?;
+        let ticket = needs_parameters.then(|| ticket.zeros_like()).transpose()?;
+        Ok((dx, ticket))
+    }
 }
 
 fn image_by_image(
@@ -96,7 +317,6 @@ mod tests {
     use candle_core::{DType, Var};
 
     use super::super::super::testing::distance;
-    use super::super::Arithmetic;
     use super::super::tests::{in_pool, parameters, sized};
     use super::*;
 
@@ -137,7 +357,7 @@ mod tests {
                     let (expected, expected_attention) = one_by_one(x, &chain)?;
                     let expected_attention = expected_attention.unwrap();
                     let found = on_four_threads(|| image_by_image(x, &chain, true, 4))?;
-                    let chosen = on_four_threads(|| transformer_blocks(x, &chain, true))?;
+                    let chosen = on_four_threads(|| transformer_blocks(x, &chain, &[], true))?;
                     for (found, attention) in [found, chosen] {
                         assert_eq!(distance(&found, &expected), 0.0);
                         let attention = attention.unwrap();
@@ -158,10 +378,13 @@ mod tests {
     #[test]
     fn no_block_changes_nothing_and_one_that_does_not_fit_is_refused() -> Result<()> {
         let (x, blocks) = blocks(4, 20);
-        assert_eq!(distance(&transformer_blocks(&x, &[], false)?.0, &x), 0.0);
+        assert_eq!(
+            distance(&transformer_blocks(&x, &[], &[], false)?.0, &x),
+            0.0
+        );
         let refused = |wrong: &BlockParameters| {
             let chain = [&blocks[0], wrong];
-            on_four_threads(|| transformer_blocks(&x, &chain, false)).unwrap_err()
+            on_four_threads(|| transformer_blocks(&x, &chain, &[], false)).unwrap_err()
         };
         let mut wrong = blocks[0].clone();
         wrong.fc2[1] = blocks[0].fc1[1].clone();
@@ -184,7 +407,7 @@ mod tests {
                 let grads = out.sqr()?.sum_all()?.backward()?;
                 Ok(grads.get(var).unwrap().clone())
             };
-            let (found, _) = on_four_threads(|| transformer_blocks(x, &chain, false))?;
+            let (found, _) = on_four_threads(|| transformer_blocks(x, &chain, &[], false))?;
             let (expected, _) = one_by_one(x, &chain)?;
             let (found, expected) = (gradient(found)?, gradient(expected)?);
             assert!(distance(&found, &found.zeros_like()?) > 0.0);

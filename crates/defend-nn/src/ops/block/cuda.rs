@@ -49,7 +49,7 @@ pub(super) fn block(
         return Ok(Some((passed.out, passed.cls_attention)));
     };
     let gradients = Gradients::default();
-    let ticket = ticket(&x, &tensors, &gradients)?;
+    let ticket = ticket(&x, &tensors, &gradients, None)?;
     let pass = BlockGradients {
         call,
         saved,
