@@ -19,7 +19,7 @@ use defend_core::distill::{
     Aggregation, DistillConfig, DistillObjective, Distiller, FeatureDistance, FeatureNorm, Mask,
     NormalizedSide, Penalty, Score, Selection, discrepancy,
 };
-use defend_core::nn::{AdamW, AdamWConfig, ParameterGroup, Rng, normal, ops};
+use defend_core::nn::{AdamW, AdamWConfig, ParameterGroup, Rng, backward, normal, ops};
 use defend_core::ot::{Assigner, SinkhornKnopp};
 use defend_core::prelude::*;
 use defend_core::vit::{
@@ -332,7 +332,7 @@ fn trained(place: &Place, student: &Vit) -> Trained {
         let distances = FeatureDistance::default().distances(&target, &found.patches);
         let loss = distances.unwrap().mean_all().unwrap();
         let cls = found.cls.sqr().unwrap().mean_all().unwrap();
-        let grads = (loss + cls).unwrap().backward().unwrap();
+        let grads = backward(&(loss + cls).unwrap()).unwrap();
         optimiser.step(&grads, 1.0).unwrap();
         if gradients.is_empty() {
             let of = |(_, var): &(String, Var)| at_home(grads.get(var).unwrap());

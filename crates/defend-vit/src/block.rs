@@ -41,8 +41,8 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    /// Stochastic depth: leaves a branch out for some images of the batch and scales it up for the others.
-    /// `rng` is given only while training.
+    /// Stochastic depth: factors that leave a branch out for some images of the batch and scale it up for the others. None without
+    /// `rng`, which is given only while training, or where nothing is left out.
     pub(crate) fn factors(&self, images: usize, rng: Option<&mut Rng>) -> Option<BranchFactors> {
         let rng = rng.filter(|_| self.drop_path > 0.0)?;
         let keep = 1.0 - self.drop_path;

@@ -596,3 +596,48 @@ impl Trainable for Vit {
         self.variables.clone()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::Architecture;
+
+    /// Factors are drawn for each block in turn and meet their own block, whichever blocks run together.
+    #[test]
+    fn stochastic_depth_is_drawn_block_by_block() -> Result<(), Error> {
+        let spec = BackboneSpec::new(Architecture {
+            image_size: 16,
+            patch_size: 4,
+            width: 24,
+            depth: 4,
+            heads: 3,
+            mlp_width: 32,
+            ..Architecture::vit_tiny()
+        });
+        let vit = Vit::random(spec, 0.8, &mut Rng::seed(4), &Device::Cpu)?;
+        let images = normal((5, 3, 16, 16), 1.0, &mut Rng::seed(5), &Device::Cpu)?;
+        let (mut tokens, _) = vit.embed(&images, None)?;
+        let rng = &mut Rng::seed(6);
+        for block in &vit.blocks {
+            let factors = block.factors(5, Some(rng));
+            let passed =
+                ops::transformer_block(&tokens, &block.parameters, factors.as_ref(), false);
+            tokens = passed?.0;
+        }
+        let expected = vit.layer(&tokens)?.patches;
+        let whole = vit.features(&images)?.patches;
+        let apart = |a: &Tensor, b: &Tensor| -> Result<f32, Error> {
+            Ok((a - b)?.abs()?.max_all()?.to_scalar::<f32>()?)
+        };
+        assert!(apart(&expected, &whole)? > 1e-2);
+        let mut vit = vit;
+        for layers in [1, 2, 4] {
+            vit = vit.with_layers(layers)?;
+            let found = vit.training_features(&images, None, &mut Rng::seed(6))?;
+            assert_eq!(apart(&found.patches, &expected)?, 0.0);
+        }
+        Ok(())
+    }
+}

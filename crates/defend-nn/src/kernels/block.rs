@@ -471,7 +471,7 @@ pub(crate) fn backward(
     let [mut dhidden, mut activated] = [(); 2].map(|()| shape.buffer(inner));
     let mut dqkv = shape.buffer(packed);
     // Each image's sums for the vectors' gradients, while what is summed is in the cache.
-    let vectors = Vectors {
+    let vectors = VectorLengths {
         width: d,
         hidden: shape.hidden,
     };
@@ -569,12 +569,12 @@ fn into_rows(out: &mut [f32], x: &Rows<'_>, matrix: &Packed) {
 
 /// Lengths of what a block's vectors' gradients are, in the order that they have in [`Gradients`]; a norm's two are one.
 #[derive(Clone, Copy)]
-struct Vectors {
+struct VectorLengths {
     width: usize,
     hidden: usize,
 }
 
-impl Vectors {
+impl VectorLengths {
     fn lengths(self) -> [usize; 6] {
         let (d, hidden) = (self.width, self.hidden);
         [2 * d, 3 * d, d, 2 * d, hidden, d]
@@ -585,6 +585,7 @@ impl Vectors {
     }
 
     fn split(self, mut all: &mut [f32]) -> [&mut [f32]; 6] {
+        debug_assert_eq!(all.len(), self.len());
         self.lengths()
             .map(|len| all.split_off_mut(..len).unwrap_or_default())
     }
@@ -592,7 +593,11 @@ impl Vectors {
 
 /// From the sums for the vectors, an image after the other, and the four maps in the order that they are used: the gradient
 /// of each one's output, and its input.
-fn parameter_gradients(sums: &[f32], vectors: Vectors, maps: &[[Stack<'_>; 2]; 4]) -> Gradients {
+fn parameter_gradients(
+    sums: &[f32],
+    vectors: VectorLengths,
+    maps: &[[Stack<'_>; 2]; 4],
+) -> Gradients {
     let mut sums = super::column_sums(sums, vectors.len());
     let [norm1, qkv_bias, projection_bias, norm2, fc1_bias, fc2_bias] =
         vectors.split(&mut sums).map(|sums| sums.to_vec());

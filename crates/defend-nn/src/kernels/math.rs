@@ -307,6 +307,10 @@ mod tests {
         let x: Vec<f32> = (0..37).map(|i| i as f32).collect();
         assert_eq!(sum(&x), 666.0);
         assert_eq!(dot(&x, &x), 16206.0);
+        let y: Vec<f32> = (0..70).map(|i| 1.0 / (1.0 + i as f32)).collect();
+        let terms = x.iter().zip(&y).map(|(a, b)| f64::from(a * b));
+        assert!((f64::from(dot(&x, &y)) - terms.sum::<f64>()).abs() < 1e-5);
+        assert_eq!(squared_deviation(&x, 18.0), 4218.0);
         assert_eq!(max(&x), 36.0);
         assert_eq!(squared_deviation(&[1.0, 3.0], 2.0), 2.0);
     }

@@ -755,7 +755,8 @@ const BLOCKS_PER_TASK: usize = 8;
 pub(crate) fn weight_gradient(g: Stack<'_>, x: Stack<'_>) -> Vec<f32> {
     let inputs = x.columns.count;
     let mut out = vec![0f32; g.columns.count * inputs];
-    // Enough tasks for all threads; a sum does not depend on its task.
+    // Three tasks a thread: with fewer a thread waits longer for the last, with more the right side is read more often. A sum does not
+    // depend on its task.
     let blocks = g.columns.blocks();
     let per_task = blocks.div_ceil(3 * rayon::current_num_threads());
     let per_task = per_task.clamp(1, BLOCKS_PER_TASK);

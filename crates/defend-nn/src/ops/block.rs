@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, T
 use serde::{Deserialize, Serialize};
 
 use super::{attention, cls_attention, is_fast, layer_norm, linear, linear_gelu, with_slices};
-use crate::backward::gradient;
+use crate::backward::unless_taken;
 use crate::kernels::block::{self as kernel, Matrices};
 
 /// How frozen networks compute.
@@ -21,6 +21,9 @@ pub enum Arithmetic {
     /// on others it gains nothing. Two kinds of processors differ by a part of what the rounding does: calibrate where you score.
     Bf16,
 }
+
+/// Factors of both branches of a block for each image: stochastic depth.
+pub type BranchFactors = [Vec<f32>; 2];
 
 /// Parameters of a pre-norm transformer block; matrices are `[O, I]`, vectors `[O]`.
 #[derive(Debug, Clone)]
@@ -161,6 +164,16 @@ impl BlockParameters {
         })
     }
 
+    /// Whether any of them carries gradients.
+    fn track_op(&self) -> bool {
+        self.all_tensors().any(Tensor::track_op)
+    }
+
+    /// Whether the CPU's kernel takes them.
+    fn is_fast(&self) -> bool {
+        self.all_tensors().all(|tensor| is_fast(&[tensor]))
+    }
+
     fn all_tensors(&self) -> impl Iterator<Item = &Tensor> {
         self.tensors().into_iter().chain(self.scales())
     }
@@ -196,21 +209,22 @@ impl BlockParameters {
 pub fn transformer_block(
     x: &Tensor,
     parameters: &BlockParameters,
-    factors: Option<&[Vec<f32>; 2]>,
+    factors: Option<&BranchFactors>,
     with_cls_attention: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
     parameters.check_scales()?;
-    let all: Vec<&Tensor> = parameters.all_tensors().collect();
-    let trains = x.track_op() || all.iter().any(|tensor| tensor.track_op());
-    let has_kernels = x.dtype() == DType::F32 && (x.device().is_cpu() || x.device().is_cuda());
-    if parameters.scales.is_some() && trains && has_kernels {
-        return transformer_block(x, &parameters.folded()?, factors, with_cls_attention);
-    }
     #[cfg(feature = "cuda")]
-    if let Some(found) = cuda::block(x, parameters, factors, with_cls_attention)? {
-        return Ok(found);
+    {
+        let tracked = x.track_op() || parameters.track_op();
+        let single = x.dtype() == DType::F32 && x.device().is_cuda();
+        if parameters.scales.is_some() && tracked && single {
+            return transformer_block(x, &parameters.folded()?, factors, with_cls_attention);
+        }
+        if let Some(found) = cuda::block(x, parameters, factors, with_cls_attention)? {
+            return Ok(found);
+        }
     }
-    if !is_fast(&all) || !is_fast(&[x]) {
+    if !parameters.is_fast() || !is_fast(&[x]) {
         return composed(x, parameters, factors, with_cls_attention);
     }
     chain::fused(x, &[(parameters, factors)], with_cls_attention)
@@ -244,7 +258,7 @@ fn ticket(
 fn composed(
     x: &Tensor,
     parameters: &BlockParameters,
-    factors: Option<&[Vec<f32>; 2]>,
+    factors: Option<&BranchFactors>,
     with_cls_attention: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
     let norm = |x: &Tensor, [w, b]: &[Tensor; 2]| layer_norm(x, w, b, parameters.eps);
@@ -292,7 +306,7 @@ fn shapes(d: usize, hidden: usize) -> [Vec<usize>; 12] {
 }
 
 /// Refuses what the kernel would read beyond its bounds.
-fn check(x: &Tensor, p: &BlockParameters, factors: Option<&[Vec<f32>; 2]>) -> Result<()> {
+fn check(x: &Tensor, p: &BlockParameters, factors: Option<&BranchFactors>) -> Result<()> {
     let (b, t, d) = x.dims3()?;
     let hidden = p.fc1[1].elem_count();
     for (found, expected) in p.tensors().iter().zip(shapes(d, hidden)) {
@@ -382,7 +396,7 @@ impl CustomOp3 for Deliver {
         };
         let of = |t: &Tensor, i: usize| {
             let found = t.track_op().then(|| gradients[2 * self.pair + i].clone());
-            found.and_then(|found| gradient(t, found))
+            found.and_then(|found| unless_taken(t, found))
         };
         let ticket = ticket.track_op().then(|| ticket.zeros_like()).transpose()?;
         Ok((ticket, of(weight, 0), of(bias, 1)))
@@ -426,7 +440,7 @@ mod tests {
         }
     }
 
-    fn run(t: &[Tensor], factors: Option<&[Vec<f32>; 2]>) -> Result<Tensor> {
+    fn run(t: &[Tensor], factors: Option<&BranchFactors>) -> Result<Tensor> {
         Ok(transformer_block(&t[0], &parameters(t), factors, false)?.0)
     }
 

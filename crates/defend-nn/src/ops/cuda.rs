@@ -8,7 +8,7 @@ use candle_core::{
     Tensor, bail,
 };
 
-use crate::backward::gradient;
+use crate::backward::unless_taken;
 use crate::cuda::{aligned, rows};
 
 /// How gradients pass an operation of N operands.
@@ -154,7 +154,8 @@ impl<G: Backward<3>> CustomOp3 for Precomputed<G> {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let operands = [a, b, c];
         let [a, b, c] = self.gradients.backward(operands, out, grad)?;
-        let of = |i: usize, grad: Option<Tensor>| grad.and_then(|grad| gradient(operands[i], grad));
+        let of =
+            |i: usize, grad: Option<Tensor>| grad.and_then(|grad| unless_taken(operands[i], grad));
         Ok((of(0, a), of(1, b), of(2, c)))
     }
 }

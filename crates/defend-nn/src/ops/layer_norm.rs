@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
-use crate::backward::gradient;
+use crate::backward::unless_taken;
 use crate::kernels::{ROWS_PER_TASK, column_sums, norm};
 
 /// LayerNorm of the last dimension with a two-pass variance (stable for any mean).
@@ -114,7 +114,7 @@ impl CustomOp3 for LayerNorm {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let d = weight.dim(0)?;
         let task = ROWS_PER_TASK * d;
-        with_slices("layer norm", [x, weight, grad], |[xs, ws, gs]| {
+        let [dx, dw, db] = with_slices("layer norm", [x, weight, grad], |[xs, ws, gs]| {
             let mut dx = vec![0f32; xs.len()];
             let tasks = xs.len().div_ceil(task);
             let mut sums = vec![0f32; tasks * 2 * d];
@@ -128,14 +128,14 @@ impl CustomOp3 for LayerNorm {
             let mut dw = column_sums(&sums, 2 * d);
             let db = dw.split_off(d);
             let [needs_x, needs_w, needs_b] = self.needs;
-            let dw = needs_w.then(|| from_vec(dw, d)).transpose()?;
-            let db = needs_b.then(|| from_vec(db, d)).transpose()?;
-            Ok((
+            Ok([
                 needs_x.then(|| from_vec(dx, x.dims())).transpose()?,
-                dw.and_then(|dw| gradient(weight, dw)),
-                db.and_then(|db| gradient(bias, db)),
-            ))
-        })
+                needs_w.then(|| from_vec(dw, d)).transpose()?,
+                needs_b.then(|| from_vec(db, d)).transpose()?,
+            ])
+        })?;
+        let taken = |of, grad: Option<Tensor>| grad.and_then(|grad| unless_taken(of, grad));
+        Ok((dx, taken(weight, dw), taken(bias, db)))
     }
 }
 

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
-use crate::backward::gradient;
+use crate::backward::unless_taken;
 use crate::kernels::blocked::{Columns, Rows, Stack, fill, fill_pieces};
 use crate::kernels::packed::{Packed, Panels, Start, Target, product, weight_gradient};
 use crate::kernels::pool::Buffer;
@@ -166,7 +166,7 @@ impl CustomOp3 for Linear {
         let (outputs, inputs) = weight.dims2()?;
         let rows = grad.elem_count() / outputs;
         let [inner, outer] = [inputs, outputs].map(Columns::whole);
-        with_slices("linear", [x, weight, grad], |[xs, ws, gs]| {
+        let [dx, dw, db] = with_slices("linear", [x, weight, grad], |[xs, ws, gs]| {
             let dx = self.needs[0].then(|| {
                 let mut dx = vec![0f32; rows * inputs];
                 let weight = Packed::new(ws, outer, inner);
@@ -185,11 +185,10 @@ impl CustomOp3 for Linear {
                 from_vec(weight_gradient(g, x), (outputs, inputs))
             });
             let db = self.needs[2].then(|| from_vec(column_sums(gs, outputs), outputs));
-            let [dw, db] = [(weight, dw), (bias, db)].map(|(of, grad)| {
-                Ok::<_, candle_core::Error>(grad.transpose()?.and_then(|grad| gradient(of, grad)))
-            });
-            Ok((dx.transpose()?, dw?, db?))
-        })
+            Ok([dx.transpose()?, dw.transpose()?, db.transpose()?])
+        })?;
+        let taken = |of, grad: Option<Tensor>| grad.and_then(|grad| unless_taken(of, grad));
+        Ok((dx, taken(weight, dw), taken(bias, db)))
     }
 }
 

@@ -18,8 +18,8 @@ mod patches;
 mod pick;
 
 pub use attention::{attention, cls_attention};
-pub use block::chain::{BranchFactors, transformer_blocks};
-pub use block::{Arithmetic, BlockParameters, Prepared, transformer_block};
+pub use block::chain::transformer_blocks;
+pub use block::{Arithmetic, BlockParameters, BranchFactors, Prepared, transformer_block};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::{add_bias, linear, linear_gelu};
@@ -28,6 +28,8 @@ pub use patches::patches;
 pub use pick::{pick_of_each, pick_rows};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Tensor, bail};
+
+use crate::backward::apart;
 
 /// Whether the fused CPU kernels apply to all of these tensors: none is empty.
 pub(crate) fn is_fast(tensors: &[&Tensor]) -> bool {
@@ -68,7 +70,7 @@ pub fn with_slices<const N: usize, R>(
         };
         *target = slice(op, storage, layout)?;
     }
-    f(slices)
+    apart(|| f(slices))
 }
 
 /// A CPU tensor around freshly computed values.

@@ -149,7 +149,7 @@ impl Timed {
         ];
         let sides = columns
             .map(|map| map.map(|columns| (noise(images * columns.values(self.tokens)), columns)));
-        let vectors = super::Vectors {
+        let vectors = super::VectorLengths {
             width: self.width,
             hidden: self.hidden,
         };

@@ -8,12 +8,10 @@ use rayon::prelude::*;
 
 use super::super::{from_vec, is_fast, slice, with_slices};
 use super::{
-    Arithmetic, BlockParameters, Gradients, check, kernel, lock, ticket, transformer_block,
+    Arithmetic, BlockParameters, BranchFactors, Gradients, check, kernel, lock, ticket,
+    transformer_block,
 };
 use kernel::Saved;
-
-/// Factors of both branches of a block for each image: stochastic depth.
-pub type BranchFactors = [Vec<f32>; 2];
 
 /// Runs blocks one after the other as [`transformer_block`] does.
 ///
@@ -23,11 +21,11 @@ pub type BranchFactors = [Vec<f32>; 2];
 ///
 /// Where neither `x` nor any block carries gradients, and without factors, each image of an `f32` CPU batch goes through all blocks
 /// by itself, as many images at a time as there are threads, so that threads do not wait for each other after each block. The
-/// rest of the batch, and batches of fewer images than threads, are shared by all threads. With gradients the blocks of an
-/// `f32` CPU batch are one operation, which spares candle's addition of the gradient between two blocks to zeros.
+/// rest of the batch, and batches of fewer images than threads, are shared by all threads. On `f32` CPU tensors the blocks from the
+/// first on that carries gradients are one operation, which spares candle's addition of the gradient between two blocks to zeros.
 ///
 /// # Errors
-/// When the shapes do not fit.
+/// When the shapes do not fit, and for factors of another number of blocks.
 pub fn transformer_blocks(
     x: &Tensor,
     blocks: &[&BlockParameters],
@@ -42,28 +40,22 @@ pub fn transformer_blocks(
         )
     }
     let factors_of = |i: usize| factors.get(i).and_then(Option::as_ref);
-    let all = || {
-        blocks
-            .iter()
-            .flat_map(|block| block.all_tensors())
-            .chain([x])
-    };
-    if blocks.len() > 1 && all().all(|tensor| is_fast(&[tensor])) {
+    if blocks.len() > 1 && is_fast(&[x]) && blocks.iter().all(|block| block.is_fast()) {
+        let frozen = blocks.iter().take_while(|block| !block.track_op());
+        let frozen = if x.track_op() { 0 } else { frozen.count() };
         let threads = rayon::current_num_threads();
-        let images = x.dims().first().copied().unwrap_or(0);
-        if all().any(Tensor::track_op) {
-            for block in blocks {
-                block.check_scales()?;
-            }
-            let folded = blocks.iter().map(|block| block.folded());
-            let folded = folded.collect::<Result<Vec<_>>>()?;
-            let calls = folded
-                .iter()
-                .enumerate()
-                .map(|(i, block)| (block, factors_of(i)));
-            return fused(x, &calls.collect::<Vec<_>>(), with_cls_attention);
+        let enough = threads > 1 && x.dim(0)? >= threads;
+        if frozen == 0 {
+            let with_factors = blocks.iter().enumerate();
+            let with_factors = with_factors.map(|(i, block)| (*block, factors_of(i)));
+            return fused(x, &with_factors.collect::<Vec<_>>(), with_cls_attention);
         }
-        if threads > 1 && images >= threads && factors.iter().all(Option::is_none) {
+        if frozen < blocks.len() {
+            let (below, above) = factors.split_at(frozen.min(factors.len()));
+            let (x, _) = transformer_blocks(x, &blocks[..frozen], below, false)?;
+            return transformer_blocks(&x, &blocks[frozen..], above, with_cls_attention);
+        }
+        if enough && factors.iter().all(Option::is_none) {
             return image_by_image(x, blocks, with_cls_attention, threads);
         }
     }
@@ -75,34 +67,42 @@ pub fn transformer_blocks(
     Ok((x, attention))
 }
 
-/// At least one block without LayerScale on `f32` CPU tensors as one operation.
+/// At least one block on `f32` CPU tensors as one operation.
 pub(super) fn fused(
     x: &Tensor,
     blocks: &[(&BlockParameters, Option<&BranchFactors>)],
     with_cls_attention: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
-    let (mut calls, mut below, mut tickets) = (Vec::new(), x.track_op(), None);
+    let (mut calls, mut tickets) = (Vec::new(), None);
+    // Whether what comes into a block carries gradients.
+    let mut tracked = x.track_op();
     for &(parameters, factors) in blocks {
-        check(x, parameters, factors)?;
-        let tensors = parameters.tensors();
-        let tracked = tensors.iter().any(|tensor| tensor.track_op());
+        parameters.check_scales()?;
+        // The kernel's backward pass knows no LayerScale; without one the matrices that are kept have it in them.
+        let parameters = if tracked || parameters.track_op() {
+            parameters.folded()?
+        } else {
+            parameters.clone()
+        };
+        check(x, &parameters, factors)?;
+        let trains = parameters.track_op();
         let gradients = Gradients::default();
-        tickets = Some(ticket(x, &tensors, &gradients, tickets)?);
-        calls.push(Call {
-            parameters: parameters.clone(),
+        tickets = Some(ticket(x, &parameters.tensors(), &gradients, tickets)?);
+        calls.push(BlockCall {
+            parameters,
             factors: factors.cloned(),
-            tracked: [below, tracked],
+            tracked: [tracked, trains],
             saved: Mutex::new(None),
             gradients,
         });
-        below |= tracked;
+        tracked |= trains;
     }
     let (Some(tickets), Some(last)) = (tickets, blocks.last()) else {
         bail!("transformer blocks: there is none")
     };
     let (images, tokens, _) = x.dims3()?;
-    let chain = Arc::new(Calls {
-        of: calls,
+    let chain = Arc::new(ChainCall {
+        blocks: calls,
         with_cls_attention,
         cls_attention: Mutex::new(Vec::new()),
     });
@@ -118,17 +118,17 @@ pub(super) fn fused(
 }
 
 /// One call of a block: what its forward and its backward pass share.
-struct Call {
+struct BlockCall {
     parameters: BlockParameters,
     factors: Option<BranchFactors>,
     /// Whether the input and any parameter need a gradient.
     tracked: [bool; 2],
-    /// The input, but of the first block, and the block's activations.
-    saved: Mutex<Option<(Vec<f32>, Saved)>>,
+    /// The input, if it is not the chain's, and the block's activations.
+    saved: Mutex<Option<(Option<Vec<f32>>, Saved)>>,
     gradients: Gradients,
 }
 
-impl Call {
+impl BlockCall {
     fn shape(&self, x: (usize, usize, usize)) -> kernel::Shape<'_> {
         let factors = self.factors.as_ref();
         kernel::Shape {
@@ -163,21 +163,21 @@ impl Call {
             )
         })?;
         let input = match x {
-            Cow::Owned(input) => input,
-            Cow::Borrowed(_) => Vec::new(),
+            Cow::Owned(input) => Some(input),
+            Cow::Borrowed(_) => None,
         };
         *lock(&self.saved) = saved.map(|saved| (input, saved));
         Ok(out)
     }
 
     /// The gradient of the block's input from that of its output; those of the parameters are left for [`super::Deliver`]. `x`:
-    /// the input of the first block.
+    /// the chain's input.
     fn backward(&self, x: &[f32], dims: (usize, usize, usize), grad: &[f32]) -> Result<Vec<f32>> {
         let saved = lock(&self.saved);
         let Some((input, saved)) = &*saved else {
             bail!("transformer block: backward pass without a forward pass")
         };
-        let x = if input.is_empty() { x } else { input };
+        let x = input.as_deref().unwrap_or(x);
         let [_, with_parameters] = self.tracked;
         let (dx, gradients) = self.parameters.with_weights(|weights| {
             kernel::backward(self.shape(dims), weights, x, saved, grad, with_parameters)
@@ -191,16 +191,16 @@ impl Call {
     }
 }
 
-/// Calls one after the other.
-struct Calls {
-    of: Vec<Call>,
+/// One call of a chain.
+struct ChainCall {
+    blocks: Vec<BlockCall>,
     with_cls_attention: bool,
     cls_attention: Mutex<Vec<f32>>,
 }
 
 /// The operation. One of candle has at most three operands, so the parameters are not among them: their gradients are left in
 /// the calls, and [`super::Deliver`]s, which the backward pass reaches next, hand them over.
-struct Chain(Arc<Calls>);
+struct Chain(Arc<ChainCall>);
 
 impl CustomOp2 for Chain {
     fn name(&self) -> &'static str {
@@ -214,18 +214,18 @@ impl CustomOp2 for Chain {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let Calls {
-            of: calls,
+        let ChainCall {
+            blocks,
             with_cls_attention,
             cls_attention,
         } = &*self.0;
         let dims = lx.shape().dims3()?;
         let mut values = Cow::Borrowed(slice("transformer blocks", x, lx)?);
-        for (i, call) in calls.iter().enumerate() {
-            let wanted = *with_cls_attention && i + 1 == calls.len();
-            let heads = if wanted { call.parameters.heads } else { 0 };
+        for (i, block) in blocks.iter().enumerate() {
+            let wanted = *with_cls_attention && i + 1 == blocks.len();
+            let heads = if wanted { block.parameters.heads } else { 0 };
             let mut attention = vec![0f32; dims.0 * heads * (dims.1 - 1)];
-            let out = call.forward(values, dims, wanted.then_some(&mut attention[..]))?;
+            let out = block.forward(values, dims, wanted.then_some(&mut attention[..]))?;
             values = Cow::Owned(out);
             *lock(cls_attention) = attention;
         }
@@ -239,22 +239,17 @@ impl CustomOp2 for Chain {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let calls = &self.0.of;
-        let needs_x = calls.first().is_some_and(|call| call.tracked[0]);
-        let needs_parameters = calls.iter().any(|call| call.tracked[1]);
+        let blocks = &self.0.blocks;
+        let needs_x = blocks.first().is_some_and(|block| block.tracked[0]);
+        let needs_parameters = blocks.iter().any(|block| block.tracked[1]);
         let dims = x.dims3()?;
         let dx = with_slices("transformer blocks", [x, grad], |[xs, gs]| {
             let mut grad = Cow::Borrowed(gs);
-            for call in calls.iter().rev() {
-                // Blocks below the first that trains have nothing to pass a gradient to.
-                if !call.tracked.contains(&true) {
-                    break;
-                }
-                grad = Cow::Owned(call.backward(xs, dims, &grad)?);
+            for block in blocks.iter().rev() {
+                grad = Cow::Owned(block.backward(xs, dims, &grad)?);
             }
-            needs_x
-                .then(|| from_vec(grad.into_owned(), x.dims()))
-                .transpose()
+            let dx = needs_x.then(|| from_vec(grad.into_owned(), x.dims()));
+            dx.transpose()
         })?;
         let ticket = needs_parameters.then(|| ticket.zeros_like()).transpose()?;
         Ok((dx, ticket))
@@ -321,7 +316,7 @@ mod tests {
     use super::*;
 
     /// Blocks of different weights, the second with LayerScale and other heads, the third in `bf16`.
-    fn blocks(images: usize, tokens: usize) -> (Tensor, Vec<BlockParameters>) {
+    fn blocks(images: usize, tokens: usize) -> (Tensor, [BlockParameters; 3]) {
         let t = sized([images, tokens], 96, 64);
         let scaled = |factor: f64| -> Vec<Tensor> {
             let of = |tensor: &Tensor| (tensor * factor).unwrap();
@@ -331,7 +326,7 @@ mod tests {
         blocks[1].scales = Some([t[1].clone(), t[2].clone()]);
         blocks[1].heads = 6;
         blocks[2].arithmetic = Arithmetic::Bf16;
-        (t[0].clone(), blocks.to_vec())
+        (t[0].clone(), blocks)
     }
 
     fn one_by_one(x: &Tensor, blocks: &[&BlockParameters]) -> Result<(Tensor, Option<Tensor>)> {
@@ -397,27 +392,130 @@ mod tests {
         Ok(())
     }
 
-    /// To the input, and with a frozen input to a parameter of one block.
+    /// Everything that a training step asks for, once from the chain and once block by block: values, attention, gradients of
+    /// the variables.
+    fn trained(
+        x: &Tensor,
+        blocks: &[&BlockParameters],
+        factors: &[Option<BranchFactors>],
+        variables: &[Var],
+    ) -> Result<[Vec<Tensor>; 2]> {
+        let results = |(out, attention): (Tensor, Option<Tensor>)| -> Result<Vec<Tensor>> {
+            let grads = out.sqr()?.sum_all()?.backward()?;
+            let gradients = variables.iter().map(|var| grads.get(var).unwrap().clone());
+            Ok([out, attention.unwrap()]
+                .into_iter()
+                .chain(gradients)
+                .collect())
+        };
+        let found = on_four_threads(|| transformer_blocks(x, blocks, factors, true))?;
+        let mut in_turn = blocks.iter().enumerate();
+        let expected = in_turn.try_fold((x.clone(), None), |(x, _), (i, block)| {
+            let factors = factors.get(i).and_then(Option::as_ref);
+            transformer_block(&x, block, factors, true)
+        })?;
+        Ok([results(found)?, results(expected)?])
+    }
+
+    /// Makes variables of a block's parameters, LayerScale's among them.
+    fn train(block: &mut BlockParameters) -> Result<Vec<Var>> {
+        let mut variables = Vec::new();
+        let tensors = [
+            &mut block.norm1,
+            &mut block.qkv,
+            &mut block.projection,
+            &mut block.norm2,
+            &mut block.fc1,
+            &mut block.fc2,
+        ];
+        for tensor in tensors.into_iter().chain(&mut block.scales).flatten() {
+            let var = Var::from_tensor(tensor)?;
+            *tensor = var.as_tensor().clone();
+            variables.push(var);
+        }
+        Ok(variables)
+    }
+
+    fn same(found: &[Tensor], expected: &[Tensor], tolerance: f64) {
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(expected) {
+            assert_eq!(found.dims(), expected.dims());
+            let size = expected.abs().unwrap().flatten_all().unwrap();
+            if size.elem_count() > 0 {
+                let size = f64::from(size.max(0).unwrap().to_scalar::<f32>().unwrap());
+                assert!(size > 0.0 && distance(found, expected) <= tolerance * size);
+            }
+        }
+    }
+
     #[test]
     fn gradients_pass_through_a_chain() -> Result<()> {
-        let (x, mut blocks) = blocks(4, 20);
-        let check = |x: &Tensor, blocks: &[BlockParameters], var: &Var| -> Result<()> {
-            let chain: Vec<&BlockParameters> = blocks.iter().collect();
-            let gradient = |out: Tensor| -> Result<Tensor> {
-                let grads = out.sqr()?.sum_all()?.backward()?;
-                Ok(grads.get(var).unwrap().clone())
+        // Fewer images than threads and more; two tokens have one attention, which is 1.
+        for (images, tokens) in [(1, 20), (5, 20), (3, 2)] {
+            let (x, frozen) = blocks(images, tokens);
+            let with = |factor: f32| -> Option<BranchFactors> {
+                let of = |i: usize| if i == 1 { 0.0 } else { factor };
+                let [first, second] = [0, 3].map(|from| (from..from + images).map(of).collect());
+                Some([first, second])
             };
-            let (found, _) = on_four_threads(|| transformer_blocks(x, &chain, &[], false))?;
-            let (expected, _) = one_by_one(x, &chain)?;
-            let (found, expected) = (gradient(found)?, gradient(expected)?);
-            assert!(distance(&found, &found.zeros_like()?) > 0.0);
-            assert_eq!(distance(&found, &expected), 0.0);
-            Ok(())
-        };
-        let var = Var::from_tensor(&x)?;
-        check(&var, &blocks, &var)?;
-        let var = Var::from_tensor(&blocks[1].fc1[0])?;
-        blocks[1].fc1[0] = var.as_tensor().clone();
-        check(&x, &blocks, &var)
+            for factors in [vec![], vec![with(1.25), None, with(2.0)]] {
+                // All blocks and the input.
+                let mut blocks = frozen.clone();
+                let mut variables = vec![Var::from_tensor(&x)?];
+                for block in &mut blocks {
+                    variables.extend(train(block)?);
+                }
+                let input = variables[0].as_tensor().clone();
+                let [found, expected] = trained(&input, &blocks.each_ref(), &factors, &variables)?;
+                same(&found, &expected, 0.0);
+                // The last block alone, above blocks that keep to their own arithmetic.
+                for trains in 1..3 {
+                    let mut blocks = frozen.clone();
+                    blocks.swap(0, 2);
+                    let variables = train(&mut blocks[trains])?;
+                    let [found, expected] = trained(&x, &blocks.each_ref(), &factors, &variables)?;
+                    same(&found, &expected, 0.0);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Its gradient is the sum of two, which candle adds in another order than [`crate::backward`].
+    #[test]
+    fn a_block_may_come_twice() -> Result<()> {
+        let (x, [mut block, ..]) = blocks(4, 20);
+        let variables = train(&mut block)?;
+        let [found, expected] = trained(&x, &[&block, &block], &[], &variables)?;
+        same(&found, &expected, 1e-5);
+        let loss = transformer_blocks(&x, &[&block, &block], &[], false)?
+            .0
+            .sqr()?
+            .sum_all()?;
+        let grads = crate::backward(&loss)?;
+        let direct: Vec<Tensor> = variables
+            .iter()
+            .map(|var| grads.get(var).unwrap().clone())
+            .collect();
+        same(&direct, &found[2..], 1e-5);
+        Ok(())
+    }
+
+    #[test]
+    fn frozen_blocks_with_layer_scale_keep_their_matrices_below_one_that_trains() -> Result<()> {
+        let (x, mut blocks) = blocks(4, 20);
+        let kept = blocks[1].matrices(Arithmetic::F32)?;
+        train(&mut blocks[2])?;
+        transformer_blocks(&x, &blocks.each_ref(), &[], false)?;
+        assert!(Arc::ptr_eq(&kept, &blocks[1].matrices(Arithmetic::F32)?));
+        Ok(())
+    }
+
+    #[test]
+    fn factors_are_for_every_block_or_none() {
+        let (x, blocks) = blocks(2, 5);
+        let error = transformer_blocks(&x, &blocks.each_ref(), &[None, None], false);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("factors for 2 of 3 blocks"), "{error}");
     }
 }

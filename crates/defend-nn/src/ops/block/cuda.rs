@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::super::cuda::{Backward, Precomputed};
-use super::{BlockParameters, Gradients, check, lock, ticket};
+use super::{BlockParameters, BranchFactors, Gradients, check, lock, ticket};
 use crate::cuda::block::{Block, Saved, takes_heads};
 use crate::cuda::{aligned, is_aligned, takes};
 
@@ -11,7 +11,7 @@ use crate::cuda::{aligned, is_aligned, takes};
 pub(super) fn block(
     x: &Tensor,
     parameters: &BlockParameters,
-    factors: Option<&[Vec<f32>; 2]>,
+    factors: Option<&BranchFactors>,
     with_cls_attention: bool,
 ) -> Result<Option<(Tensor, Option<Tensor>)>> {
     let tensors = parameters.tensors();
