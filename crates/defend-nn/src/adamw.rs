@@ -1,8 +1,10 @@
 //! AdamW with parameter groups, each updated in one fused pass.
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::backprop::GradStore;
 use candle_core::{
-    CpuStorage, DType, InplaceOp2, Layout, Result as CandleResult, Tensor, Var, bail,
+    CpuStorage, DType, InplaceOp1, InplaceOp2, Layout, Result as CandleResult, Tensor, Var, bail,
 };
 use rayon::prelude::*;
 
@@ -246,13 +248,11 @@ impl Update {
             && slot.var.dtype() == DType::F32
             && slot.var.is_contiguous();
         if fast {
-            let blend = Blend {
-                // 1 - beta in f64: in f32 it would lose five digits for beta2 = 0.999.
-                first: [self.beta1 as f32, (1.0 - self.beta1) as f32],
-                second: [self.beta2 as f32, (1.0 - self.beta2) as f32],
+            let fused = Fused {
+                update: self,
+                parameter: &slot.var,
             };
-            slot.moments.inplace_op2(&grad.contiguous()?, &blend)?;
-            return slot.var.inplace_op2(&slot.moments, self);
+            return slot.moments.inplace_op2(&grad.contiguous()?, &fused);
         }
         // Half precision would lose the squares of small gradients, so the arithmetic is in f32.
         let kept = slot.var.dtype();
@@ -349,15 +349,14 @@ mod on_cuda {
 /// Elements a parallel task handles.
 const ELEMENTS_PER_TASK: usize = 32 * 1024;
 
-/// Moves both moments towards a gradient.
-struct Blend {
-    /// Weights of the old first moment and of the gradient.
-    first: [f32; 2],
-    /// Weights of the old second moment and of the squared gradient.
-    second: [f32; 2],
+/// The update on `f32` CPU tensors, of moments and parameter in one pass: each is read and written once. candle lets an operation
+/// change one tensor, so that of the parameter is called from within that of the moments.
+struct Fused<'a> {
+    update: &'a Update,
+    parameter: &'a Var,
 }
 
-impl InplaceOp2 for Blend {
+impl InplaceOp2 for Fused<'_> {
     fn name(&self) -> &'static str {
         "adamw-moments"
     }
@@ -373,50 +372,60 @@ impl InplaceOp2 for Blend {
         let CpuStorage::F32(moments) = moments else {
             bail!("AdamW's fused step needs f32 moments")
         };
-        let (first, second) = moments.split_at_mut(grad.len());
-        first
-            .par_chunks_mut(ELEMENTS_PER_TASK)
-            .zip(second.par_chunks_mut(ELEMENTS_PER_TASK))
-            .zip(grad.par_chunks(ELEMENTS_PER_TASK))
-            .for_each(|((first, second), grad)| {
-                vectorised!(|| {
-                    for ((m, v), &g) in first.iter_mut().zip(second).zip(grad) {
-                        *m = self.first[0] * *m + self.first[1] * g;
-                        *v = self.second[0] * *v + self.second[1] * g * g;
-                    }
-                });
-            });
-        Ok(())
+        if moments.len() != 2 * grad.len() {
+            bail!(
+                "AdamW: a gradient of {} values for {}",
+                grad.len(),
+                moments.len() / 2
+            )
+        }
+        self.parameter.inplace_op1(&OfParameter {
+            update: self.update,
+            moments: Mutex::new(moments),
+            grad,
+        })
     }
 }
 
-impl InplaceOp2 for Update {
+/// The part of [`Fused`] that has the parameter's values.
+struct OfParameter<'a> {
+    update: &'a Update,
+    /// Both moments, one after the other.
+    moments: Mutex<&'a mut [f32]>,
+    grad: &'a [f32],
+}
+
+impl InplaceOp1 for OfParameter<'_> {
     fn name(&self) -> &'static str {
         "adamw-update"
     }
 
-    fn cpu_fwd(
-        &self,
-        parameter: &mut CpuStorage,
-        _: &Layout,
-        moments: &CpuStorage,
-        layout: &Layout,
-    ) -> CandleResult<()> {
-        let moments = crate::ops::slice("AdamW", moments, layout)?;
+    fn cpu_fwd(&self, parameter: &mut CpuStorage, layout: &Layout) -> CandleResult<()> {
         let CpuStorage::F32(parameter) = parameter else {
             bail!("AdamW's fused step needs f32 parameters")
         };
-        let (first, second) = moments.split_at(moments.len() / 2);
-        let (keep, step) = (self.keep as f32, self.step_size as f32);
-        let (correction, eps) = (self.second_correction as f32, self.eps as f32);
+        let parameter = &mut parameter[layout.start_offset()..][..self.grad.len()];
+        let mut moments = self.moments.lock().unwrap_or_else(PoisonError::into_inner);
+        let (first, second) = moments.split_at_mut(self.grad.len());
+        let Update { beta1, beta2, .. } = *self.update;
+        // 1 - beta in f64: in f32 it would lose five digits for beta2 = 0.999.
+        let [old1, new1] = [beta1 as f32, (1.0 - beta1) as f32];
+        let [old2, new2] = [beta2 as f32, (1.0 - beta2) as f32];
+        let (keep, step) = (self.update.keep as f32, self.update.step_size as f32);
+        let correction = self.update.second_correction as f32;
+        let eps = self.update.eps as f32;
         parameter
             .par_chunks_mut(ELEMENTS_PER_TASK)
-            .zip(first.par_chunks(ELEMENTS_PER_TASK))
-            .zip(second.par_chunks(ELEMENTS_PER_TASK))
-            .for_each(|((parameter, first), second)| {
+            .zip(first.par_chunks_mut(ELEMENTS_PER_TASK))
+            .zip(second.par_chunks_mut(ELEMENTS_PER_TASK))
+            .zip(self.grad.par_chunks(ELEMENTS_PER_TASK))
+            .for_each(|(((parameter, first), second), grad)| {
                 vectorised!(|| {
-                    for ((p, &m), &v) in parameter.iter_mut().zip(first).zip(second) {
-                        *p = *p * keep - step * m / (v.sqrt() * correction + eps);
+                    let moments = first.iter_mut().zip(second);
+                    for ((p, (m, v)), &g) in parameter.iter_mut().zip(moments).zip(grad) {
+                        *m = old1 * *m + new1 * g;
+                        *v = old2 * *v + new2 * g * g;
+                        *p = *p * keep - step * *m / (v.sqrt() * correction + eps);
                     }
                 });
             });
