@@ -115,14 +115,14 @@ fn products(c: &mut Criterion) {
         ("ViT-S", Architecture::vit_small()),
         ("ViT-B", Architecture::vit_base()),
     ] {
-        // A piece is half of an image.
+        // A piece is an image.
         let tokens = arch.grid().patches() + 1;
         let parts = Timed {
             width: arch.width,
             heads: arch.heads,
             hidden: arch.mlp_width,
             tokens,
-            rows: tokens.div_ceil(2),
+            rows: tokens,
         };
         group.throughput(Throughput::Elements(threads * parts.operations()));
         for (kind, arithmetic) in [("f32", Arithmetic::F32), ("bf16", Arithmetic::Bf16)] {

@@ -16,8 +16,9 @@ use crate::vectorised;
 
 pub(crate) mod timed;
 
-/// Rows of an image that a task handles at most: what lies between two products stays in the cache.
-const ROWS_PER_PIECE: usize = 128;
+/// Rows of an image that a task handles at most: what lies between two products stays in the second cache, and few queries are left
+/// for blocks that they do not fill.
+const ROWS_PER_PIECE: usize = 384;
 /// Rows of an image that a task handles at least, where there are threads for more tasks: two of the highest tiles.
 const LEAST_ROWS_PER_PIECE: usize = 24;
 /// Work that each piece of an image does again, mostly laying out the keys, as a part of the image's own.
