@@ -59,8 +59,9 @@ pub(crate) fn apart<R>(kernel: impl FnOnce() -> R) -> R {
     kernel()
 }
 
-/// What an operation gives candle as the gradient of `operand`: nothing where [`backward`] takes it.
-pub(crate) fn unless_taken(operand: &Tensor, gradient: Tensor) -> Option<Tensor> {
+/// What an operation gives candle of the gradient that it has for `operand`: nothing where [`backward`] takes it.
+pub(crate) fn unless_taken(operand: &Tensor, gradient: Option<Tensor>) -> Option<Tensor> {
+    let gradient = gradient?;
     let mut direct = DIRECT.take();
     let taken = direct.as_mut().filter(|_| operand.is_variable());
     let left = match taken {

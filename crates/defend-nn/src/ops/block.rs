@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, TensorId, bail};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, TensorId, bail};
 use serde::{Deserialize, Serialize};
 
 use super::{attention, cls_attention, is_fast, layer_norm, linear, linear_gelu, with_slices};
@@ -216,7 +216,7 @@ pub fn transformer_block(
     #[cfg(feature = "cuda")]
     {
         let tracked = x.track_op() || parameters.track_op();
-        let single = x.dtype() == DType::F32 && x.device().is_cuda();
+        let single = x.dtype() == candle_core::DType::F32 && x.device().is_cuda();
         if parameters.scales.is_some() && tracked && single {
             return transformer_block(x, &parameters.folded()?, factors, with_cls_attention);
         }
@@ -230,18 +230,13 @@ pub fn transformer_block(
     chain::fused(x, &[(parameters, factors)], with_cls_attention)
 }
 
-/// A node of the graph below a block, from which the backward pass reaches the parameters that train after the block; with
-/// another block's ticket those of that one as well.
-fn ticket(
-    x: &Tensor,
+/// A node of the graph below a block, from which the backward pass reaches the parameters that train after the block, and then
+/// what `ticket` reaches: a number, or the ticket of another block.
+fn with_ticket(
+    mut ticket: Tensor,
     tensors: &[&Tensor; 12],
     gradients: &Gradients,
-    other: Option<Tensor>,
 ) -> Result<Tensor> {
-    let mut ticket = match other {
-        Some(ticket) => ticket,
-        None => Tensor::zeros(1, DType::F32, x.device())?,
-    };
     if tensors.iter().any(|p| p.track_op()) {
         for pair in 0..6 {
             let deliver = Deliver {
@@ -396,7 +391,7 @@ impl CustomOp3 for Deliver {
         };
         let of = |t: &Tensor, i: usize| {
             let found = t.track_op().then(|| gradients[2 * self.pair + i].clone());
-            found.and_then(|found| unless_taken(t, found))
+            unless_taken(t, found)
         };
         let ticket = ticket.track_op().then(|| ticket.zeros_like()).transpose()?;
         Ok((ticket, of(weight, 0), of(bias, 1)))
@@ -409,6 +404,8 @@ mod cuda;
 
 #[cfg(test)]
 mod tests {
+    use candle_core::DType;
+
     use super::super::testing::{check_gradients, distance, noise};
     use super::*;
 

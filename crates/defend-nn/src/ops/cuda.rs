@@ -152,11 +152,12 @@ impl<G: Backward<3>> CustomOp3 for Precomputed<G> {
         out: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let operands = [a, b, c];
-        let [a, b, c] = self.gradients.backward(operands, out, grad)?;
-        let of =
-            |i: usize, grad: Option<Tensor>| grad.and_then(|grad| unless_taken(operands[i], grad));
-        Ok((of(0, a), of(1, b), of(2, c)))
+        let [da, db, dc] = self.gradients.backward([a, b, c], out, grad)?;
+        Ok((
+            unless_taken(a, da),
+            unless_taken(b, db),
+            unless_taken(c, dc),
+        ))
     }
 }
 

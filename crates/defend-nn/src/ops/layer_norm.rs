@@ -134,8 +134,7 @@ impl CustomOp3 for LayerNorm {
                 needs_b.then(|| from_vec(db, d)).transpose()?,
             ])
         })?;
-        let taken = |of, grad: Option<Tensor>| grad.and_then(|grad| unless_taken(of, grad));
-        Ok((dx, taken(weight, dw), taken(bias, db)))
+        Ok((dx, unless_taken(weight, dw), unless_taken(bias, db)))
     }
 }
 

@@ -187,8 +187,7 @@ impl CustomOp3 for Linear {
             let db = self.needs[2].then(|| from_vec(column_sums(gs, outputs), outputs));
             Ok([dx.transpose()?, dw.transpose()?, db.transpose()?])
         })?;
-        let taken = |of, grad: Option<Tensor>| grad.and_then(|grad| unless_taken(of, grad));
-        Ok((dx, taken(weight, dw), taken(bias, db)))
+        Ok((dx, unless_taken(weight, dw), unless_taken(bias, db)))
     }
 }
 

@@ -3,13 +3,13 @@
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex};
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::super::{from_vec, is_fast, slice, with_slices};
 use super::{
-    Arithmetic, BlockParameters, BranchFactors, Gradients, check, kernel, lock, ticket,
-    transformer_block,
+    Arithmetic, BlockParameters, BranchFactors, Gradients, check, kernel, lock, transformer_block,
+    with_ticket,
 };
 use kernel::Saved;
 
@@ -43,8 +43,6 @@ pub fn transformer_blocks(
     if blocks.len() > 1 && is_fast(&[x]) && blocks.iter().all(|block| block.is_fast()) {
         let frozen = blocks.iter().take_while(|block| !block.track_op());
         let frozen = if x.track_op() { 0 } else { frozen.count() };
-        let threads = rayon::current_num_threads();
-        let enough = threads > 1 && x.dim(0)? >= threads;
         if frozen == 0 {
             let with_factors = blocks.iter().enumerate();
             let with_factors = with_factors.map(|(i, block)| (*block, factors_of(i)));
@@ -55,6 +53,8 @@ pub fn transformer_blocks(
             let (x, _) = transformer_blocks(x, &blocks[..frozen], below, false)?;
             return transformer_blocks(&x, &blocks[frozen..], above, with_cls_attention);
         }
+        let threads = rayon::current_num_threads();
+        let enough = threads > 1 && x.dim(0)? >= threads;
         if enough && factors.iter().all(Option::is_none) {
             return image_by_image(x, blocks, with_cls_attention, threads);
         }
@@ -73,7 +73,11 @@ pub(super) fn fused(
     blocks: &[(&BlockParameters, Option<&BranchFactors>)],
     with_cls_attention: bool,
 ) -> Result<(Tensor, Option<Tensor>)> {
-    let (mut calls, mut tickets) = (Vec::new(), None);
+    let Some((last, _)) = blocks.last() else {
+        bail!("transformer blocks: there is none")
+    };
+    let mut ticket = Tensor::zeros(1, DType::F32, x.device())?;
+    let mut calls = Vec::new();
     // Whether what comes into a block carries gradients.
     let mut tracked = x.track_op();
     for &(parameters, factors) in blocks {
@@ -87,7 +91,7 @@ pub(super) fn fused(
         check(x, &parameters, factors)?;
         let trains = parameters.track_op();
         let gradients = Gradients::default();
-        tickets = Some(ticket(x, &parameters.tensors(), &gradients, tickets)?);
+        ticket = with_ticket(ticket, &parameters.tensors(), &gradients)?;
         calls.push(BlockCall {
             parameters,
             factors: factors.cloned(),
@@ -97,9 +101,6 @@ pub(super) fn fused(
         });
         tracked |= trains;
     }
-    let (Some(tickets), Some(last)) = (tickets, blocks.last()) else {
-        bail!("transformer blocks: there is none")
-    };
     let (images, tokens, _) = x.dims3()?;
     let chain = Arc::new(ChainCall {
         blocks: calls,
@@ -108,12 +109,12 @@ pub(super) fn fused(
     });
     let out = x
         .contiguous()?
-        .apply_op2(&tickets, Chain(Arc::clone(&chain)))?;
+        .apply_op2(&ticket, Chain(Arc::clone(&chain)))?;
     if !with_cls_attention {
         return Ok((out, None));
     }
     let attention = std::mem::take(&mut *lock(&chain.cls_attention));
-    let attention = from_vec(attention, (images, last.0.heads, tokens - 1))?;
+    let attention = from_vec(attention, (images, last.heads, tokens - 1))?;
     Ok((out, Some(attention)))
 }
 
@@ -309,7 +310,7 @@ fn image_by_image(
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Var};
+    use candle_core::Var;
 
     use super::super::super::testing::distance;
     use super::super::tests::{in_pool, parameters, sized};
