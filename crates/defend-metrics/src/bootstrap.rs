@@ -1,8 +1,8 @@
 //! Confidence interval of any metric by resampling.
 
 use ndarray::{Array1, ArrayView1};
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use defend_random::Rng;
+use rand::RngExt;
 
 use crate::{Error, Interval, Metric, quantile};
 
@@ -37,7 +37,7 @@ pub fn bootstrap_interval(
     let (normal, novel) = (of_class(false), of_class(true));
     let labels = Array1::from_shape_fn(scores.len(), |i| i >= normal.len());
 
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut rng = Rng::seed(seed);
     let mut drawn = Array1::zeros(scores.len());
     let mut values = Vec::with_capacity(resamples);
     for _ in 0..resamples {
@@ -62,7 +62,7 @@ mod tests {
     use crate::{Aupr, Auroc, auroc_interval};
 
     fn overlapping() -> (Array1<f64>, Array1<bool>) {
-        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        let mut rng = Rng::seed(7);
         let abnormal = Array1::from_shape_fn(400, |i| i % 2 == 0);
         let scores = abnormal.mapv(|a| rng.random::<f64>() + if a { 0.3 } else { 0.0 });
         (scores, abnormal)

@@ -1,8 +1,8 @@
 //! Means over the experiments of a table, such as the ten normal classes of CIFAR-10, and whether two systems differ.
 
 use ndarray::{Array1, ArrayView1};
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use defend_random::Rng;
+use rand::RngExt;
 
 use crate::{Error, Interval, Metric, quantile};
 
@@ -42,7 +42,7 @@ pub fn mean_interval(
     for experiment in experiments {
         estimate += metric.evaluate(experiment.scores, experiment.abnormal)?;
     }
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut rng = Rng::seed(seed);
     let mut draws: Vec<Draw> = experiments.iter().map(|e| Draw::new(e.abnormal)).collect();
     let mut values = Vec::with_capacity(resamples);
     for _ in 0..resamples {
@@ -88,7 +88,7 @@ pub fn compare(
             - metric.evaluate(*second, first.abnormal)?;
     }
     let count = pairs.len() as f64;
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut rng = Rng::seed(seed);
     let mut draws: Vec<Draw> = pairs.iter().map(|(e, _)| Draw::new(e.abnormal)).collect();
     let mut values = Vec::with_capacity(resamples);
     for _ in 0..resamples {
@@ -151,7 +151,7 @@ impl Draw {
         }
     }
 
-    fn again(&mut self, rng: &mut ChaCha8Rng) {
+    fn again(&mut self, rng: &mut Rng) {
         for (slot, &is_novel) in self.drawn.iter_mut().zip(&self.labels) {
             let pool = if is_novel { &self.novel } else { &self.normal };
             *slot = pool[rng.random_range(0..pool.len())];
@@ -173,7 +173,7 @@ mod tests {
 
     /// Normal and abnormal scores that overlap, `gap` apart.
     fn scores(gap: f64, seed: u64) -> (Array1<f64>, Array1<bool>) {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut rng = Rng::seed(seed);
         let abnormal = Array1::from_shape_fn(300, |i| i % 3 == 0);
         let scores = abnormal.mapv(|a| rng.random::<f64>() + if a { gap } else { 0.0 });
         (scores, abnormal)

@@ -1,59 +1,12 @@
-//! Seeded random numbers and the initial values of parameters.
-
-use std::convert::Infallible;
+//! Seeded initial values of parameters; candle cannot seed its own CPU generator.
 
 use candle_core::{Device, Result, Shape, Tensor};
-use rand::{RngExt, SeedableRng, TryRng};
-use rand_chacha::ChaCha8Rng;
-
-/// The one source of randomness of a run: same seed, same bits, on every platform.
-///
-/// candle cannot seed its CPU generator, so initial weights, crops, masks, shuffles and drop path all
-/// draw from here.
-#[derive(Debug, Clone)]
-pub struct Rng(ChaCha8Rng);
-
-impl Rng {
-    /// The generator of `seed`.
-    pub fn seed(seed: u64) -> Self {
-        Self(ChaCha8Rng::seed_from_u64(seed))
-    }
-
-    /// An independent generator of the same seed for one purpose, so that adding draws to one stage
-    /// does not change another.
-    pub fn stream(seed: u64, purpose: u64) -> Self {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(purpose);
-        Self(rng)
-    }
-}
-
-impl TryRng for Rng {
-    type Error = Infallible;
-
-    fn try_next_u32(&mut self) -> std::result::Result<u32, Infallible> {
-        self.0.try_next_u32()
-    }
-
-    fn try_next_u64(&mut self) -> std::result::Result<u64, Infallible> {
-        self.0.try_next_u64()
-    }
-
-    fn try_fill_bytes(&mut self, bytes: &mut [u8]) -> std::result::Result<(), Infallible> {
-        self.0.try_fill_bytes(bytes)
-    }
-}
+use defend_random::{Rng, standard_normal};
+use rand::RngExt;
 
 fn tensor(shape: Shape, device: &Device, mut draw: impl FnMut() -> f32) -> Result<Tensor> {
     let values: Vec<f32> = (0..shape.elem_count()).map(|_| draw()).collect();
     Tensor::from_vec(values, shape, device)
-}
-
-/// One draw of the standard normal distribution (Box-Muller).
-fn standard_normal(rng: &mut Rng) -> f64 {
-    // 1 - u lies in (0, 1], so the logarithm is finite.
-    let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
-    radius * (std::f64::consts::TAU * rng.random::<f64>()).cos()
 }
 
 /// Values of a normal distribution with mean 0, `f32`.

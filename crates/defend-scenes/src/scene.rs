@@ -1,7 +1,7 @@
 //! One scene: a background and objects that do not hide each other.
 
 use defend_data::RgbImage;
-use defend_nn::Rng;
+use defend_random::Rng;
 use image::Rgb;
 use rand::RngExt;
 use tiny_skia::{Pixmap, Transform};

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use defend_data::{ClassId, Dataset, Memory};
-use defend_nn::Rng;
+use defend_random::Rng;
 use rand::RngExt;
 use rand::seq::SliceRandom;
 use rayon::prelude::*;

@@ -1,0 +1,634 @@
+//! The three pieces of evidence, on one scale, and their sum.
+
+use defend_random::Rng;
+use ndarray::{Array2, ArrayView2, Axis};
+use serde::{Deserialize, Serialize};
+
+use crate::contrast::{Contrast, unlike_normals};
+use crate::groups::{kernel_width, leaders, similarity};
+use crate::posterior::{ExactPosterior, Explained, LocalPosterior};
+use crate::{Embeddings, Error, EvidenceConfig, Groups, PatchMemory, PatchTokens, Standard};
+
+/// Kernel width where the images have no scale of their own: fewer than two groups.
+const LONE_WIDTH: f64 = 3.0;
+/// Quantile of the left-out variances up to which an ordinary image counts as one that the posterior takes for normal.
+const ACCEPTED: f64 = 0.95;
+/// A background counts as at least this many images: of ten, a single one that happens to look normal is no share of 10 %.
+const LEAST_BACKGROUND: usize = 250;
+/// Nearest leaders that say how alike the images are.
+const ALIKE_NEIGHBOURS: usize = 5;
+/// Images whose patches are looked at where they only serve maps.
+const MAP_IMAGES: usize = 64;
+
+/// What a fit found in the normal images, for reports.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Summary {
+    /// Normal images that were given.
+    pub images: usize,
+    /// Those that differ from each other.
+    pub distinct: usize,
+    /// Groups of near copies among them.
+    pub groups: usize,
+    /// Whether the posterior is exact, and not given the nearest images alone.
+    pub exact: bool,
+    /// Images that the left-out values are from.
+    pub left_out: usize,
+    /// Kernel width of the posterior.
+    pub width: f64,
+    /// Ordinary images that were contrasted with; 0 without a background.
+    pub background: usize,
+    /// Share of them that the posterior takes for normal; of few images less, so that one of them is no large share.
+    pub accepted: f64,
+    /// Mean similarity of leaders to their nearest leaders.
+    pub alike: f64,
+}
+
+/// One piece of evidence on an image.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Weighed {
+    /// Standard deviations above the mean of the normal images' left-out values.
+    pub z: f64,
+    /// Its weight in the sum.
+    pub weight: f64,
+}
+
+/// What the evidence says of an image.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Judgement {
+    /// Sum of the weighed pieces, larger for more novel.
+    pub score: f64,
+    /// Is it explained by the normal images?
+    pub posterior: Weighed,
+    /// Is it more like them than like images in general? `None` where that has no weight.
+    pub contrast: Option<Weighed>,
+    /// Is some small part unlike anything normal? `None` where that has no weight.
+    pub patches: Option<Weighed>,
+    /// The kept images that explain it most, leaders of their groups, with their share, largest first.
+    pub explained_by: Vec<(usize, f64)>,
+    /// Distance of each patch to the nearest normal one, where patches were given.
+    pub map: Option<Vec<f32>>,
+}
+
+#[derive(Debug, Clone)]
+enum Posterior {
+    Exact(ExactPosterior),
+    Local(LocalPosterior),
+}
+
+impl Posterior {
+    fn evaluate(&self, queries: ArrayView2<'_, f64>) -> Result<Vec<Explained>, Error> {
+        match self {
+            Self::Exact(exact) => Ok(exact.evaluate(queries)),
+            Self::Local(local) => local.evaluate(queries),
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct WeighedContrast {
+    pub(crate) contrast: Contrast,
+    /// Kept normal images that it was fitted on.
+    pub(crate) normal_rows: Vec<usize>,
+    /// Ordinary images that it was fitted on.
+    pub(crate) ordinary: Embeddings,
+    pub(crate) scale: Standard,
+    pub(crate) weight: f64,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct WeighedPatches {
+    pub(crate) memory: PatchMemory,
+    pub(crate) scale: Standard,
+}
+
+/// The student in closed form: how novel an image is, from its embeddings and those of normal and of ordinary images.
+///
+/// ```
+/// use defend_evidence::{ClosedForm, Embeddings, EvidenceConfig};
+/// use ndarray::Array2;
+///
+/// // Forty normal items on a small arc, and two new ones: another on the arc and one far away.
+/// let arc = |angles: &[f32]| {
+///     let rows = Array2::from_shape_fn((angles.len(), 2), |(i, j)| if j == 0 { angles[i].cos() } else { angles[i].sin() });
+///     Embeddings::new(vec![rows])
+/// };
+/// let angles: Vec<f32> = (0..40).map(|i| i as f32 * 0.02).collect();
+/// let evidence = ClosedForm::fit(&arc(&angles)?, None, &EvidenceConfig::default())?;
+/// let judged = evidence.evaluate(&arc(&[0.41, 2.5])?, None)?;
+/// assert!(judged[1].score > judged[0].score);
+/// # Ok::<(), defend_evidence::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct ClosedForm {
+    pub(crate) config: EvidenceConfig,
+    pub(crate) summary: Summary,
+    /// The kept images: all distinct ones, or the leaders of many.
+    pub(crate) normal: Embeddings,
+    pub(crate) groups: Groups,
+    /// Number of each kept image among those given; empty once loaded.
+    kept: Vec<usize>,
+    posterior: Posterior,
+    pub(crate) scale: Standard,
+    pub(crate) contrast: Option<WeighedContrast>,
+    pub(crate) patch_weight: f64,
+    pub(crate) patches: Option<WeighedPatches>,
+    /// Kept images with left-out values, and their sums so far.
+    judged: Vec<usize>,
+    sums: Vec<f64>,
+    pub(crate) left_out: Vec<f64>,
+}
+
+impl ClosedForm {
+    /// Learns what is normal, and what images look like in general where a background is given.
+    ///
+    /// Images with equal embeddings count once, and neither their order nor that of the background matters. Where
+    /// [`ClosedForm::patch_weight`] is not zero, [`ClosedForm::remember`] has to follow before images can be judged.
+    ///
+    /// # Errors
+    /// [`Error::Config`], [`Error::Empty`], [`Error::Shape`] for a background of other widths.
+    pub fn fit(
+        normal: &Embeddings,
+        background: Option<&Embeddings>,
+        config: &EvidenceConfig,
+    ) -> Result<Self, Error> {
+        config.validate()?;
+        if normal.is_empty() {
+            return Err(Error::Empty {
+                what: "normal embeddings",
+            });
+        }
+        if let Some(background) = background {
+            normal.check_widths(background, "the background")?;
+        }
+        let images = normal.len();
+        let mut kept = distinct(normal);
+        let (distinct_images, mut normal) = (kept.len(), normal.select(&kept));
+        let mut x = normal.features(usize::MAX);
+        let mut groups = leaders(x.view(), config.group_share);
+        if kept.len() > config.posterior.exact_images {
+            // Copies say nothing more and would take the places of the nearest images.
+            let leaders = std::mem::take(&mut groups.leaders);
+            kept = leaders.iter().map(|&row| kept[row]).collect();
+            normal = normal.select(&leaders);
+            x = x.select(Axis(0), &leaders);
+            groups = Groups::single(leaders.len());
+        }
+        let width = kernel_width(x.view(), &groups, config.posterior.width).unwrap_or(LONE_WIDTH);
+        let judged = judged_rows(kept.len(), config.posterior.exact_images);
+        let alike = similarity(x.view(), &groups, ALIKE_NEIGHBOURS);
+        let posterior = posterior(x, &groups, width, config)?;
+        let left_out = match &posterior {
+            Posterior::Exact(exact) => exact
+                .left_out(&groups, config.posterior.ridge)?
+                .unwrap_or_default(),
+            Posterior::Local(local) => local.left_out(&judged)?,
+        };
+        let judged = if left_out.is_empty() {
+            Vec::new()
+        } else {
+            judged
+        };
+        let mut form = Self {
+            summary: Summary {
+                images,
+                distinct: distinct_images,
+                groups: groups.len(),
+                exact: matches!(posterior, Posterior::Exact(_)),
+                left_out: judged.len(),
+                width,
+                background: 0,
+                accepted: 0.0,
+                alike,
+            },
+            config: config.clone(),
+            normal,
+            groups,
+            kept,
+            posterior,
+            scale: Standard::of(&left_out),
+            contrast: None,
+            patch_weight: patch_weight(alike, config),
+            patches: None,
+            sums: Vec::new(),
+            judged,
+            left_out: Vec::new(),
+        };
+        form.sums = left_out.iter().map(|value| form.scale.z(*value)).collect();
+        if let (Some(background), true) = (background, config.contrast.enabled) {
+            form.contrast_with(background, &left_out)?;
+        }
+        form.left_out = form.one_a_group(&form.sums, &form.judged);
+        Ok(form)
+    }
+
+    fn contrast_with(&mut self, background: &Embeddings, left_out: &[f64]) -> Result<(), Error> {
+        let config = self.config.contrast;
+        let background = background.select(&distinct(background));
+        self.summary.background = background.len();
+        if left_out.is_empty() || background.is_empty() {
+            return Ok(());
+        }
+        let limit = quantile(left_out, ACCEPTED);
+        let judged = self
+            .posterior
+            .evaluate(background.features(usize::MAX).view())?;
+        let accepted = judged.iter().filter(|e| e.log_variance < limit).count();
+        self.summary.accepted = accepted as f64 / background.len().max(LEAST_BACKGROUND) as f64;
+        let weight = config.weight * (self.summary.accepted / config.full_share).min(1.0);
+        if weight == 0.0 {
+            return Ok(());
+        }
+        let normal = self.normal.select(&self.judged).features(config.parts);
+        let groups = within(&self.groups, &self.judged);
+        let ordinary = background.features(config.parts);
+        let unlike = unlike_normals(normal.view(), ordinary.view(), config.dropped);
+        if unlike.is_empty() {
+            return Ok(());
+        }
+        let ordinary = ordinary.select(Axis(0), &unlike);
+        let (contrast, values) = Contrast::fit(
+            normal.view(),
+            &groups,
+            ordinary.view(),
+            config.width,
+            config.ridge,
+        )?;
+        let scale = Standard::of(&values);
+        for (sum, value) in self.sums.iter_mut().zip(values) {
+            *sum += weight * scale.z(value);
+        }
+        self.contrast = Some(WeighedContrast {
+            contrast,
+            normal_rows: self.judged.clone(),
+            ordinary: background.select(&unlike),
+            scale,
+            weight,
+        });
+        Ok(())
+    }
+
+    /// Numbers, among the images given, of those that are kept; empty for a form that was loaded.
+    pub fn kept(&self) -> &[usize] {
+        &self.kept
+    }
+
+    /// The kept images by groups of near copies.
+    pub fn groups(&self) -> &Groups {
+        &self.groups
+    }
+
+    /// What the fit found.
+    pub fn summary(&self) -> &Summary {
+        &self.summary
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &EvidenceConfig {
+        &self.config
+    }
+
+    /// Weight of the patches in the sum; above 0 where normal images are so alike that small parts decide.
+    pub fn patch_weight(&self) -> f64 {
+        self.patch_weight
+    }
+
+    /// Weight of the contrast in the sum.
+    pub fn contrast_weight(&self) -> f64 {
+        self.contrast
+            .as_ref()
+            .map_or(0.0, |contrast| contrast.weight)
+    }
+
+    /// Channels of each part of the embeddings.
+    pub fn widths(&self) -> Vec<usize> {
+        self.normal.widths()
+    }
+
+    /// The patch memory, once there is one.
+    pub fn memory(&self) -> Option<&PatchMemory> {
+        self.patches.as_ref().map(|patches| &patches.memory)
+    }
+
+    /// The sum's left-out values, one for each group that has one: what normal images score that were not learnt.
+    pub fn left_out(&self) -> &[f64] {
+        &self.left_out
+    }
+
+    /// Kept images whose patches [`ClosedForm::remember`] wants, few where patches only serve maps.
+    pub fn patch_images(&self) -> Vec<usize> {
+        let limit = if self.patch_weight > 0.0 {
+            self.config.patches.images
+        } else {
+            MAP_IMAGES
+        };
+        let (mut leading, mut others) = (Vec::new(), Vec::new());
+        // Those with left-out values; of a single group, which has none, all.
+        let rows: Vec<usize> = if self.judged.is_empty() {
+            (0..self.normal.len()).collect()
+        } else {
+            self.judged.clone()
+        };
+        let mut leads = vec![false; self.normal.len()];
+        for &leader in &self.groups.leaders {
+            if let Some(leads) = leads.get_mut(leader) {
+                *leads = true;
+            }
+        }
+        for row in rows {
+            if leads.get(row).copied().unwrap_or(false) {
+                &mut leading
+            } else {
+                &mut others
+            }
+            .push(row);
+        }
+        let mut wanted = spread(&leading, limit);
+        wanted.extend(spread(&others, limit - wanted.len()));
+        wanted.sort_unstable();
+        wanted
+    }
+
+    /// Chooses the patch memory from the patches of [`ClosedForm::patch_images`], in that order; returns what each of these
+    /// images' patches are at when its group is left out, for the scale of maps.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for patches of another number of images.
+    pub fn remember(
+        &mut self,
+        tokens: &PatchTokens,
+        rng: &mut Rng,
+    ) -> Result<Vec<Vec<f32>>, Error> {
+        let size = if self.patch_weight > 0.0 {
+            self.config.patches.core
+        } else {
+            self.config.patches.core_for_maps
+        };
+        let groups = self.patch_groups(tokens)?;
+        let memory = PatchMemory::choose(tokens, &groups, size, &self.config.patches, rng);
+        self.remember_these(tokens, memory)
+    }
+
+    /// As [`ClosedForm::remember`], with core sets that were chosen already.
+    ///
+    /// # Errors
+    /// As [`ClosedForm::remember`].
+    pub fn remember_these(
+        &mut self,
+        tokens: &PatchTokens,
+        memory: PatchMemory,
+    ) -> Result<Vec<Vec<f32>>, Error> {
+        let groups = self.patch_groups(tokens)?;
+        let distances = memory.distances(tokens, Some(&groups))?;
+        let values: Vec<f64> = distances.iter().map(|d| d.log_worst).collect();
+        // A single group has nothing left out: its patches were compared with none.
+        let scale = if self.groups.len() < 2 {
+            Standard::of(&[])
+        } else {
+            Standard::of(&values)
+        };
+        if self.patch_weight > 0.0 {
+            let images = self.patch_images();
+            let sum_of = |image: &usize| {
+                self.judged
+                    .binary_search(image)
+                    .ok()
+                    .and_then(|i| self.sums.get(i))
+            };
+            let sums: Vec<f64> = images
+                .iter()
+                .zip(&values)
+                .filter_map(|(image, value)| {
+                    Some(sum_of(image)? + self.patch_weight * scale.z(*value))
+                })
+                .collect();
+            self.left_out = self.one_a_group(&sums, &images);
+        }
+        self.patches = Some(WeighedPatches { memory, scale });
+        Ok(distances.into_iter().map(|d| d.map).collect())
+    }
+
+    fn patch_groups(&self, tokens: &PatchTokens) -> Result<Vec<usize>, Error> {
+        let images = self.patch_images();
+        if tokens.len() != images.len() {
+            return Err(Error::Shape {
+                what: "patch tokens".into(),
+                found: vec![tokens.len(), tokens.patches()],
+                expected: vec![images.len(), tokens.patches()],
+            });
+        }
+        Ok(images
+            .iter()
+            .filter_map(|&image| self.groups.of.get(image).copied())
+            .collect())
+    }
+
+    /// The first value of each group.
+    fn one_a_group(&self, values: &[f64], images: &[usize]) -> Vec<f64> {
+        let mut seen = vec![false; self.groups.len()];
+        let mut leading = Vec::new();
+        let leads = |image: usize| {
+            self.groups
+                .of
+                .get(image)
+                .is_some_and(|&g| self.groups.leaders.get(g) == Some(&image))
+        };
+        // The leader where it has a value, else another of the group.
+        for first in [true, false] {
+            for (value, &image) in values.iter().zip(images) {
+                let Some(group) = self.groups.of.get(image) else {
+                    continue;
+                };
+                let Some(seen) = seen.get_mut(*group) else {
+                    continue;
+                };
+                if !*seen && (leads(image) || !first) {
+                    *seen = true;
+                    leading.push(*value);
+                }
+            }
+        }
+        leading
+    }
+
+    /// Judges images; `patches` of the same images are needed where [`ClosedForm::patch_weight`] is not zero, and give a map
+    /// in any case.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for other widths or another number of images, [`Error::Empty`] without the patches that are needed.
+    pub fn evaluate(
+        &self,
+        images: &Embeddings,
+        patches: Option<&PatchTokens>,
+    ) -> Result<Vec<Judgement>, Error> {
+        self.normal.check_widths(images, "the embeddings")?;
+        if let Some(patches) = patches
+            && patches.len() != images.len()
+        {
+            return Err(Error::Shape {
+                what: "patch tokens".into(),
+                found: vec![patches.len(), patches.patches()],
+                expected: vec![images.len(), patches.patches()],
+            });
+        }
+        let distances = match (patches, &self.patches) {
+            (Some(tokens), Some(known)) => {
+                Some((known.memory.distances(tokens, None)?, known.scale))
+            }
+            _ if self.patch_weight > 0.0 => {
+                return Err(Error::Empty {
+                    what: "patch tokens",
+                });
+            }
+            _ => None,
+        };
+        let explained = self
+            .posterior
+            .evaluate(images.features(usize::MAX).view())?;
+        let contrasts = self.contrast.as_ref().map(|weighed| {
+            let values = weighed
+                .contrast
+                .evaluate(images.features(self.config.contrast.parts).view());
+            let of = |value| Weighed {
+                z: weighed.scale.z(value),
+                weight: weighed.weight,
+            };
+            values.into_iter().map(of).collect::<Vec<_>>()
+        });
+        let judgements = explained.into_iter().enumerate().map(|(i, explained)| {
+            let posterior = Weighed {
+                z: self.scale.z(explained.log_variance),
+                weight: 1.0,
+            };
+            let contrast = contrasts.as_ref().and_then(|all| all.get(i)).copied();
+            let found = distances
+                .as_ref()
+                .and_then(|(all, scale)| Some((all.get(i)?, scale)));
+            let patches = found
+                .filter(|_| self.patch_weight > 0.0)
+                .map(|(distances, scale)| Weighed {
+                    z: scale.z(distances.log_worst),
+                    weight: self.patch_weight,
+                });
+            let pieces = [Some(posterior), contrast, patches];
+            let leader = |(group, share)| Some((*self.groups.leaders.get(group)?, share));
+            Judgement {
+                score: pieces
+                    .into_iter()
+                    .flatten()
+                    .map(|piece| piece.weight * piece.z)
+                    .sum(),
+                posterior,
+                contrast,
+                patches,
+                explained_by: explained.shares.into_iter().filter_map(leader).collect(),
+                map: found.map(|(distances, _)| distances.map.clone()),
+            }
+        });
+        Ok(judgements.collect())
+    }
+
+    /// A form from what was saved of one.
+    pub(crate) fn restore(
+        config: EvidenceConfig,
+        summary: Summary,
+        (normal, groups): (Embeddings, Groups),
+        scale: Standard,
+        patch_weight: f64,
+        left_out: Vec<f64>,
+    ) -> Result<Self, Error> {
+        Ok(Self {
+            posterior: posterior(normal.features(usize::MAX), &groups, summary.width, &config)?,
+            config,
+            summary,
+            normal,
+            groups,
+            kept: Vec::new(),
+            scale,
+            contrast: None,
+            patch_weight,
+            patches: None,
+            judged: Vec::new(),
+            sums: Vec::new(),
+            left_out,
+        })
+    }
+}
+
+fn posterior(
+    x: Array2<f64>,
+    groups: &Groups,
+    width: f64,
+    config: &EvidenceConfig,
+) -> Result<Posterior, Error> {
+    let settings = config.posterior;
+    Ok(if x.nrows() <= settings.exact_images {
+        Posterior::Exact(ExactPosterior::fit(x, groups, width, settings.ridge)?)
+    } else {
+        Posterior::Local(LocalPosterior::fit(
+            x,
+            width,
+            settings.ridge,
+            settings.neighbours,
+        ))
+    })
+}
+
+fn patch_weight(alike: f64, config: &EvidenceConfig) -> f64 {
+    let settings = config.patches;
+    settings.weight * ((alike - settings.alike_from) / settings.alike_over).clamp(0.0, 1.0)
+}
+
+/// Numbers of images of which no two are equal, in an order that depends on their values alone.
+fn distinct(images: &Embeddings) -> Vec<usize> {
+    let mut order = images.by_value();
+    order.dedup_by(|a, b| images.compare(*a, *b).is_eq());
+    order
+}
+
+/// Rows that get left-out values: all, or of more than are judged exactly half as many, evenly spread.
+fn judged_rows(rows: usize, exact: usize) -> Vec<usize> {
+    let all: Vec<usize> = (0..rows).collect();
+    if rows <= exact {
+        all
+    } else {
+        spread(&all, exact.div_ceil(2))
+    }
+}
+
+/// At most `count` of some numbers, evenly spread.
+fn spread(numbers: &[usize], count: usize) -> Vec<usize> {
+    let total = numbers.len();
+    if total <= count {
+        return numbers.to_vec();
+    }
+    (0..count).map(|i| numbers[i * total / count]).collect()
+}
+
+/// The groups of some rows, ascending.
+fn within(groups: &Groups, rows: &[usize]) -> Groups {
+    let mut number = vec![usize::MAX; groups.len()];
+    let mut some = Groups {
+        leaders: Vec::new(),
+        of: Vec::with_capacity(rows.len()),
+    };
+    for (i, &row) in rows.iter().enumerate() {
+        let number = &mut number[groups.of[row]];
+        if *number == usize::MAX {
+            *number = some.leaders.len();
+            some.leaders.push(i);
+        }
+        some.of.push(*number);
+    }
+    some
+}
+
+/// Quantile with linear interpolation; values are not empty.
+fn quantile(values: &[f64], share: f64) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    let at = share * (values.len() - 1) as f64;
+    let (low, rest) = (at.floor() as usize, at.fract());
+    let high = (low + 1).min(values.len() - 1);
+    values[low] + (values[high] - values[low]) * rest
+}

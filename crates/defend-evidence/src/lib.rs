@@ -1,0 +1,42 @@
+//! The student in closed form: how novel an item is among others that are called normal, from the vectors that a frozen
+//! network gives of each.
+//!
+//! A trained student fails where its teacher's features are unlike those it has learnt. An infinitely wide one, trained to
+//! convergence, has an error that can be written down: the posterior variance of a Gaussian process. So nothing is trained
+//! here. Three questions are asked of an image, each answered on the scale of the normal images' own *left-out values* (what
+//! the rule says of a normal image that it has not seen, without a refit), and summed:
+//!
+//! 1. [`ExactPosterior`]: is it explained by the normal images?
+//! 2. [`Contrast`]: is it more like them than like images in general, where the posterior finds that this matters?
+//! 3. [`PatchMemory`]: is some small part unlike anything normal, where normal images are so alike that this decides?
+//!
+//! [`Groups`] make near copies count once. [`ClosedForm`] is the sum. Everything works on `ndarray` matrices, of images or
+//! of anything else: see [`Embeddings`].
+
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "views are handed over by value, as to ndarray's own functions"
+)]
+
+mod closed_form;
+mod config;
+mod contrast;
+mod embeddings;
+mod error;
+mod groups;
+mod linear;
+mod patches;
+mod posterior;
+mod standard;
+mod state;
+
+pub use closed_form::{ClosedForm, Judgement, Summary, Weighed};
+pub use config::{ContrastConfig, EvidenceConfig, PatchConfig, PosteriorConfig};
+pub use contrast::{Contrast, unlike_normals};
+pub use embeddings::Embeddings;
+pub use error::Error;
+pub use groups::{Groups, kernel_width, leaders, similarity};
+pub use patches::{CoreSet, PatchDistances, PatchMemory, PatchTokens};
+pub use posterior::{ExactPosterior, Explained, LocalPosterior, NAMED_GROUPS};
+pub use standard::Standard;
+pub use state::{State, StateArray, StateHeader};

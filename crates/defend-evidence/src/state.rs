@@ -1,0 +1,255 @@
+//! A closed form as plain arrays, for any file format.
+
+use std::collections::BTreeMap;
+
+use ndarray::{Array1, Array2};
+use serde::{Deserialize, Serialize};
+
+use crate::closed_form::{WeighedContrast, WeighedPatches};
+use crate::contrast::Contrast;
+use crate::patches::CoreSet;
+use crate::{
+    ClosedForm, Embeddings, Error, EvidenceConfig, Groups, PatchMemory, Standard, Summary,
+};
+
+/// Everything about a [`ClosedForm`] but its arrays; saved as JSON or the like.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StateHeader {
+    config: EvidenceConfig,
+    summary: Summary,
+    scale: Standard,
+    contrast: Option<PieceHeader>,
+    patch_weight: f64,
+    patches: Option<Standard>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PieceHeader {
+    scale: Standard,
+    weight: f64,
+}
+
+/// One array of a saved form, row-major.
+#[derive(Debug, Clone, PartialEq)]
+pub enum StateArray {
+    /// A matrix.
+    Matrix(Array2<f32>),
+    /// Numbers of double precision.
+    Numbers(Vec<f64>),
+    /// Numbers of rows or groups.
+    Indices(Vec<u32>),
+}
+
+/// A [`ClosedForm`] as a header and named arrays.
+#[derive(Debug, Clone, PartialEq)]
+pub struct State {
+    /// Scalars and settings.
+    pub header: StateHeader,
+    /// Arrays by name.
+    pub arrays: BTreeMap<String, StateArray>,
+}
+
+fn indices(values: &[usize]) -> StateArray {
+    StateArray::Indices(values.iter().map(|&i| i as u32).collect())
+}
+
+impl ClosedForm {
+    /// What has to be saved. A restored form gives the same scores, on the same machine to the last bit.
+    pub fn state(&self) -> State {
+        let mut arrays = BTreeMap::new();
+        let mut add = |name: String, array| {
+            arrays.insert(name, array);
+        };
+        for (i, part) in self.normal.parts().iter().enumerate() {
+            add(format!("normal.{i}"), StateArray::Matrix(part.clone()));
+        }
+        add("groups".into(), indices(&self.groups.of));
+        add("leaders".into(), indices(&self.groups.leaders));
+        add(
+            "left_out".into(),
+            StateArray::Numbers(self.left_out.clone()),
+        );
+        if let Some(weighed) = &self.contrast {
+            for (i, part) in weighed
+                .ordinary
+                .parts()
+                .iter()
+                .take(self.config.contrast.parts)
+                .enumerate()
+            {
+                add(format!("ordinary.{i}"), StateArray::Matrix(part.clone()));
+            }
+            add("contrast.rows".into(), indices(&weighed.normal_rows));
+            add(
+                "contrast".into(),
+                StateArray::Numbers(weighed.contrast.coefficients().to_vec()),
+            );
+        }
+        for (i, core) in self
+            .memory()
+            .map(PatchMemory::blocks)
+            .into_iter()
+            .flatten()
+            .enumerate()
+        {
+            add(
+                format!("patches.{i}"),
+                StateArray::Matrix(core.patches.clone()),
+            );
+            add(format!("patches.{i}.groups"), indices(&core.groups));
+        }
+        State {
+            header: StateHeader {
+                config: self.config.clone(),
+                summary: self.summary,
+                scale: self.scale,
+                contrast: self.contrast.as_ref().map(|c| PieceHeader {
+                    scale: c.scale,
+                    weight: c.weight,
+                }),
+                patch_weight: self.patch_weight,
+                patches: self.patches.as_ref().map(|p| p.scale),
+            },
+            arrays,
+        }
+    }
+
+    /// The form that a state was made of.
+    ///
+    /// # Errors
+    /// [`Error::State`] when an array is missing or does not fit the others, and those of [`Embeddings::new`].
+    pub fn from_state(state: State) -> Result<Self, Error> {
+        let State { header, arrays } = state;
+        let mut arrays = Arrays(arrays);
+        header.config.validate()?;
+        let normal = arrays.embeddings("normal")?;
+        let groups = Groups {
+            of: arrays.indices("groups", normal.len())?,
+            leaders: arrays.indices("leaders", usize::MAX)?,
+        };
+        let whole = !normal.is_empty()
+            && groups.of.iter().all(|g| *g < groups.leaders.len())
+            && groups.leaders.iter().all(|row| *row < normal.len());
+        if !whole {
+            return Err(fault("groups do not fit the images".into()));
+        }
+        let finite =
+            |s: Standard| s.mean.is_finite() && s.deviation.is_finite() && s.deviation > 0.0;
+        let scales = [
+            Some(header.scale),
+            header.contrast.map(|c| c.scale),
+            header.patches,
+        ];
+        let numbers = [header.summary.width, header.patch_weight];
+        if !(scales.into_iter().flatten().all(finite) && numbers.iter().all(|n| n.is_finite())) {
+            return Err(fault("a scale or width is not finite".into()));
+        }
+        let left_out = arrays.numbers("left_out", usize::MAX)?;
+        let mut form = Self::restore(
+            header.config,
+            header.summary,
+            (normal, groups),
+            header.scale,
+            header.patch_weight,
+            left_out,
+        )?;
+        if let Some(PieceHeader { scale, weight }) = header.contrast {
+            let config = form.config.contrast;
+            let ordinary = arrays.embeddings("ordinary")?;
+            let rows = arrays.indices("contrast.rows", usize::MAX)?;
+            if rows.iter().any(|row| *row >= form.normal.len()) {
+                return Err(fault("contrast.rows do not fit the images".into()));
+            }
+            let normal = form.normal.select(&rows).features(config.parts);
+            let other = ordinary.features(config.parts);
+            let points = ndarray::concatenate(ndarray::Axis(0), &[normal.view(), other.view()])
+                .map_err(|_| fault("ordinary images have another width".into()))?;
+            let coefficients = Array1::from(arrays.numbers("contrast", points.nrows())?);
+            form.contrast = Some(WeighedContrast {
+                contrast: Contrast::from_parts(points, coefficients, config.width),
+                normal_rows: rows,
+                ordinary,
+                scale,
+                weight,
+            });
+        }
+        if let Some(scale) = header.patches {
+            let mut blocks = Vec::new();
+            while let Some(patches) = arrays.matrix(&format!("patches.{}", blocks.len()))? {
+                let groups =
+                    arrays.indices(&format!("patches.{}.groups", blocks.len()), patches.nrows())?;
+                blocks.push(CoreSet { patches, groups });
+            }
+            if blocks.is_empty() {
+                return Err(fault("patches.0 is missing".into()));
+            }
+            let memory = PatchMemory::new(blocks, form.config.patches.worst);
+            form.patches = Some(WeighedPatches { memory, scale });
+        }
+        if form.patch_weight > 0.0 && form.patches.is_none() {
+            return Err(fault("patches have a weight, but there are none".into()));
+        }
+        match arrays.0.into_keys().next() {
+            Some(name) => Err(fault(format!("\"{name}\" belongs to no part of it"))),
+            None => Ok(form),
+        }
+    }
+}
+
+fn fault(reason: String) -> Error {
+    Error::State { reason }
+}
+
+/// Arrays that are taken out by name.
+struct Arrays(BTreeMap<String, StateArray>);
+
+impl Arrays {
+    fn matrix(&mut self, name: &str) -> Result<Option<Array2<f32>>, Error> {
+        match self.0.remove(name) {
+            None => Ok(None),
+            Some(StateArray::Matrix(matrix)) if matrix.iter().all(|v| v.is_finite()) => {
+                Ok(Some(matrix))
+            }
+            Some(_) => Err(fault(format!("\"{name}\" is no matrix of finite numbers"))),
+        }
+    }
+
+    fn embeddings(&mut self, name: &str) -> Result<Embeddings, Error> {
+        let mut parts = Vec::new();
+        while let Some(part) = self.matrix(&format!("{name}.{}", parts.len()))? {
+            parts.push(part);
+        }
+        if parts.is_empty() {
+            return Err(fault(format!("{name}.0 is missing")));
+        }
+        Embeddings::new(parts)
+    }
+
+    /// `count`: how many are expected, `usize::MAX` for any number.
+    fn indices(&mut self, name: &str, count: usize) -> Result<Vec<usize>, Error> {
+        match self.0.remove(name) {
+            Some(StateArray::Indices(values)) if count == usize::MAX || values.len() == count => {
+                Ok(values.into_iter().map(|i| i as usize).collect())
+            }
+            _ => Err(fault(format!(
+                "\"{name}\" is missing or has another length"
+            ))),
+        }
+    }
+
+    fn numbers(&mut self, name: &str, count: usize) -> Result<Vec<f64>, Error> {
+        match self.0.remove(name) {
+            Some(StateArray::Numbers(values))
+                if (count == usize::MAX || values.len() == count)
+                    && values.iter().all(|v| v.is_finite()) =>
+            {
+                Ok(values)
+            }
+            _ => Err(fault(format!(
+                "\"{name}\" is missing, has another length or values that are not finite"
+            ))),
+        }
+    }
+}

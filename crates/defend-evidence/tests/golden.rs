@@ -1,0 +1,267 @@
+//! Every stage against PyTorch in f64 (`tools/golden_evidence.py`).
+#![allow(clippy::unwrap_used, clippy::cast_lossless, reason = "tests may panic")]
+
+use arrays::Set;
+use defend_evidence::{
+    ClosedForm, Contrast, CoreSet, Embeddings, EvidenceConfig, ExactPosterior, Groups, PatchMemory,
+    PatchTokens, kernel_width, leaders, similarity, unlike_normals,
+};
+use ndarray::{Array2, Array3};
+
+/// How golden tensors become arrays.
+mod arrays {
+    use defend_testing::Golden;
+    use ndarray::{Array2, Array3};
+
+    pub(crate) struct Set {
+        golden: Golden,
+        name: &'static str,
+    }
+
+    impl Set {
+        pub(crate) fn read(name: &'static str) -> Self {
+            let golden = Golden::read(env!("CARGO_MANIFEST_DIR"), "evidence");
+            Self { golden, name }
+        }
+
+        fn tensor(&self, key: &str) -> candle_core::Tensor {
+            self.golden.get(&format!("{}.{key}", self.name))
+        }
+
+        pub(crate) fn numbers(&self, key: &str) -> Vec<f64> {
+            self.tensor(key).flatten_all().unwrap().to_vec1().unwrap()
+        }
+
+        pub(crate) fn indices(&self, key: &str) -> Vec<usize> {
+            let values: Vec<u32> = self.tensor(key).to_vec1().unwrap();
+            values.into_iter().map(|i| i as usize).collect()
+        }
+
+        pub(crate) fn matrix(&self, key: &str) -> Array2<f32> {
+            let tensor = self.tensor(key);
+            Array2::from_shape_vec(
+                tensor.dims2().unwrap(),
+                tensor.flatten_all().unwrap().to_vec1().unwrap(),
+            )
+            .unwrap()
+        }
+
+        pub(crate) fn cube(&self, key: &str) -> Array3<f32> {
+            let tensor = self.tensor(key);
+            Array3::from_shape_vec(
+                tensor.dims3().unwrap(),
+                tensor.flatten_all().unwrap().to_vec1().unwrap(),
+            )
+            .unwrap()
+        }
+    }
+}
+
+const SETS: [&str; 2] = ["varied", "alike"];
+
+fn embeddings(set: &Set, name: &str) -> Embeddings {
+    Embeddings::new((0..3).map(|i| set.matrix(&format!("{name}.{i}"))).collect()).unwrap()
+}
+
+fn tokens(set: &Set, name: &str) -> PatchTokens {
+    let blocks: Vec<Array3<f32>> = (0..2)
+        .map(|i| set.cube(&format!("patches.{name}.{i}")))
+        .collect();
+    PatchTokens::new(blocks).unwrap()
+}
+
+fn close(found: &[f64], expected: &[f64], tolerance: f64, what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let scale = expected.abs().max(1.0);
+        assert!(
+            (found - expected).abs() <= tolerance * scale,
+            "{what} {i}: {found}, expected {expected}"
+        );
+    }
+}
+
+/// Groups by leader's row, whatever their numbers.
+fn led_by(groups: &Groups) -> Vec<usize> {
+    groups.of.iter().map(|&g| groups.leaders[g]).collect()
+}
+
+#[test]
+fn groups_width_and_similarity() {
+    for name in SETS {
+        let set = Set::read(name);
+        let x = embeddings(&set, "train").features(3);
+        let groups = leaders(x.view(), 0.2);
+        assert_eq!(groups.leaders, set.indices("leaders"), "{name}");
+        assert_eq!(groups.of, set.indices("groups"), "{name}");
+        assert!(groups.len() < x.nrows(), "copies share groups");
+        let numbers = set.numbers("numbers");
+        close(
+            &[kernel_width(x.view(), &groups, 1.5).unwrap()],
+            &numbers[..1],
+            1e-9,
+            "width",
+        );
+        close(
+            &[similarity(x.view(), &groups, 5)],
+            &numbers[2..3],
+            1e-9,
+            "similarity",
+        );
+    }
+}
+
+#[test]
+fn posterior_and_left_out_values() {
+    for name in SETS {
+        let set = Set::read(name);
+        let x = embeddings(&set, "train").features(3);
+        let groups = leaders(x.view(), 0.2);
+        let posterior = ExactPosterior::fit(x, &groups, set.numbers("numbers")[0], 0.1).unwrap();
+        let left_out = posterior.left_out(&groups, 0.1).unwrap().unwrap();
+        close(
+            &left_out,
+            &set.numbers("posterior.left_out"),
+            1e-6,
+            "left-out log variances",
+        );
+        for (images, expected) in [("test", "posterior"), ("ordinary", "posterior.ordinary")] {
+            let judged = posterior.evaluate(embeddings(&set, images).features(3).view());
+            let found: Vec<f64> = judged.iter().map(|e| e.log_variance).collect();
+            close(&found, &set.numbers(expected), 1e-6, expected);
+            for explained in judged {
+                let total: f64 = explained.shares.iter().map(|(_, share)| share).sum();
+                assert!(total <= 1.0 + 1e-12 && explained.shares.is_sorted_by(|a, b| a.1 >= b.1));
+            }
+        }
+    }
+}
+
+#[test]
+fn contrast_and_left_out_values() {
+    for name in SETS {
+        let set = Set::read(name);
+        let train = embeddings(&set, "train");
+        let groups = leaders(train.features(3).view(), 0.2);
+        let (x, b) = (train.features(2), embeddings(&set, "ordinary").features(2));
+        let kept = unlike_normals(x.view(), b.view(), 0.1);
+        assert_eq!(kept.len(), 270);
+        let b = b.select(ndarray::Axis(0), &kept);
+        let (contrast, left_out) = Contrast::fit(x.view(), &groups, b.view(), 1.0, 1.0).unwrap();
+        close(
+            &left_out,
+            &set.numbers("contrast.left_out"),
+            1e-6,
+            "left-out contrast",
+        );
+        let found = contrast.evaluate(embeddings(&set, "test").features(2).view());
+        close(&found, &set.numbers("contrast"), 1e-6, "contrast");
+    }
+}
+
+#[test]
+fn patch_distances_from_the_same_core_set() {
+    for name in SETS {
+        let set = Set::read(name);
+        let groups = set.indices("groups");
+        let memory = memory(&set, &groups);
+        let left_out = memory
+            .distances(&tokens(&set, "train"), Some(&groups))
+            .unwrap();
+        let found: Vec<f64> = left_out.iter().map(|d| d.log_worst).collect();
+        close(
+            &found,
+            &set.numbers("worst.left_out"),
+            1e-6,
+            "left-out patches",
+        );
+        let distances = memory.distances(&tokens(&set, "test"), None).unwrap();
+        let found: Vec<f64> = distances.iter().map(|d| d.log_worst).collect();
+        close(&found, &set.numbers("worst"), 1e-6, "patches");
+    }
+}
+
+/// The golden core sets; `groups` of the training images.
+fn memory(set: &Set, groups: &[usize]) -> PatchMemory {
+    let core = |i: usize| -> CoreSet {
+        let patches: Array2<f32> = set.matrix(&format!("core.{i}"));
+        let images = set.indices(&format!("core.{i}.images"));
+        CoreSet {
+            patches,
+            groups: images.into_iter().map(|image| groups[image]).collect(),
+        }
+    };
+    PatchMemory::new(vec![core(0), core(1)], 5)
+}
+
+#[test]
+fn gates_and_sum() {
+    for name in SETS {
+        let set = Set::read(name);
+        let train = embeddings(&set, "train");
+        let config = EvidenceConfig::default();
+        let mut form =
+            ClosedForm::fit(&train, Some(&embeddings(&set, "ordinary")), &config).unwrap();
+        let numbers = set.numbers("numbers");
+        let (summary, close) = (*form.summary(), |found, i: usize, what| {
+            close(&[found], &numbers[i..=i], 1e-9, what);
+        });
+        close(
+            summary.accepted,
+            1,
+            "share of ordinary images taken for normal",
+        );
+        close(summary.alike, 2, "similarity");
+        close(form.contrast_weight(), 3, "weight of the contrast");
+        close(form.patch_weight(), 4, "weight of the patches");
+
+        // The form has the images in an order of its own.
+        let place = |image: usize| form.kept().iter().position(|i| *i == image).unwrap();
+        let led: Vec<usize> = led_by(form.groups())
+            .into_iter()
+            .map(|row| form.kept()[row])
+            .collect();
+        let expected = set.indices("leaders");
+        for (row, &image) in form.kept().iter().enumerate() {
+            assert_eq!(led[row], expected[set.indices("groups")[image]]);
+        }
+        let of_image: Vec<usize> = (0..train.len())
+            .map(|image| form.groups().of[place(image)])
+            .collect();
+        let patches = tokens(&set, "train");
+        if form.patch_weight() > 0.0 {
+            let memory = memory(&set, &of_image);
+            let wanted: Vec<usize> = form
+                .patch_images()
+                .into_iter()
+                .map(|row| form.kept()[row])
+                .collect();
+            assert_eq!(wanted.len(), train.len());
+            let blocks = patches
+                .blocks()
+                .iter()
+                .map(|block| block.select(ndarray::Axis(0), &wanted));
+            form.remember_these(&PatchTokens::new(blocks.collect()).unwrap(), memory)
+                .unwrap();
+        }
+        let (test, patches) = (embeddings(&set, "test"), tokens(&set, "test"));
+        let patches = (form.patch_weight() > 0.0).then_some(&patches);
+        let found: Vec<f64> = form
+            .evaluate(&test, patches)
+            .unwrap()
+            .iter()
+            .map(|j| j.score)
+            .collect();
+        self::close(&found, &set.numbers("sum"), 1e-6, "sum");
+        let all = set.numbers("sum.left_out");
+        let mut expected: Vec<f64> = set
+            .indices("leaders")
+            .into_iter()
+            .map(|image| all[image])
+            .collect();
+        let mut found = form.left_out().to_vec();
+        expected.sort_by(f64::total_cmp);
+        found.sort_by(f64::total_cmp);
+        self::close(&found, &expected, 1e-6, "left-out sums");
+    }
+}

@@ -1,0 +1,150 @@
+"""Golden values for defend-evidence: the closed form's formulas (docs/METHOD.md) in PyTorch and f64, on small random embeddings.
+
+    python tools/golden_evidence.py        # writes crates/defend-evidence/tests/golden/evidence.safetensors
+
+Two sets: `varied`, where ordinary images are contrasted with, and `alike`, where patches count. Some images have near copies.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+RIDGE, WIDTH, CONTRAST_WIDTH, CONTRAST_RIDGE, WORST = 0.1, 1.5, 1.0, 1.0, 5
+
+
+def unit(x):
+    return F.normalize(x.double(), dim=-1)
+
+
+def phi(parts):
+    return unit(torch.cat([unit(part) for part in parts], 1))
+
+
+def squared_distances(a, b):
+    return (2 - 2 * a @ b.T).clamp_min(0)
+
+
+def leaders(x, share=0.2):
+    """Greedy k-centre from the medoid: the leaders' rows, and the leader that each row is nearest to."""
+    d = squared_distances(x, x)
+    radius = share * float(d[tuple(torch.triu_indices(len(x), len(x), 1))].median())
+    chosen = [int(d.sum(1).argmin())]
+    nearest = d[chosen[0]].clone()
+    while float(nearest.max()) > radius:
+        chosen.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, d[chosen[-1]])
+    chosen = torch.tensor(chosen)
+    return chosen, d[:, chosen].argmin(1)
+
+
+def blocks_without_group(inverse, groups):
+    for group in groups.unique():
+        rows = (groups == group).nonzero().flatten()
+        yield rows, torch.linalg.inv(inverse[rows][:, rows])
+
+
+def posterior(x, groups, g, *queries):
+    kernel = lambda a, b: torch.exp(-g * squared_distances(a, b))
+    inverse = torch.linalg.inv(kernel(x, x) + RIDGE * torch.eye(len(x), dtype=torch.double))
+    left_out = torch.empty(len(x), dtype=torch.double)
+    for rows, block in blocks_without_group(inverse, groups):
+        left_out[rows] = block.diagonal() - RIDGE
+    logs = [left_out.clamp_min(1e-7).log()]
+    for q in queries:
+        k = kernel(q, x)
+        logs.append((1 - ((k @ inverse) * k).sum(1)).clamp_min(1e-7).log())
+    return logs
+
+
+def contrast(x, groups, background, query):
+    near = (background @ x.T).topk(min(5, len(x)), 1).values.mean(1)
+    background = background[near.argsort()[: int(len(background) * 0.9)]]
+    both, n, m = torch.cat([x, background]), len(x), len(background)
+    y = torch.cat([torch.ones(n), -torch.ones(m)]).double()
+    weight = torch.cat([torch.full((n,), 0.5 / n), torch.full((m,), 0.5 / m)]).double() * (n + m)
+    kernel = torch.exp(-CONTRAST_WIDTH * squared_distances(both, both))
+    inverse = torch.linalg.inv(kernel + CONTRAST_RIDGE * torch.diag(1 / weight))
+    alpha = inverse @ y
+    left_out = torch.empty(n, dtype=torch.double)
+    for rows, block in blocks_without_group(inverse[:n, :n], groups):
+        left_out[rows] = y[rows] - block @ alpha[rows]
+    return -left_out, -(torch.exp(-CONTRAST_WIDTH * squared_distances(query, both)) @ alpha)
+
+
+def worst_patches(cores, owners, groups, x, q):
+    """x, q: unit patch tokens of each block, [images, patches, channels]."""
+    left, score = 0, 0
+    for core, owner, bx, bq in zip(cores, owners, x, q):
+        rows = []
+        for i in range(len(bx)):
+            s = bx[i] @ core.T
+            s[:, owner == groups[i]] = -2
+            rows.append((1 - s.amax(1)).topk(WORST).values.mean())
+        left = left + torch.stack(rows)
+        score = score + torch.stack([(1 - (p @ core.T).amax(1)).topk(WORST).values.mean() for p in bq])
+    return left.double().log(), score.double().log()
+
+
+def standard(left, score):
+    return [(s - left.mean()) / left.std() for s in (left, score)]
+
+
+def images(n, spread, gen, centre, copies=()):
+    """n images of three parts around a centre, some of them followed by near copies."""
+    x = centre + spread * torch.randn(n, centre.shape[0], generator=gen)
+    rows = [x] + [x[i : i + 1] + 0.02 * spread * torch.randn(k, centre.shape[0], generator=gen) for i, k in copies]
+    return [part.contiguous() for part in torch.cat(rows).float().split(8, 1)]
+
+
+def build(name, spread, near, seed, out):
+    gen = torch.Generator().manual_seed(seed)
+    centre, other = torch.randn(2, 24, generator=gen)
+    train = images(40, spread, gen, centre, copies=((3, 4), (17, 1), (31, 2)))
+    test = [torch.cat(p) for p in zip(images(12, spread, gen, centre), images(12, 2 * spread, gen, other))]
+    ordinary = [torch.cat(p) for p in zip(images(near, 1.2 * spread, gen, centre), images(300 - near, 2.5 * spread, gen, other))]
+    x, q, b = phi(train), phi(test), phi(ordinary)
+    chosen, groups = leaders(x)
+    d = squared_distances(x[chosen], x[chosen]).fill_diagonal_(float("inf"))
+    g = WIDTH / float(d.amin(1).median())
+    left, score, of_background = posterior(x, groups, g, q, b)
+    accepted = float((of_background < left.quantile(0.95)).double().mean())
+    alike = float((x[chosen] @ x[chosen].T).fill_diagonal_(-2).topk(5).values.mean())
+    weights = (2 * min(1.0, accepted / 0.02), 2 * min(1.0, max(0.0, (alike - 0.92) / 0.03)))
+    flat = [phi(t[:2]) for t in (train, ordinary, test)]
+    against = contrast(flat[0], groups, *flat[1:])
+    tokens = lambda n: [unit(torch.randn(n, 10, 6, generator=gen)).float() for _ in range(2)]
+    mx, mq = tokens(len(x)), tokens(len(q))
+    keep = [torch.randperm(len(x) * 10, generator=gen)[:60] for _ in mx]
+    cores = [block.reshape(-1, 6)[rows] for block, rows in zip(mx, keep)]
+    owners = [groups[rows // 10] for rows in keep]
+    worst = worst_patches(cores, owners, groups, mx, mq)
+    pieces = [standard(left, score), standard(*against), standard(*worst)]
+    total = [p + weights[0] * c + weights[1] * w for p, c, w in zip(*pieces)]
+    print(name, "groups", len(chosen), "width %.3f accepted %.4f alike %.4f weights" % (g, accepted, alike), weights)
+    out.update({f"{name}.{k}": v.contiguous() for k, v in {
+        **{f"train.{i}": part for i, part in enumerate(train)},
+        **{f"test.{i}": part for i, part in enumerate(test)},
+        **{f"ordinary.{i}": part for i, part in enumerate(ordinary)},
+        **{f"patches.train.{i}": block for i, block in enumerate(mx)},
+        **{f"patches.test.{i}": block for i, block in enumerate(mq)},
+        **{f"core.{i}": core for i, core in enumerate(cores)},
+        # Which image each patch of the core set is from.
+        **{f"core.{i}.images": (rows // 10).to(torch.uint32) for i, rows in enumerate(keep)},
+        "leaders": chosen.to(torch.uint32), "groups": groups.to(torch.uint32),
+        "numbers": torch.tensor([g, accepted, alike, *weights], dtype=torch.double),
+        "posterior.left_out": left, "posterior": score, "posterior.ordinary": of_background,
+        "contrast.left_out": against[0], "contrast": against[1],
+        "worst.left_out": worst[0], "worst": worst[1],
+        "sum.left_out": total[0], "sum": total[1],
+    }.items()})
+
+
+if __name__ == "__main__":
+    golden = {}
+    build("varied", 1.0, 6, 4, golden)
+    build("alike", 0.32, 30, 1, golden)
+    path = Path(__file__).parent.parent / "crates/defend-evidence/tests/golden/evidence.safetensors"
+    save_file(golden, path)
+    print(path, path.stat().st_size, "bytes")
