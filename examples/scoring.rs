@@ -1,6 +1,6 @@
 //! What the tables of `voc` and `ablate` measure: several scores of one fitted detector, and their AUROC.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use defend_core::distill::{Aggregation, Score, discrepancy};
 use defend_core::metrics::auroc;
 use defend_core::vit::ImageSource;
@@ -13,17 +13,21 @@ pub(crate) fn scores(
     pictures: &Pictures,
     aggregations: &[Aggregation],
 ) -> Result<Vec<Vec<f32>>> {
-    let (config, all) = (
-        detector.config(),
-        (0..pictures.len()).collect::<Vec<usize>>(),
-    );
+    let config = detector.config();
+    let (Some((teacher, student)), Some(masked)) = (detector.networks(), config.masked_student())
+    else {
+        bail!(
+            "these tables compare scores of a masked student: settings with \"student\": {{\"masked\": ...}}"
+        );
+    };
+    let all: Vec<usize> = (0..pictures.len()).collect();
     let mut scores = vec![Vec::new(); aggregations.len()];
     for batch in all.chunks(config.batch) {
         let found = discrepancy(
-            detector.teacher(),
-            detector.student(),
-            &config.distill.distance,
-            config.distill.layers,
+            teacher,
+            student,
+            &masked.distill.distance,
+            masked.distill.layers,
             &pictures.images(batch)?,
         )?;
         for (scores, aggregation) in scores.iter_mut().zip(aggregations) {

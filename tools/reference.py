@@ -76,6 +76,15 @@ def settings(given, defaults=DEFAULTS):
     return found
 
 
+def masked(given):
+    """The library's settings of a masked student, {"dense", "student": {"masked": {...}}}, as one level."""
+    student = given.get("student", {})
+    if "masked" not in student:
+        raise ValueError("only the masked student is built here: expected \"student\": {\"masked\": ...}")
+    rest = {key: value for key, value in given.items() if key != "student"}
+    return {"dense": None} | rest | student["masked"]
+
+
 def printed_scores(config):
     """The scores of docs/RESULTS.md, and the configured one if it is another."""
     scores = {"patches": ("mean", {})}
@@ -495,7 +504,7 @@ def main():
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
-    config = settings(json.loads(args.config.read_text()) if args.config else {})
+    config = settings(masked(json.loads(args.config.read_text())) if args.config else {})
     if args.no_dense:
         config.dense = None
     config.distill.epochs = args.epochs or config.distill.epochs

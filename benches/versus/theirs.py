@@ -159,7 +159,7 @@ def pictures(row, engine):
 
 def fit(row, engine):
     """From the files to a trained student; the teacher's features are kept, or with the engine's suffix computed each epoch."""
-    config = reference.settings(row["config"])
+    config = reference.settings(reference.masked(row["config"]))
 
     def run():
         weights = reference.Weights(row["weights"])
@@ -171,7 +171,7 @@ def fit(row, engine):
 
 def score(row, engine):
     """From the files to a score for each picture, with the student of a model file."""
-    config, weights = reference.settings(row["config"]), reference.Weights(row["weights"])
+    config, weights = reference.settings(reference.masked(row["config"])), reference.Weights(row["weights"])
     student = timm.create_model(weights.architecture, num_classes=0)
     tensors = load_file(row["detector"]).items()
     student.load_state_dict({k.removeprefix("student."): v for k, v in tensors if k.startswith("student.")})

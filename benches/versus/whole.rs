@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use defend_core::Student;
 use defend_core::data::{Difficult, MultiObject, Protocol, Subset, Voc};
 use defend_core::prelude::*;
 use serde_json::{Value, json};
@@ -102,7 +103,9 @@ fn score(files: Files) -> Row {
         let test = files.split("val");
         let normal = files.normal();
         let mut config = config();
-        config.distill.epochs = 1;
+        if let Student::Masked(masked) = &mut config.student {
+            masked.distill.epochs = 1;
+        }
         let detector = files.fitted(config, normal);
         let path = folder.join("detector.safetensors");
         detector.save(&path).expect("a model file");

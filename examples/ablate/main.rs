@@ -15,7 +15,7 @@ use clap::Parser;
 use defend_core::data::{Fit, Label, MultiObject, Protocol, Subset};
 use defend_core::distill::Aggregation;
 use defend_core::prelude::*;
-use defend_core::vit::{Backbone, TrainScope};
+use defend_core::vit::{Encoder, TrainScope};
 use defend_core::{Pictures, preprocess_of};
 use serde::Deserialize;
 
@@ -126,16 +126,21 @@ fn main() -> Result<()> {
 fn settings(row: &Row, arguments: &Arguments) -> Result<DefendConfig> {
     let mut value = row.settings.clone();
     let fields = value.as_object_mut().context("settings are an object")?;
-    let distill = fields
-        .entry("distill")
-        .or_insert_with(|| serde_json::json!({}));
-    let distill = distill.as_object_mut().context("distill is an object")?;
+    let mut object = fields;
+    for stage in ["student", "masked", "distill"] {
+        let inner = object.entry(stage).or_insert_with(|| serde_json::json!({}));
+        object = inner
+            .as_object_mut()
+            .with_context(|| format!("{stage} is an object"))?;
+    }
+    let distill = object;
     distill.entry("epochs").or_insert(arguments.epochs.into());
     distill.entry("batch").or_insert(arguments.batch.into());
     let config: DefendConfig = serde_json::from_value(value)?;
     config.validate()?;
+    let masked = config.masked_student();
     ensure!(
-        config.distill.cls_weight > 0.0,
+        masked.is_some_and(|masked| masked.distill.cls_weight > 0.0),
         "distill.cls_weight is 0, but the table scores the CLS token too"
     );
     Ok(config)

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use defend_core::vit::Pretrained;
-use defend_core::{DefendConfig, Detector, Device, best_device};
+use defend_core::{DefendConfig, Detector, Device, Recipe, best_device};
 
 /// Does this picture show what I have called normal, even when other things are in it too?
 #[derive(Parser)]
@@ -19,6 +19,8 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     /// Learns from a folder of normal pictures and writes a model.
     Fit(Fit),
+    /// Looks at ordinary photos with a backbone and writes what fits contrast with.
+    Background(Background),
     /// Chooses a model's threshold from held-out normal pictures.
     Calibrate(Calibrate),
     /// Prints a line for each picture: score, verdict, path.
@@ -29,8 +31,8 @@ pub(crate) enum Command {
     Demo(Demo),
     /// Runs a benchmark of data sets, protocols and systems, and makes its report.
     Bench(Bench),
-    /// Prints the default settings as JSON, to be changed and given to `fit --config`.
-    Settings,
+    /// Prints the settings of a recipe as JSON, to be changed and given to `fit --config`.
+    Settings(Settings),
 }
 
 #[derive(Args)]
@@ -67,20 +69,84 @@ pub(crate) struct Fit {
     /// small backbone inside the program.
     #[arg(long)]
     pub(crate) backbone: Option<String>,
-    /// Settings as JSON; see `defend settings`.
-    #[arg(long)]
+    /// What is learnt and how: by default nothing is trained, and a fit takes seconds.
+    #[arg(long, value_enum, default_value_t = RecipeName::Default)]
+    pub(crate) recipe: RecipeName,
+    /// Settings as JSON, in place of a recipe; see `defend settings`.
+    #[arg(long, conflicts_with = "recipe")]
     pub(crate) config: Option<PathBuf>,
+    /// Ordinary photos to contrast with: a file of `defend background`, or a folder of about a thousand photos, which may show
+    /// anything. Without it, the one that ships with the embedded backbone, and none for another backbone.
+    #[arg(long)]
+    pub(crate) background: Option<PathBuf>,
     /// Seed of every random choice; overrides the settings.
     #[arg(long)]
     pub(crate) seed: Option<u64>,
     /// Leaves the dense fine-tuning of the backbone out.
     #[arg(long)]
     pub(crate) no_dense: bool,
-    /// Folder that keeps the backbone's features for the next fit on the same pictures; pays with --no-dense.
+    /// Share of normal pictures that the model may call novel, about; between 0 and 1. `defend calibrate` gives a guarantee.
+    #[arg(long)]
+    pub(crate) false_alarm_rate: Option<f64>,
+    /// For masked students: folder that keeps the backbone's features for the next fit on the same pictures; pays with
+    /// --no-dense.
     #[arg(long)]
     pub(crate) features: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Background {
+    /// Folder of ordinary photos; its sub-folders count too. May be given several times.
+    #[arg(long, required = true)]
+    pub(crate) images: Vec<PathBuf>,
+    /// File to write.
+    #[arg(long)]
+    pub(crate) out: PathBuf,
+    /// Pretrained weights, as for `defend fit`.
+    #[arg(long)]
+    pub(crate) backbone: Option<String>,
+    /// Side that pictures are resized to, pixels; what the backbone was trained at without it.
+    #[arg(long)]
+    pub(crate) image_size: Option<usize>,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Settings {
+    /// The recipe.
+    #[arg(long, value_enum, default_value_t = RecipeName::Default)]
+    pub(crate) recipe: RecipeName,
+}
+
+/// Settings by name.
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum RecipeName {
+    /// The student in closed form on the untouched backbone.
+    Default,
+    /// The paper: dense fine-tuning and masked distillation of patches.
+    Paper,
+    /// As the paper, with the CLS token learnt and scored too.
+    Masked,
+    /// `masked` with the dense stage of the authors' script.
+    OfficialDense,
+    /// `masked` with the dense stage of the authors' second script.
+    OfficialLeopart,
+}
+
+impl RecipeName {
+    pub(crate) fn config(self) -> DefendConfig {
+        match self {
+            Self::Default => Recipe::Default,
+            Self::Paper => Recipe::Paper,
+            Self::Masked => Recipe::Masked,
+            Self::OfficialDense => Recipe::OfficialDense,
+            Self::OfficialLeopart => Recipe::OfficialLeopart,
+        }
+        .config()
+    }
 }
 
 #[derive(Args)]
@@ -164,7 +230,7 @@ pub(crate) struct Common {
 pub(crate) enum Format {
     /// `score<TAB>verdict<TAB>path`.
     Text,
-    /// A header, then `path,score,verdict,error`.
+    /// A header, then `path,score,verdict,posterior,contrast,patches,nearest,error`; the pieces as weight times z.
     Csv,
     /// A JSON object a line.
     Json,
@@ -195,7 +261,7 @@ impl Fit {
     /// Settings from file and flags.
     pub(crate) fn settings(&self) -> Result<DefendConfig> {
         let mut config = match &self.config {
-            None => DefendConfig::default(),
+            None => self.recipe.config(),
             Some(path) => {
                 let text = std::fs::read_to_string(path)
                     .with_context(|| format!("cannot read the settings {}", path.display()))?;
@@ -209,20 +275,22 @@ impl Fit {
         if self.no_dense {
             config.dense = None;
         }
+        if let Some(rate) = self.false_alarm_rate {
+            config.false_alarm_rate = rate;
+        }
         config.validate()?;
         Ok(config)
     }
+}
 
-    /// Where the weights come from: what exists on disk wins over the hub.
-    pub(crate) fn pretrained(&self) -> Pretrained {
-        match &self.backbone {
-            None => defend_core::embedded_backbone(),
-            Some(name) if Path::new(name).exists() || !looks_like_model_id(name) => {
-                Pretrained::local(name)
-            }
-            Some(name) => Pretrained::hub(name),
-        }
-    }
+/// Where the weights come from: what exists on disk wins over the hub. `None`: the embedded backbone.
+pub(crate) fn pretrained(backbone: Option<&str>) -> Option<Pretrained> {
+    let name = backbone?;
+    Some(if Path::new(name).exists() || !looks_like_model_id(name) {
+        Pretrained::local(name)
+    } else {
+        Pretrained::hub(name)
+    })
 }
 
 /// `owner/name`, neither of them a path.

@@ -9,7 +9,7 @@ use defend_baselines::{SystemConfig, Teacher};
 use defend_core::data::{Dataset, ImageFolder};
 use defend_core::metrics::{FalseAlarmRate, auroc};
 use defend_core::vit::{CacheConfig, TrainScope};
-use defend_core::{Defend, DefendConfig, Detector, Device, ProgressBar, scan, scan_each};
+use defend_core::{Defend, DefendConfig, Detector, Device, Maps, ProgressBar, scan, scan_each};
 use defend_scenes::{Object, SceneConfig, SceneSet};
 use ndarray::ArrayView1;
 
@@ -118,6 +118,7 @@ fn write_overlays(detector: &Detector, pictures: &Path, maps: &Path) -> Result<(
         scan_each::<anyhow::Error>(
             detector,
             &some,
+            Maps::Wanted,
             &mut ProgressBar::hidden(),
             &mut |outcome| {
                 if let Ok((finding, resized)) = outcome {

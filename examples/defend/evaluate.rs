@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use defend_core::data::{Dataset, ImageFolder};
 use defend_core::metrics::{Interval, Threshold, auroc_interval, average_precision, fpr_at_tpr};
-use defend_core::{Detector, Observer, ProgressBar};
+use defend_core::{Detector, Maps, Observer, ProgressBar};
 use ndarray::{Array1, ArrayView1};
 use serde::Serialize;
 
@@ -72,13 +72,20 @@ pub(crate) fn evaluate(
     observer: &mut dyn Observer,
 ) -> Result<Figures> {
     let (mut scores, mut abnormal) = (Vec::new(), Vec::new());
-    scan_all(detector, pictures, strict, observer, &mut |outcome| {
-        if let Ok((finding, _)) = outcome {
-            scores.push(f64::from(finding.novelty.score));
-            abnormal.push(finding.index >= first_abnormal);
-        }
-        Ok(())
-    })?;
+    scan_all(
+        detector,
+        pictures,
+        Maps::Free,
+        strict,
+        observer,
+        &mut |outcome| {
+            if let Ok((finding, _)) = outcome {
+                scores.push(finding.novelty.score);
+                abnormal.push(finding.index >= first_abnormal);
+            }
+            Ok(())
+        },
+    )?;
     let threshold = detector.calibration().map(|c| c.threshold);
     figures(&scores, &abnormal, threshold)
 }

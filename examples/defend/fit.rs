@@ -4,9 +4,10 @@ use std::time::Instant;
 
 use anyhow::Result;
 use defend_core::vit::Precision;
-use defend_core::{Defend, Fitted, ProgressBar};
+use defend_core::{ClosedFormReport, Defend, Fitted, ProgressBar, StudentReport};
 
-use crate::arguments::Fit;
+use crate::arguments::{Fit, pretrained};
+use crate::background;
 use crate::pictures::{check_writable, find};
 
 pub(crate) fn run(arguments: &Fit) -> Result<()> {
@@ -15,22 +16,29 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
     check_writable(&arguments.out)?;
     let normal = find(&arguments.normal, arguments.common.strict)?.dataset();
     let mut builder = Defend::builder()
-        .backbone(arguments.pretrained())
         .config(config)
         .device(arguments.common.device())
         .strict(arguments.common.strict);
+    if let Some(weights) = pretrained(arguments.backbone.as_deref()) {
+        builder = builder.backbone(weights);
+    }
+    if let Some(path) = &arguments.background {
+        builder = builder.background(background::source(path, arguments.common.strict)?);
+    }
     if let Some(folder) = &arguments.features {
         builder = builder.feature_folder(folder, Precision::Full);
     }
     let fitted = builder.fit(normal, &mut ProgressBar::new())?;
     fitted.detector.save(&arguments.out)?;
     summarize(&fitted);
-    eprintln!(
-        "wrote {} after {:.0} s; next: defend calibrate --model {} --normal HELD-OUT",
-        arguments.out.display(),
-        start.elapsed().as_secs_f64(),
-        arguments.out.display()
-    );
+    let out = arguments.out.display();
+    let next = if fitted.detector.calibration().is_some() {
+        format!("defend score --model {out} PICTURES")
+    } else {
+        format!("defend calibrate --model {out} --normal HELD-OUT")
+    };
+    let seconds = start.elapsed().as_secs_f64();
+    eprintln!("wrote {out} after {seconds:.1} s; next: {next}");
     Ok(())
 }
 
@@ -50,5 +58,72 @@ pub(crate) fn summarize(fitted: &Fitted) {
     if let Some(dense) = &fitted.dense {
         losses("dense tuning", &dense.losses);
     }
-    losses("masked distillation", &fitted.distill.losses);
+    match &fitted.student {
+        StudentReport::Masked(report) => losses("masked distillation", &report.losses),
+        StudentReport::ClosedForm(report) => describe(report),
+    }
+    match fitted.detector.calibration() {
+        None => eprintln!("no threshold yet: see defend calibrate"),
+        Some(calibration) => eprintln!(
+            "threshold {} from {} left-out values: about {:.1} % of normal pictures are called novel (defend calibrate gives a \
+             guarantee)",
+            calibration.threshold,
+            calibration.images,
+            100.0 * calibration.false_alarm_rate
+        ),
+    }
+}
+
+fn describe(report: &ClosedFormReport) {
+    let found = &report.summary;
+    let (images, groups) = (thousands(found.images), thousands(found.groups));
+    eprintln!("closed form: {images} images, {groups} groups of near copies");
+    if groups_are_few(found.groups) {
+        eprintln!(
+            "with fewer than 20 groups there is little to learn from: more different normal pictures help most"
+        );
+    }
+    match &report.background {
+        None => eprintln!(
+            "without ordinary photos to contrast with; --background FOLDER with about a thousand photos of anything adds them"
+        ),
+        Some(source) => eprintln!(
+            "contrast with {} photos ({source}): weight {:.2}, since {:.1} % of them look normal",
+            thousands(found.background),
+            report.contrast_weight,
+            100.0 * found.accepted
+        ),
+    }
+    eprintln!(
+        "patches: weight {:.2}, since normal pictures are alike by {:.3}",
+        report.patch_weight, found.alike
+    );
+}
+
+fn groups_are_few(groups: usize) -> bool {
+    groups < 20
+}
+
+/// `1600` as `1,600`.
+fn thousands(number: usize) -> String {
+    let digits = number.to_string();
+    let mut written = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            written.push(',');
+        }
+        written.push(digit);
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_grouped() {
+        let written = [0, 999, 1600, 1_234_567].map(thousands);
+        assert_eq!(written, ["0", "999", "1,600", "1,234,567"]);
+    }
 }

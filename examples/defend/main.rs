@@ -3,6 +3,7 @@
 //! `cargo run --release --bin defend -- demo`
 
 mod arguments;
+mod background;
 mod bench;
 mod calibrate;
 mod demo;
@@ -38,15 +39,16 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Fit(arguments) => fit::run(&arguments),
+        Command::Background(arguments) => background::run(&arguments),
         Command::Calibrate(arguments) => calibrate::run(&arguments),
         Command::Score(arguments) => score::run(&arguments),
         Command::Evaluate(arguments) => evaluate::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
-        Command::Settings => {
+        Command::Settings(arguments) => {
             println!(
                 "{}",
-                serde_json::to_string_pretty(&defend_core::DefendConfig::default())?
+                serde_json::to_string_pretty(&arguments.recipe.config())?
             );
             Ok(())
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use defend_core::data::{Dataset, Failure, ImageFolder};
-use defend_core::{NoveltyDetector, Observer, Outcome, scan_each};
+use defend_core::{Maps, NoveltyDetector, Observer, Outcome, scan_each};
 
 /// Files to work on, and where each came from.
 pub(crate) struct Found {
@@ -66,12 +66,13 @@ impl Found {
 pub(crate) fn scan_all(
     detector: &dyn NoveltyDetector,
     dataset: &Arc<dyn Dataset>,
+    maps: Maps,
     strict: bool,
     observer: &mut dyn Observer,
     on_result: &mut dyn FnMut(Outcome) -> Result<()>,
 ) -> Result<()> {
     let (mut unreadable, total) = (0usize, dataset.len());
-    let scanned = scan_each::<anyhow::Error>(detector, dataset, observer, &mut |outcome| {
+    let scanned = scan_each::<anyhow::Error>(detector, dataset, maps, observer, &mut |outcome| {
         if let Err(failure) = &outcome {
             unreadable += 1;
             if strict {

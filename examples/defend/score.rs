@@ -3,7 +3,8 @@
 use std::io::{IsTerminal, Write, stdout};
 
 use anyhow::{Context, Result};
-use defend_core::{Finding, Outcome, ProgressBar, Verdict};
+use defend_core::evidence::Weighed;
+use defend_core::{Explanation, Finding, Maps, Outcome, ProgressBar, Verdict};
 use serde::Serialize;
 
 use crate::arguments::{Format, Score};
@@ -31,6 +32,11 @@ pub(crate) fn run(arguments: &Score) -> Result<()> {
     scan_all(
         &detector,
         &dataset,
+        if maps.is_some() {
+            Maps::Wanted
+        } else {
+            Maps::Free
+        },
         arguments.common.strict,
         &mut bar,
         &mut |outcome| {
@@ -49,24 +55,47 @@ pub(crate) fn run(arguments: &Score) -> Result<()> {
 #[derive(Serialize)]
 struct Record<'a> {
     path: &'a str,
-    score: Option<f32>,
+    score: Option<f64>,
     verdict: Option<Verdict>,
+    /// Parts of the score, weight times z, for the closed form.
+    posterior: Option<f64>,
+    contrast: Option<f64>,
+    patches: Option<f64>,
+    /// The normal picture that explains it most.
+    nearest: Option<&'a str>,
     error: Option<String>,
 }
 
 impl<'a> Record<'a> {
     fn of(outcome: &'a Outcome) -> Self {
+        let explanation = outcome
+            .as_ref()
+            .ok()
+            .and_then(|(f, _)| f.novelty.explanation.as_ref());
+        let part = |piece: fn(&Explanation) -> Option<Weighed>| {
+            explanation
+                .and_then(piece)
+                .map(|piece| piece.weight * piece.z)
+        };
         match outcome {
             Ok((Finding { name, novelty, .. }, _)) => Self {
                 path: name,
                 score: Some(novelty.score),
                 verdict: novelty.verdict,
+                posterior: part(|e| Some(e.posterior)),
+                contrast: part(|e| e.contrast),
+                patches: part(|e| e.patches),
+                nearest: explanation.and_then(|e| e.nearest.first().map(|near| near.name.as_str())),
                 error: None,
             },
             Err(failure) => Self {
                 path: &failure.name,
                 score: None,
                 verdict: None,
+                posterior: None,
+                contrast: None,
+                patches: None,
+                nearest: None,
                 error: Some(failure.error.to_string()),
             },
         }
@@ -127,9 +156,8 @@ mod tests {
 
     fn lines(format: Format) -> String {
         let novelty = Novelty {
-            score: 0.25,
             verdict: Some(Verdict::Novel),
-            map: None,
+            ..Novelty::of_score(0.25)
         };
         let name = "a, \"b\".jpg".to_owned();
         let good = Finding {
@@ -160,9 +188,12 @@ mod tests {
         );
         let csv = lines(Format::Csv);
         let mut csv = csv.lines();
-        assert_eq!(csv.next(), Some("path,score,verdict,error"));
-        assert_eq!(csv.next(), Some("\"a, \"\"b\"\".jpg\",0.25,novel,"));
-        assert!(csv.next().unwrap().starts_with("c.jpg,,,"));
+        assert_eq!(
+            csv.next(),
+            Some("path,score,verdict,posterior,contrast,patches,nearest,error")
+        );
+        assert_eq!(csv.next(), Some("\"a, \"\"b\"\".jpg\",0.25,novel,,,,,"));
+        assert!(csv.next().unwrap().starts_with("c.jpg,,,,,,,"));
         let json = lines(Format::Json);
         let rows: Vec<serde_json::Value> = json
             .lines()

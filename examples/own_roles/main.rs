@@ -13,9 +13,9 @@ use defend_core::nn::{Rng, normal, ops};
 use defend_core::ot::Assigner;
 use defend_core::prelude::*;
 use defend_core::vit::{
-    Architecture, Backbone, BackboneSpec, Features, Grid, TokenSet, TrainScope, Vit,
+    Architecture, Backbone, BackboneSpec, Encoder, Features, Grid, Layer, TokenSet, TrainScope, Vit,
 };
-use defend_core::{Novelty, Observer, Tensor};
+use defend_core::{MaskedConfig, Novelty, Observer, Student, Tensor};
 use defend_scenes::{SceneConfig, SceneSet};
 
 /// Assigner: each patch to its prototypes by softmax, without the balance of optimal transport.
@@ -78,11 +78,33 @@ impl Score for Median {
 /// Backbone: the mean of a picture and its mirror image, by any other backbone.
 struct Mirrored<B>(B);
 
-impl<B: Backbone> Backbone for Mirrored<B> {
+impl<B: Encoder> Encoder for Mirrored<B> {
     fn spec(&self) -> &BackboneSpec {
         self.0.spec()
     }
 
+    fn intermediates(
+        &self,
+        images: &Tensor,
+        blocks: &[usize],
+    ) -> Result<Vec<Layer>, defend_core::vit::Error> {
+        let plain = self.0.intermediates(images, blocks)?;
+        let mirrored = self.0.intermediates(&images.flip(&[3])?, blocks)?;
+        let Grid { rows, columns } = self.0.spec().architecture.grid();
+        let layers = plain.into_iter().zip(mirrored).map(|(plain, mirrored)| {
+            let (b, n, d) = plain.patches.dims3()?;
+            let back = mirrored.patches.reshape((b, rows, columns, d))?;
+            let back = back.flip(&[2])?.reshape((b, n, d))?;
+            Ok(Layer {
+                cls: ((plain.cls + mirrored.cls)? / 2.0)?,
+                patches: ((plain.patches + back)? / 2.0)?,
+            })
+        });
+        layers.collect()
+    }
+}
+
+impl<B: Backbone> Backbone for Mirrored<B> {
     fn features(&self, images: &Tensor) -> Result<Features, defend_core::vit::Error> {
         let plain = self.0.features(images)?;
         let mirrored = self.0.features(&images.flip(&[3])?)?;
@@ -108,7 +130,7 @@ impl<B: Backbone> Backbone for Mirrored<B> {
     }
 }
 
-/// Detector: the length of the teacher's CLS token; nothing is learnt at all.
+/// Detector: the length of the teacher's last CLS token; nothing is learnt at all.
 struct Loudness<'a> {
     detector: &'a Detector,
 }
@@ -123,14 +145,13 @@ impl NoveltyDetector for Loudness<'_> {
     }
 
     fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, defend_core::Error> {
-        let cls = self.detector.teacher().features(images)?.cls;
-        let lengths = cls.sqr()?.sum(1)?.sqrt()?.to_vec1::<f32>()?;
-        let novelty = |score| Novelty {
-            score,
-            verdict: None,
-            map: None,
-        };
-        Ok(lengths.into_iter().map(novelty).collect())
+        let layers = self.detector.teacher().intermediates(images, &[2])?;
+        let mut all = Vec::new();
+        for Layer { cls, .. } in layers {
+            let lengths = cls.sqr()?.sum(1)?.sqrt()?.to_vec1::<f32>()?;
+            all.extend(lengths.into_iter().map(|l| Novelty::of_score(f64::from(l))));
+        }
+        Ok(all)
     }
 }
 
@@ -179,18 +200,21 @@ fn main() -> Result<()> {
         Assignment::Soft,
         0.1,
     )?;
-    let distill = DistillConfig {
-        epochs: 2,
-        min_steps: 0,
-        cls_weight: 1.0,
-        ..DistillConfig::default()
-    };
+    let masked = Student::Masked(MaskedConfig {
+        distill: DistillConfig {
+            epochs: 2,
+            min_steps: 0,
+            cls_weight: 1.0,
+            ..DistillConfig::default()
+        },
+        ..MaskedConfig::default()
+    });
     let mut counter = Counter::default();
     let fitted = Defend::builder()
         .teacher(teacher.copy(TrainScope::Frozen)?)
         .config(DefendConfig {
             dense: Some(dense),
-            distill: distill.clone(),
+            student: masked.clone(),
             ..DefendConfig::default()
         })
         .dense_objective(Box::new(objective))
@@ -210,8 +234,7 @@ fn main() -> Result<()> {
         .own_teacher(Arc::new(Mirrored(teacher)))
         .own_student(Arc::new(student))
         .config(DefendConfig {
-            dense: None,
-            distill,
+            student: masked,
             ..DefendConfig::default()
         })
         .fit(scenes.train.clone(), &mut Silent)?;

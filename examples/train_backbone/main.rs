@@ -17,7 +17,7 @@ use defend_core::distill::{
 };
 use defend_core::nn::{Rng, Schedule, TrainingStep};
 use defend_core::prelude::*;
-use defend_core::vit::{Backbone, ImageSource, TrainScope, Trainable, Vit};
+use defend_core::vit::{Encoder, ImageSource, TrainScope, Trainable, Vit};
 use defend_core::{Event, Observer, Pictures, Stage, preprocess_of};
 
 #[global_allocator]

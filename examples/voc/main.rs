@@ -13,11 +13,11 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use defend_baselines::{SystemConfig, Teacher};
-use defend_core::Pictures;
 use defend_core::data::{ClassId, Difficult, Fit, Label, MultiObject, Protocol, Subset, Voc};
 use defend_core::distill::Aggregation;
 use defend_core::prelude::*;
 use defend_core::vit::{CacheConfig, ImageSource, TrainScope};
+use defend_core::{MaskedConfig, Pictures};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -175,7 +175,7 @@ fn reference_scores(
         let mut scores = Vec::new();
         for batch in batches(test.pictures.len()) {
             let found = detector.score(&test.pictures.images(&batch)?)?;
-            scores.extend(found.into_iter().map(|novelty| novelty.score));
+            scores.extend(found.into_iter().map(|novelty| novelty.score as f32));
         }
         all.push((system.name(), scores));
     }
@@ -197,17 +197,23 @@ fn method_scores(
         .device(best_device())
         .config(config.clone())
         .fit(normal.clone(), bar)?;
-    let losses = &fitted.distill.losses;
+    let Some(distill) = fitted.distill() else {
+        bail!("{name}: this table compares scores of a masked student");
+    };
+    let losses = &distill.losses;
     eprintln!(
         "  {name}, seed {}: fitted in {:.0} s, {} steps, dense loss {:.4?}, loss {:.4} -> {:.4}",
         config.seed,
         start.elapsed().as_secs_f64(),
-        fitted.distill.steps,
+        distill.steps,
         fitted.dense.as_ref().map(|d| &d.losses),
         losses.first().unwrap_or(&f64::NAN),
         losses.last().unwrap_or(&f64::NAN)
     );
-    let aggregations = aggregations(config, arguments.all_scores);
+    let Some(masked) = config.masked_student() else {
+        bail!("{name}: this table compares scores of a masked student");
+    };
+    let aggregations = aggregations(masked, arguments.all_scores);
     let scores = scoring::scores(&fitted.detector, test.pictures, &aggregations)?;
     Ok(aggregations.into_iter().zip(scores).collect())
 }
@@ -215,7 +221,7 @@ fn method_scores(
 /// Names and settings of the rows.
 fn variants(arguments: &Arguments) -> Result<Vec<(String, DefendConfig)>> {
     if arguments.config.is_empty() {
-        let whole = DefendConfig::default();
+        let whole = DefendConfig::masked();
         let distillation = DefendConfig {
             dense: None,
             ..whole.clone()
@@ -237,7 +243,7 @@ fn variants(arguments: &Arguments) -> Result<Vec<(String, DefendConfig)>> {
     arguments.config.iter().map(read).collect()
 }
 
-fn aggregations(config: &DefendConfig, all: bool) -> Vec<Aggregation> {
+fn aggregations(config: &MaskedConfig, all: bool) -> Vec<Aggregation> {
     if !all {
         return vec![config.aggregation];
     }

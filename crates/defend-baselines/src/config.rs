@@ -89,9 +89,15 @@ mod tests {
         let wrong = r#"{"kind": "patch-core", "shares": 0.01}"#;
         assert!(serde_json::from_str::<SystemConfig>(wrong).is_err());
         assert!(serde_json::from_str::<SystemConfig>(r#"{"kind": "csi"}"#).is_err());
-        let ours = r#"{"kind": "defend", "settings": {"dense": null}}"#;
+        let name = |settings: &str| {
+            let ours: SystemConfig = serde_json::from_str(settings).unwrap();
+            ours.system().name()
+        };
+        assert_eq!(name(r#"{"kind": "defend"}"#), "closed form");
+        assert_eq!(name(r#"{"kind": "defend", "recipe": "paper"}"#), "paper");
+        let ours = r#"{"kind": "defend", "settings": {"student": {"masked": {}}}}"#;
+        assert_eq!(name(ours), "masked distillation");
         let ours: SystemConfig = serde_json::from_str(ours).unwrap();
-        assert_eq!(ours.system().name(), "masked distillation");
         let again = serde_json::to_string(&ours).unwrap();
         assert_eq!(serde_json::from_str::<SystemConfig>(&again).unwrap(), ours);
     }

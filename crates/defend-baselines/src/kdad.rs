@@ -6,7 +6,9 @@ use candle_core::{D, Tensor};
 use defend_core::data::Dataset;
 use defend_core::distill::{Aggregation, DistillConfig, DistillObjective, Mask};
 use defend_core::nn::ops::l2_normalize;
-use defend_core::{Defend, DefendConfig, Error, NoveltyDetector, Observer, distill};
+use defend_core::{
+    Defend, DefendConfig, Error, MaskedConfig, NoveltyDetector, Observer, Student, distill,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{System, Teacher};
@@ -71,17 +73,18 @@ impl System for Kdad {
         let settings = DefendConfig {
             seed,
             fit: teacher.preprocess().fit,
-            dense: None,
-            aggregation: Aggregation::Mean,
-            distill: DistillConfig {
-                epochs: self.epochs,
-                batch: self.batch,
-                mask: Mask::None,
-                layers: self.layers,
-                cls_weight: 0.0,
-                learning_rate: self.learning_rate,
-                ..DistillConfig::default()
-            },
+            student: Student::Masked(MaskedConfig {
+                aggregation: Aggregation::Mean,
+                distill: DistillConfig {
+                    epochs: self.epochs,
+                    batch: self.batch,
+                    mask: Mask::None,
+                    layers: self.layers,
+                    cls_weight: 0.0,
+                    learning_rate: self.learning_rate,
+                    ..DistillConfig::default()
+                },
+            }),
             ..DefendConfig::default()
         };
         let fitted = Defend::builder()

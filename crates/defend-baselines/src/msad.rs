@@ -7,7 +7,7 @@ use defend_core::data::Dataset;
 use defend_core::dense::{CropSampler, extract};
 use defend_core::nn::Rng;
 use defend_core::nn::ops::l2_normalize;
-use defend_core::vit::{Backbone, Grid, Vit};
+use defend_core::vit::{Encoder, Grid, Vit};
 use defend_core::{Error, NoveltyDetector, Observer};
 use rand::RngExt;
 use serde::{Deserialize, Serialize};

@@ -7,40 +7,32 @@ use defend_core::data::Dataset;
 use defend_core::distill::{self, Discrepancy, Score};
 use defend_core::nn::ops::l2_normalize;
 use defend_core::vit::{Arithmetic, ImageSource, TrainScope};
-use defend_core::{Defend, DefendConfig, Error, NoveltyDetector, Observer};
+use defend_core::{Defend, DefendConfig, Error, MaskedConfig, NoveltyDetector, Observer, Recipe};
 use serde::{Deserialize, Serialize};
 
 use crate::gaussian::Gaussian;
 use crate::system::BATCH;
 use crate::{System, Teacher};
 
-/// Dense fine-tuning and masked distillation with any settings: leave the dense stage out, take another mask, another
-/// distance, another score.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// This library's method: a recipe, or any settings.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Ours {
-    /// Settings; seed, image size and fit are those of the benchmark.
-    pub settings: DefendConfig,
-    /// Whether the dense stage runs: the same as `settings.dense = null`, for formats without a null such as TOML.
-    pub dense: bool,
-    /// Whether the score is the squared Mahalanobis distance of the student's error at the CLS token among its errors on
-    /// the training images, in place of `settings.aggregation`.
+    /// The recipe.
+    pub recipe: Recipe,
+    /// Settings in place of a recipe's; seed, image size and fit are those of the benchmark.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub settings: Option<DefendConfig>,
+    /// Whether a masked student's score is the squared Mahalanobis distance of its error at the CLS token among its errors on
+    /// the training images, in place of its aggregation.
     pub whitened: bool,
 }
 
-impl Default for Ours {
-    fn default() -> Self {
-        Self {
-            settings: DefendConfig::default(),
-            dense: true,
-            whitened: false,
-        }
-    }
-}
-
 impl Ours {
-    fn tunes(&self) -> bool {
-        self.dense && self.settings.dense.is_some()
+    fn config(&self) -> DefendConfig {
+        self.settings
+            .clone()
+            .unwrap_or_else(|| self.recipe.config())
     }
 }
 
@@ -56,16 +48,21 @@ impl System for Ours {
             seed,
             fit: teacher.preprocess().fit,
             image_size: None,
-            dense: self.settings.dense.clone().filter(|_| self.dense),
-            ..self.settings.clone()
+            ..self.config()
         };
-        let builder = Defend::builder()
+        let layers = settings
+            .masked_student()
+            .map_or(1, |masked| masked.distill.layers);
+        let mut builder = Defend::builder()
             .device(teacher.device().clone())
             .strict(true);
+        if settings.masked_student().is_none() {
+            builder = builder.background(teacher.background().clone());
+        }
         let builder = match &settings.dense {
             // Nothing changes the teacher: its features may come from the cache.
             None if settings.arithmetic == Arithmetic::F32 => {
-                builder.own_teacher(teacher.backbone(settings.distill.layers)?)
+                builder.own_teacher(teacher.backbone(layers)?)
             }
             _ => builder.teacher(teacher.vit().copy(TrainScope::Frozen)?),
         };
@@ -75,28 +72,50 @@ impl System for Ours {
         if !self.whitened {
             return Ok(Box::new(fitted.detector));
         }
+        let Some((backbone, student)) = fitted.detector.networks() else {
+            return Err(Error::Config {
+                field: "whitened",
+                value: "true".into(),
+                expected: "false for the closed form, which knows the spread of its values".into(),
+            });
+        };
         let pictures = teacher.read(normal, observer)?;
         let indices: Vec<usize> = (0..pictures.len()).collect();
-        let (teacher, student) = (fitted.detector.teacher(), fitted.detector.student());
         let mut errors = Vec::with_capacity(indices.len());
         for batch in indices.chunks(BATCH) {
             let images = pictures.images(batch)?;
             let tokens = [
-                teacher.features(&images)?.cls,
+                backbone.features(&images)?.cls,
                 student.features(&images)?.cls,
             ];
             errors.extend(cls_errors(&tokens)?);
         }
         let score = Whitened(Gaussian::fit(&errors)?);
-        Ok(Box::new(fitted.detector.with_score(Arc::new(score))))
+        Ok(Box::new(fitted.detector.with_score(Arc::new(score))?))
     }
 
     fn layers(&self, _depth: usize) -> usize {
-        self.settings.distill.layers
+        let config = self.config();
+        config
+            .masked_student()
+            .map_or(1, |masked| masked.distill.layers)
     }
 
     fn name(&self) -> String {
-        let dense = if self.tunes() { "DEFEND + " } else { "" };
+        let config = self.config();
+        let tuned = config.dense.is_some();
+        let Some(masked) = config.masked_student() else {
+            return if tuned {
+                "DEFEND + closed form"
+            } else {
+                "closed form"
+            }
+            .into();
+        };
+        if tuned && *masked == MaskedConfig::paper() {
+            return "paper".into();
+        }
+        let dense = if tuned { "DEFEND + " } else { "" };
         let whitened = if self.whitened { ", whitened" } else { "" };
         format!("{dense}masked distillation{whitened}")
     }

@@ -53,11 +53,7 @@ impl<S: Density> NoveltyDetector for Scored<S> {
 
 /// Results without a map.
 pub(crate) fn unmapped(scores: Vec<f32>) -> Vec<Novelty> {
-    let novelty = |score| Novelty {
-        score,
-        verdict: None,
-        map: None,
-    };
+    let novelty = |score| Novelty::of_score(f64::from(score));
     scores.into_iter().map(novelty).collect()
 }
 
@@ -75,10 +71,9 @@ pub(crate) fn mapped(values: &Tensor, grid: Grid, pool: Pool) -> Result<Vec<Nove
         Pool::Largest => values.max(D::Minus1)?,
     };
     let pairs = scores.to_vec1::<f32>()?.into_iter().zip(values.to_vec2()?);
-    let novelty = |(score, values)| Novelty {
-        score,
-        verdict: None,
+    let novelty = |(score, values): (f32, _)| Novelty {
         map: Some(PatchMap { grid, values }),
+        ..Novelty::of_score(f64::from(score))
     };
     Ok(pairs.map(novelty).collect())
 }

@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use defend_core::data::{Dataset, Fit, Preprocess};
-use defend_core::vit::{Backbone, CacheConfig, Cached, Features, ImageSource, TrainScope, Vit};
-use defend_core::{Error, NoveltyDetector, Observer, Pictures, preprocess_of};
+use defend_core::vit::{
+    Backbone, CacheConfig, Cached, Encoder, Features, ImageSource, TrainScope, Vit,
+};
+use defend_core::{BackgroundSource, Error, NoveltyDetector, Observer, Pictures, preprocess_of};
 
 /// Images a forward pass.
 pub(crate) const BATCH: usize = 32;
@@ -45,6 +47,7 @@ pub struct Teacher {
     cached: Arc<Cached>,
     preprocess: Preprocess,
     device: Device,
+    background: BackgroundSource,
 }
 
 impl Teacher {
@@ -67,7 +70,20 @@ impl Teacher {
             cached: Arc::new(Cached::new(Arc::new(whole), cache)?),
             vit,
             device: device.clone(),
+            background: BackgroundSource::None,
         })
+    }
+
+    /// Gives this library's closed form ordinary photos to contrast with.
+    #[must_use]
+    pub fn with_background(mut self, background: impl Into<BackgroundSource>) -> Self {
+        self.background = background.into();
+        self
+    }
+
+    /// What this library's closed form contrasts with.
+    pub fn background(&self) -> &BackgroundSource {
+        &self.background
     }
 
     /// The backbone, to be copied by systems that train it.

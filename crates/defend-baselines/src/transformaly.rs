@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{D, Device, Tensor, Var};
 use defend_core::data::{Dataset, Preprocess};
 use defend_core::nn::Rng;
-use defend_core::vit::{Backbone, ImageSource, TrainScope, Trainable, Vit};
+use defend_core::vit::{Encoder, ImageSource, TrainScope, Trainable, Vit};
 use defend_core::{Error, Novelty, NoveltyDetector, Observer};
 use serde::{Deserialize, Serialize};
 

@@ -1,10 +1,12 @@
 //! What a benchmark runs, as a TOML file says it.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use defend_baselines::SystemConfig;
-use defend_core::data::Fit;
+use defend_core::data::{Fit, ImageFolder};
 use defend_core::vit::Pretrained;
+use defend_core::{Background, BackgroundSource};
 use serde::{Deserialize, Serialize};
 
 use crate::{DataConfig, Error, ProtocolConfig};
@@ -30,6 +32,9 @@ pub struct BenchConfig {
     /// Folder that keeps the teacher's features between runs; memory only without it.
     #[serde(default)]
     pub features: Option<PathBuf>,
+    /// Ordinary photos that this library's closed form contrasts with: a file of `defend background` or a folder of photos.
+    #[serde(default)]
+    pub background: Option<PathBuf>,
     /// Limit of the memory for the teacher's features, GiB.
     #[serde(default = "four")]
     pub feature_memory_gib: f64,
@@ -72,14 +77,25 @@ pub struct Subset {
     pub test: Option<usize>,
     /// Seed of the choice.
     pub seed: u64,
+    /// Whether each of the benchmark's seeds has a training sample of its own, drawn with [`Subset::seed`] plus that seed. The
+    /// test images stay.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub redraw: bool,
+}
+
+impl Subset {
+    /// Seed of the training sample of a run.
+    pub(crate) fn train_seed(self, seed: u64) -> u64 {
+        self.seed + if self.redraw { seed } else { 0 }
+    }
 }
 
 /// A system under a name.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SystemEntry {
-    /// Name for tables and files; the system's own without it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub label: Option<String>,
+    /// Name for tables and files, so that two variants of one system stand in one table; the system's own without it.
+    #[serde(default, alias = "label", skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
     /// Protocols and data sets that it runs on, such as `voc` or `one-vs-all`; everything without it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub only: Vec<String>,
@@ -92,7 +108,7 @@ impl SystemEntry {
     /// Name for tables and files.
     pub fn name(&self) -> String {
         let own = || self.system.system().name();
-        self.label.clone().unwrap_or_else(own)
+        self.name.clone().unwrap_or_else(own)
     }
 
     /// Whether it runs on a protocol of a data set.
@@ -141,6 +157,22 @@ impl BenchConfig {
         } else {
             Pretrained::local(self.root.join(&self.backbone))
         }
+    }
+
+    /// The background, read or to be looked at by the teacher.
+    pub(crate) fn background(&self) -> Result<BackgroundSource, Error> {
+        let Some(path) = &self.background else {
+            return Ok(BackgroundSource::None);
+        };
+        let whole = self.root.join(path);
+        if !whole.is_dir() {
+            return Ok(Background::load(whole)?.into());
+        }
+        let photos = ImageFolder::open(&whole).map_err(defend_core::Error::from)?;
+        Ok(BackgroundSource::Photos(
+            Arc::new(photos),
+            path.display().to_string(),
+        ))
     }
 
     fn check(&self) -> Result<(), String> {
@@ -192,7 +224,8 @@ mod tests {
         subset = { train = 100 }
         [[systems]]
         kind = "defend"
-        settings = { dense = { epochs = 1 } }
+        recipe = "paper"
+        name = "the paper"
         [[systems]]
         kind = "patch-core"
         share = 0.01

@@ -18,7 +18,7 @@ pub(crate) fn roc_curves(path: &Path, title: &str, records: &[&Record]) -> Resul
     let curves = records
         .iter()
         .map(|record| {
-            let scores: Array1<f64> = record.scores.iter().map(|s| f64::from(s.score)).collect();
+            let scores: Array1<f64> = record.scores.iter().map(|s| s.score).collect();
             let abnormal: Array1<bool> = record.scores.iter().map(|s| s.abnormal).collect();
             let curve = RocCurve::new(ArrayView1::from(&scores), ArrayView1::from(&abnormal))?;
             let points: Vec<(f64, f64)> = curve.points().iter().map(|p| (p.fpr, p.tpr)).collect();
@@ -56,7 +56,7 @@ pub(crate) fn roc_curves(path: &Path, title: &str, records: &[&Record]) -> Resul
 
 /// Scores of normal and abnormal images, each as the share of its own number.
 pub(crate) fn histogram(path: &Path, record: &Record) -> Result<(), Error> {
-    let scores = record.scores.iter().map(|s| f64::from(s.score));
+    let scores = record.scores.iter().map(|s| s.score);
     let low = scores.clone().fold(f64::INFINITY, f64::min);
     let high = scores.fold(f64::NEG_INFINITY, f64::max).max(low + 1e-9);
     let width = (high - low) / BINS as f64;
@@ -64,7 +64,7 @@ pub(crate) fn histogram(path: &Path, record: &Record) -> Result<(), Error> {
         let mut counts = [0.0; BINS];
         let mut total = 0.0;
         for scored in record.scores.iter().filter(|s| s.abnormal == abnormal) {
-            let bin = ((f64::from(scored.score) - low) / width) as usize;
+            let bin = ((scored.score - low) / width) as usize;
             if let Some(count) = counts.get_mut(bin.min(BINS - 1)) {
                 *count += 1.0;
             }

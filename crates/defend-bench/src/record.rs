@@ -126,7 +126,7 @@ pub struct Scored {
     /// The truth.
     pub abnormal: bool,
     /// Novelty score.
-    pub score: f32,
+    pub score: f64,
 }
 
 /// An error worth looking at: a normal image that scores high, or an abnormal one that scores low.
@@ -202,7 +202,7 @@ impl Record {
                         return Err(Error::Record {
                             path,
                             reason: "another folder has a run of the same name with other settings: give \
-                                     the system another label"
+                                     the system another name"
                                 .into(),
                         });
                     }
@@ -247,9 +247,11 @@ impl RunKey {
 
     /// Whether both may stand in one table: another experiment, or the same pictures, teacher and fit.
     fn fits_beside(&self, other: &Self) -> bool {
-        let experiment = (&self.data, &self.protocol, &self.experiment);
+        // Of a sample that is drawn again for each seed, each seed is an experiment of its own.
+        let draw = |key: &Self| if key.subset.redraw { key.seed } else { 0 };
+        let experiment = (&self.data, &self.protocol, &self.experiment, draw(self));
         let basis = (&self.split, &self.weights, self.fit);
-        experiment != (&other.data, &other.protocol, &other.experiment)
+        experiment != (&other.data, &other.protocol, &other.experiment, draw(other))
             || basis == (&other.split, &other.weights, other.fit)
     }
 

@@ -397,10 +397,7 @@ fn summaries(groups: &[Group<'_>]) -> Vec<Table> {
 fn values(record: &Record) -> (Array1<f64>, Array1<bool>) {
     let scores = record.scores.iter();
     let abnormal = scores.clone().map(|scored| scored.abnormal).collect();
-    (
-        scores.map(|scored| f64::from(scored.score)).collect(),
-        abnormal,
-    )
+    (scores.map(|scored| scored.score).collect(), abnormal)
 }
 
 fn percent(share: f64) -> String {

@@ -6,7 +6,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use defend_baselines::Teacher;
 use defend_core::data::{Dataset, Fit};
 use defend_core::metrics::{auroc, average_precision};
-use defend_core::vit::{Backbone, CacheConfig, ImageSource, TrainScope, weights_hash};
+use defend_core::vit::{CacheConfig, Encoder, ImageSource, TrainScope, weights_hash};
 use defend_core::{
     Device, Error as CoreError, MapScale, Novelty, NoveltyDetector, Observer, PatchMap, Pictures,
 };
@@ -69,7 +69,8 @@ pub fn run(
     let mut bench = Bench {
         config,
         weights,
-        teacher: Teacher::new(vit, layers.max().unwrap_or(1), config.fit, device, cache)?,
+        teacher: Teacher::new(vit, layers.max().unwrap_or(1), config.fit, device, cache)?
+            .with_background(config.background()?),
         start: Instant::now(),
         done: 0,
         total: 0,
@@ -144,19 +145,28 @@ impl Bench<'_> {
         };
         for protocol in &data.protocols {
             for experiment in protocol.experiments(&data.name, &*halves.train)? {
-                let split = splitter.split(&experiment)?;
-                let name = format!(
-                    "{}-{}-{}.json",
-                    file_name(&data.name),
-                    protocol.name(),
-                    file_name(&experiment.name)
-                );
-                write_json(&self.config.output.join("splits").join(name), &split)?;
+                let mut splits = Vec::new();
+                for &seed in &self.config.seeds {
+                    let split = splitter.split(&experiment, seed)?;
+                    let draw = if data.subset.redraw {
+                        format!("-draw{seed}")
+                    } else {
+                        String::new()
+                    };
+                    let name = format!(
+                        "{}-{}-{}{draw}.json",
+                        file_name(&data.name),
+                        protocol.name(),
+                        file_name(&experiment.name)
+                    );
+                    write_json(&self.config.output.join("splits").join(name), &split)?;
+                    splits.push(split);
+                }
                 let systems = self.config.systems.iter().enumerate();
                 for (system_place, system) in
                     systems.filter(|(_, s)| s.runs_on(&data.name, protocol.name()))
                 {
-                    for &seed in &self.config.seeds {
+                    for (&seed, split) in self.config.seeds.iter().zip(&splits) {
                         let key = RunKey {
                             data: data.name.clone(),
                             protocol: protocol.name().into(),
@@ -171,7 +181,7 @@ impl Bench<'_> {
                             seed,
                         };
                         let order = [*place, system_place];
-                        self.run(key, order, system, &split, &test, progress)?;
+                        self.run(key, order, system, split, &test, progress)?;
                     }
                 }
                 *place += 1;
@@ -196,7 +206,7 @@ impl Bench<'_> {
             if record.key != key {
                 return Err(Error::Record {
                     path,
-                    reason: "it was made with other settings; give the system another label, or the benchmark \
+                    reason: "it was made with other settings; give the system another name, or the benchmark \
                              another output folder"
                         .into(),
                 });
@@ -239,7 +249,7 @@ impl Bench<'_> {
         let fit_seconds = start.elapsed().as_secs_f64();
 
         let start = Instant::now();
-        let novelties = score(&*detector, &test.pictures)?;
+        let novelties = score(&*detector, &test.pictures, test.masks.is_some())?;
         let score_seconds = start.elapsed().as_secs_f64();
         let scores: Vec<Scored> = (split.test.iter().zip(&split.abnormal).zip(&novelties))
             .map(|((&index, &abnormal), novelty)| Scored {
@@ -256,7 +266,7 @@ impl Bench<'_> {
             }
             .into());
         }
-        let values: Vec<f64> = scores.iter().map(|s| f64::from(s.score)).collect();
+        let values: Vec<f64> = scores.iter().map(|s| s.score).collect();
         let (values, truth) = (ArrayView1::from(&values), ArrayView1::from(&split.abnormal));
         let maps: Vec<Option<&PatchMap>> = novelties.iter().map(|n| n.map.as_ref()).collect();
         let all_maps: Option<Vec<&PatchMap>> = maps.iter().copied().collect();
@@ -268,7 +278,7 @@ impl Bench<'_> {
                 pixel_auroc: pixels.map(|p| p.auroc),
                 pro: pixels.map(|p| p.pro),
             },
-            worst: worst(&scores, &novelties),
+            worst: worst(&*detector, &test.pictures, &scores, &novelties)?,
             map_scale: all_maps.map(|maps| MapScale::of(&maps, 1.0)),
             deviations: system.deviations().into(),
             source: test.source.clone(),
@@ -287,32 +297,50 @@ impl Bench<'_> {
     }
 }
 
-fn score(detector: &dyn NoveltyDetector, pictures: &Pictures) -> Result<Vec<Novelty>, Error> {
+/// Scores all pictures, with maps where they cost nothing or pixels are to be judged.
+fn score(
+    detector: &dyn NoveltyDetector,
+    pictures: &Pictures,
+    with_maps: bool,
+) -> Result<Vec<Novelty>, Error> {
     let indices: Vec<usize> = (0..pictures.len()).collect();
     let mut all = Vec::with_capacity(indices.len());
     for batch in indices.chunks(detector.batch()) {
-        all.extend(detector.score(&pictures.images(batch)?)?);
+        let images = pictures.images(batch)?;
+        all.extend(if with_maps {
+            detector.score_with_maps(&images)?
+        } else {
+            detector.score(&images)?
+        });
     }
     Ok(all)
 }
 
-/// The normal images with the highest scores and the abnormal ones with the lowest, worst first.
-fn worst(scores: &[Scored], novelties: &[Novelty]) -> Vec<Worst> {
+/// The normal images with the highest scores and the abnormal ones with the lowest, worst first, with their maps.
+fn worst(
+    detector: &dyn NoveltyDetector,
+    pictures: &Pictures,
+    scores: &[Scored],
+    novelties: &[Novelty],
+) -> Result<Vec<Worst>, Error> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|&a, &b| scores[a].score.total_cmp(&scores[b].score));
     let misses = order.iter().filter(|&&i| scores[i].abnormal);
     let alarms = order.iter().rev().filter(|&&i| !scores[i].abnormal);
-    let kept = |&place: &usize| {
-        let map = novelties.get(place).and_then(|n| n.map.as_ref());
-        Worst {
+    let kept = |&place: &usize| -> Result<Worst, Error> {
+        let map = match novelties.get(place).and_then(|n| n.map.clone()) {
+            Some(map) => Some(map),
+            None => {
+                let mut again = detector.score_with_maps(&pictures.images(&[place])?)?;
+                again.pop().and_then(|novelty| novelty.map)
+            }
+        };
+        Ok(Worst {
             place,
-            grid: map.map(|map| map.grid),
-            map: map.map(|map| map.values.clone()).unwrap_or_default(),
-        }
+            grid: map.as_ref().map(|map| map.grid),
+            map: map.map(|map| map.values).unwrap_or_default(),
+        })
     };
-    alarms
-        .take(WORST)
-        .chain(misses.take(WORST))
-        .map(kept)
-        .collect()
+    let errors = alarms.take(WORST).chain(misses.take(WORST));
+    errors.map(kept).collect()
 }

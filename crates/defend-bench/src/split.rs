@@ -77,10 +77,12 @@ impl<'a> Splitter<'a> {
         &self.test
     }
 
-    pub(crate) fn split(&mut self, experiment: &Experiment) -> Result<Split, Error> {
+    /// The split of an experiment for one of the benchmark's seeds.
+    pub(crate) fn split(&mut self, experiment: &Experiment, seed: u64) -> Result<Split, Error> {
         let set = &*self.halves.train;
         let normal = experiment.protocol.train(set);
-        let chosen = sample(set, normal, self.subset.train, self.subset.seed);
+        let seed = self.subset.train_seed(seed);
+        let chosen = sample(set, normal, self.subset.train, seed);
         let unknown: Vec<usize> = chosen
             .iter()
             .copied()
@@ -227,7 +229,7 @@ mod tests {
             test: set(&[0, 0, 1, 1], 3),
         };
         let mut splitter = Splitter::new(&halves, Subset::default()).unwrap();
-        let split = splitter.split(&experiment(0)).unwrap();
+        let split = splitter.split(&experiment(0), 0).unwrap();
         assert_eq!((split.train, split.leaks), (vec![0, 2], vec![3, 4]));
         assert_eq!(split.abnormal, [false, false, true, true]);
 
@@ -238,7 +240,7 @@ mod tests {
                 test: set(test, 3),
             };
             let mut splitter = Splitter::new(&halves, Subset::default()).unwrap();
-            splitter.split(&experiment(0)).unwrap().fingerprint
+            splitter.split(&experiment(0), 0).unwrap().fingerprint
         };
         let same = fingerprint(&[0, 1, 0], 0, &[0, 0, 1, 1]);
         assert_eq!(split.fingerprint, same);
@@ -248,7 +250,7 @@ mod tests {
         );
         assert_ne!(split.fingerprint, fingerprint(&[0, 1, 0], 0, &[0, 1, 1, 1]));
         assert!(matches!(
-            splitter.split(&experiment(2)),
+            splitter.split(&experiment(2), 0),
             Err(Error::EmptySplit {
                 train: 0,
                 normal: 0,

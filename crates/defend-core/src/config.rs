@@ -3,17 +3,18 @@
 use defend_data::Fit;
 use defend_dense::DenseConfig;
 use defend_distill::{Aggregation, DistillConfig};
+use defend_evidence::EvidenceConfig;
 use defend_vit::Arithmetic;
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
 
 /// Settings of a whole fit; saved with the model.
 ///
-/// The default is the paper's method with the CLS token learnt and scored beside the patches, which measured
-/// better on every class we tried (docs/RESULTS.md); [`DefendConfig::paper`] leaves that out.
+/// The default is the closed form on an untouched teacher. [`Recipe`] has the others, the paper's among them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, deny_unknown_fields, try_from = "Written")]
 pub struct DefendConfig {
     /// Seed of every random choice: same seed, same bits.
     pub seed: u64,
@@ -24,10 +25,11 @@ pub struct DefendConfig {
     pub image_size: Option<usize>,
     /// Dense fine-tuning of the teacher; `None` leaves the teacher as it was pretrained.
     pub dense: Option<DenseConfig>,
-    /// Masked knowledge distillation.
-    pub distill: DistillConfig,
-    /// How patch distances become a score.
-    pub aggregation: Aggregation,
+    /// What learns the normal pictures from the teacher's features.
+    pub student: Student,
+    /// Share of normal pictures that the threshold of a fit calls novel, about: it is the quantile of left-out values, which
+    /// the closed form has. [`crate::Detector::calibrate`] takes it from held-out pictures.
+    pub false_alarm_rate: f64,
     /// Images a forward pass when scoring; has no influence on the scores.
     pub batch: usize,
     /// How the frozen teacher computes, and the student once it is trained. `bf16` is faster on GPUs and on processors with AMX,
@@ -35,22 +37,36 @@ pub struct DefendConfig {
     pub arithmetic: Arithmetic,
 }
 
-impl Default for DefendConfig {
+/// The student stage: what learns the normal pictures from the teacher's features.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Student {
+    /// An infinitely wide student in closed form, with the contrast to ordinary photos and the patch memory: no training.
+    ClosedForm(EvidenceConfig),
+    /// A student trained by masked knowledge distillation (paper, section 3.2).
+    Masked(MaskedConfig),
+}
+
+/// Settings of the masked student; the default learns and scores the CLS token beside the patches.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MaskedConfig {
+    /// Masked knowledge distillation.
+    pub distill: DistillConfig,
+    /// How patch distances become a score.
+    pub aggregation: Aggregation,
+}
+
+impl Default for MaskedConfig {
     fn default() -> Self {
         Self {
-            seed: 0,
-            fit: Fit::Squash,
-            image_size: None,
-            dense: Some(DenseConfig::default()),
             distill: DistillConfig::default(),
             aggregation: Aggregation::PatchesAndCls { weight: 1.0 },
-            batch: 32,
-            arithmetic: Arithmetic::F32,
         }
     }
 }
 
-impl DefendConfig {
+impl MaskedConfig {
     /// The paper's loss and score: patch tokens alone, and their mean distance (section 3.3).
     pub fn paper() -> Self {
         Self {
@@ -59,27 +75,12 @@ impl DefendConfig {
                 ..DistillConfig::default()
             },
             aggregation: Aggregation::Mean,
-            ..Self::default()
         }
     }
 
-    /// Checks every field and that the stages fit each other.
-    ///
-    /// # Errors
-    /// [`Error::Config`], [`Error::Dense`] or [`Error::Distill`] naming the field.
-    pub fn validate(&self) -> Result<(), Error> {
-        if let Some(dense) = &self.dense {
-            dense.validate()?;
-        }
+    fn validate(&self) -> Result<(), Error> {
         self.distill.validate()?;
         self.aggregation.validate()?;
-        if self.batch == 0 {
-            return Err(Error::Config {
-                field: "batch",
-                value: "0".into(),
-                expected: "at least 1".into(),
-            });
-        }
         if self.aggregation.uses_cls() && self.distill.cls_weight == 0.0 {
             return Err(Error::Config {
                 field: "aggregation",
@@ -89,5 +90,253 @@ impl DefendConfig {
             });
         }
         Ok(())
+    }
+}
+
+/// Settings by name.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recipe {
+    /// The closed form on an untouched teacher: nothing is trained.
+    #[default]
+    Default,
+    /// The paper: dense fine-tuning, masked distillation of patches, their mean distance as score.
+    Paper,
+    /// As the paper, with the CLS token learnt and scored beside the patches.
+    Masked,
+    /// `masked` with the dense stage of the authors' script.
+    OfficialDense,
+    /// `masked` with the dense stage of the authors' second script, in the style of Leopart.
+    OfficialLeopart,
+}
+
+impl Recipe {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Default,
+        Self::Paper,
+        Self::Masked,
+        Self::OfficialDense,
+        Self::OfficialLeopart,
+    ];
+
+    /// The settings.
+    pub fn config(self) -> DefendConfig {
+        let masked = |dense, masked| DefendConfig {
+            dense: Some(dense),
+            student: Student::Masked(masked),
+            ..DefendConfig::default()
+        };
+        match self {
+            Self::Default => DefendConfig::default(),
+            Self::Paper => masked(DenseConfig::default(), MaskedConfig::paper()),
+            Self::Masked => masked(DenseConfig::default(), MaskedConfig::default()),
+            Self::OfficialDense => masked(DenseConfig::official_dense(), MaskedConfig::default()),
+            Self::OfficialLeopart => {
+                masked(DenseConfig::official_leopart(), MaskedConfig::default())
+            }
+        }
+    }
+}
+
+impl Default for DefendConfig {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            fit: Fit::Squash,
+            image_size: None,
+            dense: None,
+            student: Student::ClosedForm(EvidenceConfig::default()),
+            false_alarm_rate: 0.05,
+            batch: 32,
+            arithmetic: Arithmetic::F32,
+        }
+    }
+}
+
+impl DefendConfig {
+    /// The paper's pipeline: [`Recipe::Paper`].
+    pub fn paper() -> Self {
+        Recipe::Paper.config()
+    }
+
+    /// The paper's pipeline with the CLS token learnt and scored too: [`Recipe::Masked`].
+    pub fn masked() -> Self {
+        Recipe::Masked.config()
+    }
+
+    /// Settings of the masked student, where it is one.
+    pub fn masked_student(&self) -> Option<&MaskedConfig> {
+        match &self.student {
+            Student::Masked(masked) => Some(masked),
+            Student::ClosedForm(_) => None,
+        }
+    }
+
+    /// Checks every field and that the stages fit each other.
+    ///
+    /// # Errors
+    /// [`Error::Config`], [`Error::Dense`], [`Error::Distill`] or [`Error::Evidence`] naming the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        if let Some(dense) = &self.dense {
+            dense.validate()?;
+        }
+        match &self.student {
+            Student::ClosedForm(evidence) => evidence.validate()?,
+            Student::Masked(masked) => masked.validate()?,
+        }
+        defend_metrics::FalseAlarmRate::new(self.false_alarm_rate)?;
+        if self.batch == 0 {
+            return Err(Error::Config {
+                field: "batch",
+                value: "0".into(),
+                expected: "at least 1".into(),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Settings as files have them, with the fields of earlier versions, which are told where they went.
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Written {
+    seed: u64,
+    fit: Fit,
+    image_size: Option<usize>,
+    dense: Option<DenseConfig>,
+    student: Student,
+    false_alarm_rate: f64,
+    batch: usize,
+    arithmetic: Arithmetic,
+    distill: Option<IgnoredAny>,
+    aggregation: Option<IgnoredAny>,
+}
+
+impl Default for Written {
+    fn default() -> Self {
+        let DefendConfig {
+            seed,
+            fit,
+            image_size,
+            dense,
+            student,
+            false_alarm_rate,
+            batch,
+            arithmetic,
+        } = DefendConfig::default();
+        Self {
+            seed,
+            fit,
+            image_size,
+            dense,
+            student,
+            false_alarm_rate,
+            batch,
+            arithmetic,
+            distill: None,
+            aggregation: None,
+        }
+    }
+}
+
+impl TryFrom<Written> for DefendConfig {
+    type Error = String;
+
+    fn try_from(written: Written) -> Result<Self, String> {
+        if written.distill.is_some() || written.aggregation.is_some() {
+            return Err(
+                "`distill` and `aggregation` are part of the masked student now: write \
+                 \"student\": {\"masked\": {\"distill\": ..., \"aggregation\": ...}}, and \"dense\": {} where the teacher is tuned"
+                    .into(),
+            );
+        }
+        Ok(Self {
+            seed: written.seed,
+            fit: written.fit,
+            image_size: written.image_size,
+            dense: written.dense,
+            student: written.student,
+            false_alarm_rate: written.false_alarm_rate,
+            batch: written.batch,
+            arithmetic: written.arithmetic,
+        })
+    }
+}
+
+/// Settings in model files of format 1, which had the masked student alone.
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct ConfigOfFormat1 {
+    seed: u64,
+    fit: Fit,
+    image_size: Option<usize>,
+    dense: Option<DenseConfig>,
+    distill: DistillConfig,
+    aggregation: Aggregation,
+    batch: usize,
+    arithmetic: Arithmetic,
+}
+
+impl Default for ConfigOfFormat1 {
+    fn default() -> Self {
+        let MaskedConfig {
+            distill,
+            aggregation,
+        } = MaskedConfig::default();
+        let config = DefendConfig::masked();
+        Self {
+            seed: config.seed,
+            fit: config.fit,
+            image_size: config.image_size,
+            dense: config.dense,
+            distill,
+            aggregation,
+            batch: config.batch,
+            arithmetic: config.arithmetic,
+        }
+    }
+}
+
+impl From<ConfigOfFormat1> for DefendConfig {
+    fn from(old: ConfigOfFormat1) -> Self {
+        Self {
+            seed: old.seed,
+            fit: old.fit,
+            image_size: old.image_size,
+            dense: old.dense,
+            student: Student::Masked(MaskedConfig {
+                distill: old.distill,
+                aggregation: old.aggregation,
+            }),
+            batch: old.batch,
+            arithmetic: old.arithmetic,
+            ..Self::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_of_earlier_versions_are_told_what_to_write() {
+        let read =
+            |json: &str| serde_json::from_str::<DefendConfig>(json).map_err(|e| e.to_string());
+        let error = read(r#"{"dense": null, "distill": {"epochs": 2}}"#).unwrap_err();
+        assert!(
+            error.contains("student") && error.contains("masked"),
+            "{error}"
+        );
+        assert!(read(r#"{"epochs": 2}"#).unwrap_err().contains("epochs"));
+        let masked = read(r#"{"student": {"masked": {"distill": {"epochs": 2}}}}"#).unwrap();
+        assert_eq!(masked.masked_student().map(|m| m.distill.epochs), Some(2));
+        for recipe in Recipe::ALL {
+            let config = recipe.config();
+            config.validate().unwrap();
+            let json = serde_json::to_string(&config).unwrap();
+            assert_eq!(read(&json).unwrap(), config);
+        }
     }
 }

@@ -58,13 +58,39 @@ pub enum Error {
         /// The custom part.
         role: &'static str,
     },
+    /// A file is no background of this library, or damaged.
+    #[error("{origin}: {reason}")]
+    Background {
+        /// The file.
+        origin: String,
+        /// What is wrong and what is expected.
+        reason: String,
+    },
+    /// A background was made by another teacher than the one that is fitted with.
+    #[error(
+        "the background was made by {background}, expected the teacher {teacher}: make one with `defend background`"
+    )]
+    OtherTeacher {
+        /// The teacher that made it.
+        background: String,
+        /// The teacher of the fit.
+        teacher: String,
+    },
+    /// The teacher's features of an image are not finite.
+    #[error(
+        "the teacher's features of {name} are not finite: its weights or the image are damaged"
+    )]
+    NonFiniteFeatures {
+        /// Name of the image.
+        name: String,
+    },
     /// The detector's scores are not finite.
     #[error("the score of {name} is {score}: the model or the image is damaged")]
     NonFiniteScore {
         /// Name of the image.
         name: String,
         /// The score.
-        score: f32,
+        score: f64,
     },
     /// A batch of images is not what the detector was fitted on.
     #[error("the images have shape {found:?}, expected [images, 3, {size}, {size}]")]
@@ -86,6 +112,9 @@ pub enum Error {
     /// The distillation stage failed.
     #[error(transparent)]
     Distill(#[from] defend_distill::Error),
+    /// The closed form failed.
+    #[error(transparent)]
+    Evidence(#[from] defend_evidence::Error),
     /// A metric or a threshold failed.
     #[error(transparent)]
     Metrics(#[from] defend_metrics::Error),

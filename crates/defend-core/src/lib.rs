@@ -26,14 +26,21 @@
 //! ```
 //!
 //! Every stage is a crate of its own behind an object-safe role, and each can be replaced: see
-//! [`DefendBuilder`]. They are re-exported here as [`vit`], [`ot`], [`dense`], [`distill`], [`data`],
-//! [`metrics`] and [`nn`].
+//! [`DefendBuilder`]. They are re-exported here as [`vit`], [`ot`], [`dense`], [`distill`],
+//! [`evidence`], [`data`], [`metrics`] and [`nn`].
 
+mod background;
 mod builder;
+mod closed_form;
 mod config;
 mod detector;
 mod device;
 mod error;
+mod fit;
+mod map;
+mod masked;
+mod normals;
+mod novelty;
 mod observer;
 mod overlay;
 mod persist;
@@ -41,22 +48,30 @@ mod pictures;
 #[cfg(feature = "progress")]
 mod progress;
 mod scan;
+mod tokens;
 
-pub use builder::{Defend, DefendBuilder, Fitted};
-pub use config::DefendConfig;
-pub use detector::{Calibration, Detector, MapScale, Novelty, NoveltyDetector, PatchMap, Verdict};
+pub use background::{Background, BackgroundSource, TeacherIdentity};
+pub use builder::{Defend, DefendBuilder};
+pub use config::{DefendConfig, MaskedConfig, Recipe, Student};
+pub use detector::{Calibration, CalibrationSource, Detector, NoveltyDetector};
 pub use device::best_device;
 pub use error::Error;
+pub use fit::{ClosedFormReport, Fitted, StudentReport};
+pub use map::{MapScale, PatchMap};
+pub use novelty::{Explanation, NearestNormal, Novelty, Verdict};
 pub use observer::{Event, Observer, Silent, Stage};
 pub use overlay::overlay;
 pub use pictures::Pictures;
 #[cfg(feature = "progress")]
 pub use progress::ProgressBar;
-pub use scan::{Finding, Outcome, Scan, Skipped, preprocess_of, scan, scan_each};
+pub use scan::{
+    Finding, Maps, Outcome, Scan, Skipped, preprocess_of, scan, scan_each, scan_with_maps,
+};
 
 pub use defend_data as data;
 pub use defend_dense as dense;
 pub use defend_distill as distill;
+pub use defend_evidence as evidence;
 pub use defend_metrics as metrics;
 pub use defend_nn as nn;
 pub use defend_ot as ot;

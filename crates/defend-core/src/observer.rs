@@ -8,8 +8,14 @@ use defend_data::Failure;
 pub enum Stage {
     /// Decoding and resizing the training images.
     Read,
+    /// The teacher's pass over ordinary photos.
+    Background,
     /// Dense fine-tuning.
     Dense,
+    /// The teacher's pass over the normal images, for the closed form.
+    Embed,
+    /// Its pass over some of them again, for their patches.
+    Patches,
     /// Masked distillation.
     Distill,
     /// Scoring images.

@@ -7,15 +7,26 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use defend_data::Preprocess;
-use defend_vit::{Arithmetic, BackboneSpec, TrainScope, Vit, Weights};
+use defend_evidence::{ClosedForm, State, StateArray, StateHeader};
+use defend_vit::{Arithmetic, BackboneSpec, Encoder, TrainScope, Vit, Weights};
+use ndarray::Array2;
+use safetensors::SafeTensors;
+use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
-use crate::{Calibration, DefendConfig, Detector, Error, MapScale};
+use crate::closed_form::ClosedFormStudent;
+use crate::config::ConfigOfFormat1;
+use crate::detector::StudentStage;
+use crate::masked::MaskedStudent;
+use crate::tokens::TokenBlocks;
+use crate::{Calibration, DefendConfig, Detector, Error, MapScale, Student};
 
 /// Metadata key of everything but the tensors.
 const MODEL_KEY: &str = "defend.model";
 /// Raised whenever files of an older version would be read wrongly.
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
+/// Names of the closed form's arrays begin so.
+const EVIDENCE: &str = "evidence.";
 
 /// What a model file says beside its tensors.
 #[derive(Serialize, Deserialize)]
@@ -25,10 +36,48 @@ struct Header {
     library_version: String,
     config: DefendConfig,
     teacher: BackboneSpec,
+    student: StudentHeader,
+    preprocess: Preprocess,
+    calibration: Option<Calibration>,
+    map_scale: MapScale,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum StudentHeader {
+    ClosedForm {
+        evidence: Box<StateHeader>,
+        /// Names of the kept normal images.
+        names: Vec<String>,
+    },
+    Masked(BackboneSpec),
+}
+
+/// The header of format 1, which had the masked student alone.
+#[derive(Deserialize)]
+struct HeaderOfFormat1 {
+    library_version: String,
+    config: ConfigOfFormat1,
+    teacher: BackboneSpec,
     student: BackboneSpec,
     preprocess: Preprocess,
     calibration: Option<Calibration>,
     map_scale: MapScale,
+}
+
+impl From<HeaderOfFormat1> for Header {
+    fn from(old: HeaderOfFormat1) -> Self {
+        Self {
+            format_version: FORMAT_VERSION,
+            library_version: old.library_version,
+            config: old.config.into(),
+            teacher: old.teacher,
+            student: StudentHeader::Masked(old.student),
+            preprocess: old.preprocess,
+            calibration: old.calibration,
+            map_scale: old.map_scale,
+        }
+    }
 }
 
 impl Detector {
@@ -38,29 +87,46 @@ impl Detector {
     /// [`Error::NotSavable`] for a detector with roles of the user's own, [`Error::Io`].
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
-        if let Some(role) = self.custom {
-            return Err(Error::NotSavable { role });
-        }
+        let mut tensors = BTreeMap::new();
+        let mut add = |part: &'static str, network: &dyn Encoder| -> Result<(), Error> {
+            let own = network.tensors()?.ok_or(Error::NotSavable { role: part })?;
+            for (name, tensor) in own {
+                let tensor = compact(&tensor.to_device(&Device::Cpu)?, network.spec())?;
+                tensors.insert(format!("{part}.{name}"), tensor);
+            }
+            Ok(())
+        };
+        let student = match &self.student {
+            StudentStage::Masked(masked) => {
+                if let Some(role) = masked.custom {
+                    return Err(Error::NotSavable { role });
+                }
+                add("teacher", &*masked.teacher)?;
+                add("student", &*masked.student)?;
+                StudentHeader::Masked(masked.student.spec().clone())
+            }
+            StudentStage::ClosedForm(closed) => {
+                add("teacher", &*closed.teacher)?;
+                let State { header, arrays } = closed.evidence.state();
+                for (name, array) in arrays {
+                    tensors.insert(format!("{EVIDENCE}{name}"), to_tensor(array)?);
+                }
+                StudentHeader::ClosedForm {
+                    evidence: Box::new(header),
+                    names: closed.names.clone(),
+                }
+            }
+        };
         let header = Header {
             format_version: FORMAT_VERSION,
             library_version: env!("CARGO_PKG_VERSION").into(),
             config: self.config.clone(),
-            teacher: self.teacher.spec().clone(),
-            student: self.student.spec().clone(),
+            teacher: self.teacher().spec().clone(),
+            student,
             preprocess: self.preprocess.clone(),
             calibration: self.calibration,
             map_scale: self.map_scale.clone(),
         };
-        let mut tensors = BTreeMap::new();
-        for (part, backbone) in [("teacher", &self.teacher), ("student", &self.student)] {
-            let own = backbone
-                .tensors()?
-                .ok_or(Error::NotSavable { role: part })?;
-            for (name, tensor) in own {
-                let tensor = compact(&tensor.to_device(&Device::Cpu)?, backbone.spec())?;
-                tensors.insert(format!("{part}.{name}"), tensor);
-            }
-        }
         let bytes = serialize(&header, &tensors).map_err(|reason| Error::Model {
             path: path.to_owned(),
             reason,
@@ -83,34 +149,84 @@ impl Detector {
             path: path.to_owned(),
             reason,
         };
-        let mut weights = Weights::read(path)?;
+        let bytes = std::fs::read(path).map_err(|source| Error::Io {
+            path: path.to_owned(),
+            action: "reading the model",
+            source,
+        })?;
+        let mut weights = Weights::from_bytes(&bytes, &path.display().to_string())?;
         let json = weights.metadata(MODEL_KEY).ok_or_else(|| {
             wrong(format!(
                 "not a model of this library: no \"{MODEL_KEY}\" in its metadata"
             ))
         })?;
-        let version: Version =
-            serde_json::from_str(json).map_err(|e| wrong(format!("{MODEL_KEY}: {e}")))?;
-        if version.format_version != FORMAT_VERSION {
-            return Err(wrong(format!(
-                "format version {} (written by {}), this library reads version {FORMAT_VERSION}",
-                version.format_version, version.library_version
-            )));
-        }
-        let header: Header =
-            serde_json::from_str(json).map_err(|e| wrong(format!("{MODEL_KEY}: {e}")))?;
+        let fault = |e: serde_json::Error| wrong(format!("{MODEL_KEY}: {e}"));
+        let version: Version = serde_json::from_str(json).map_err(fault)?;
+        let header: Header = match version.format_version {
+            1 => serde_json::from_str::<HeaderOfFormat1>(json)
+                .map_err(fault)?
+                .into(),
+            FORMAT_VERSION => serde_json::from_str(json).map_err(fault)?,
+            other => {
+                return Err(wrong(format!(
+                    "format version {other} (written by {}), this library reads versions 1 to {FORMAT_VERSION}",
+                    version.library_version
+                )));
+            }
+        };
         header.config.validate()?;
         header.preprocess.validate()?;
         header.check_sizes().map_err(wrong)?;
-        let (teacher, student) = (weights.split_off("teacher."), weights.split_off("student."));
+        let (teacher, student, evidence) = (
+            weights.split_off("teacher."),
+            weights.split_off("student."),
+            weights.split_off(EVIDENCE),
+        );
         weights.finish()?;
-        let load = |spec, weights| Vit::load(spec, weights, TrainScope::Frozen, device);
+        let load = |spec, weights| -> Result<Arc<Vit>, Error> {
+            Ok(Arc::new(Vit::load(
+                spec,
+                weights,
+                TrainScope::Frozen,
+                device,
+            )?))
+        };
+        let student = match (header.student, &header.config.student) {
+            (StudentHeader::Masked(spec), Student::Masked(settings)) => {
+                evidence.finish()?;
+                let (teacher, student) = (load(header.teacher, teacher)?, load(spec, student)?);
+                StudentStage::Masked(MaskedStudent::new(teacher, student, settings))
+            }
+            (StudentHeader::ClosedForm { evidence, names }, Student::ClosedForm(_)) => {
+                student.finish()?;
+                let arrays = arrays_of(&bytes).map_err(wrong)?;
+                let state = State {
+                    header: *evidence,
+                    arrays,
+                };
+                let evidence = ClosedForm::from_state(state).map_err(|e| wrong(e.to_string()))?;
+                let blocks = TokenBlocks::of(header.teacher.architecture.depth);
+                let widths = vec![header.teacher.architecture.width; blocks.last().len() + 1];
+                if evidence.widths() != widths || evidence.groups().of.len() != names.len() {
+                    return Err(wrong(
+                        "its normal images do not fit its teacher or their names".into(),
+                    ));
+                }
+                StudentStage::ClosedForm(Box::new(ClosedFormStudent {
+                    teacher: load(header.teacher, teacher)?,
+                    blocks,
+                    evidence,
+                    names,
+                }))
+            }
+            _ => {
+                return Err(wrong(
+                    "its settings are of another student than its tensors".into(),
+                ));
+            }
+        };
         Ok(Self {
-            teacher: Arc::new(load(header.teacher, teacher)?),
-            student: Arc::new(load(header.student, student)?),
-            objective: Arc::new(header.config.distill.distance),
-            score: Arc::new(header.config.aggregation),
-            custom: None,
+            student,
             config: header.config,
             preprocess: header.preprocess,
             device: device.clone(),
@@ -120,10 +236,58 @@ impl Detector {
     }
 }
 
+fn to_tensor(array: StateArray) -> Result<Tensor, Error> {
+    let cpu = Device::Cpu;
+    Ok(match array {
+        StateArray::Matrix(matrix) => {
+            let shape = matrix.dim();
+            Tensor::from_iter(matrix, &cpu)?.reshape(shape)?
+        }
+        StateArray::Numbers(numbers) => Tensor::new(numbers, &cpu)?,
+        StateArray::Indices(indices) => Tensor::new(indices, &cpu)?,
+    })
+}
+
+/// The closed form's arrays in the types that they were written in: [`Weights`] are all `f32`.
+fn arrays_of(bytes: &[u8]) -> Result<BTreeMap<String, StateArray>, String> {
+    let all = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
+    let mut arrays = BTreeMap::new();
+    for (name, view) in all.tensors() {
+        let Some(name) = name.strip_prefix(EVIDENCE) else {
+            continue;
+        };
+        let (data, wrong) = (view.data(), || {
+            format!("tensor \"{EVIDENCE}{name}\" has another type or shape than expected")
+        });
+        let four = || data.as_chunks::<4>().0.iter();
+        let array = match (view.dtype(), view.shape()) {
+            (Dtype::F32, &[rows, columns]) => {
+                let values = four().map(|b| f32::from_le_bytes(*b)).collect();
+                StateArray::Matrix(
+                    Array2::from_shape_vec((rows, columns), values).map_err(|_| wrong())?,
+                )
+            }
+            (Dtype::F64, [_]) => StateArray::Numbers(
+                data.as_chunks::<8>()
+                    .0
+                    .iter()
+                    .map(|b| f64::from_le_bytes(*b))
+                    .collect(),
+            ),
+            (Dtype::U32, [_]) => {
+                StateArray::Indices(four().map(|b| u32::from_le_bytes(*b)).collect())
+            }
+            _ => return Err(wrong()),
+        };
+        arrays.insert(name.to_owned(), array);
+    }
+    Ok(arrays)
+}
+
 impl Header {
     /// Whether pictures, teacher and student fit each other.
     fn check_sizes(&self) -> Result<(), String> {
-        let (teacher, student) = (&self.teacher.architecture, &self.student.architecture);
+        let teacher = &self.teacher.architecture;
         let size = self.preprocess.size as usize;
         if teacher.image_size != size {
             return Err(format!(
@@ -131,7 +295,11 @@ impl Header {
                 teacher.image_size
             ));
         }
-        if (teacher.width, teacher.grid()) != (student.width, student.grid()) {
+        if let StudentHeader::Masked(student) = &self.student
+            && (teacher.width, teacher.grid())
+                != (student.architecture.width, student.architecture.grid())
+        {
+            let student = &student.architecture;
             return Err(format!(
                 "the student has {} patches of width {}, expected the teacher's {} of width {}",
                 student.grid().patches(),
@@ -181,7 +349,7 @@ fn serialize(header: &Header, tensors: &BTreeMap<String, Tensor>) -> Result<Vec<
 
 /// Writes beside the target and renames: a reader never sees half a file, and a failure leaves the old
 /// one.
-fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),

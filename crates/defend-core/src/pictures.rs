@@ -128,6 +128,14 @@ impl Pictures {
         &self.skipped
     }
 
+    /// Name of a picture, `""` for one that there is not.
+    pub fn name(&self, index: usize) -> String {
+        let found = self.kept.get(index);
+        found.map_or_else(String::new, |(index, _)| {
+            self.dataset.name(*index).into_owned()
+        })
+    }
+
     /// Reads a picture that did not fit into memory.
     fn again(&self, index: usize) -> Result<RgbImage, defend_data::Error> {
         self.preprocess.resize(&self.dataset.image(index)?)

@@ -42,6 +42,9 @@ impl Observer for ProgressBar {
             Event::Started { stage, images } if self.visible => {
                 let title = match stage {
                     Stage::Read => "reading",
+                    Stage::Background => "background",
+                    Stage::Embed => "embedding",
+                    Stage::Patches => "patches",
                     Stage::Dense => "dense tuning",
                     Stage::Distill => "distilling",
                     Stage::Score => "scoring",

@@ -62,7 +62,7 @@ impl Scan {
     /// The scores, in the order of the findings.
     pub fn scores(&self) -> Vec<f64> {
         let findings = self.findings.iter();
-        findings.map(|f| f64::from(f.novelty.score)).collect()
+        findings.map(|f| f.novelty.score).collect()
     }
 }
 
@@ -99,7 +99,18 @@ pub(crate) fn to_tensor(
     )?)
 }
 
-/// Scores every picture of a data set; unreadable ones are listed, not fatal.
+/// Whether patch maps are wanted beside the scores; a closed form whose score needs no patches computes them only then.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Maps {
+    /// Only where they cost nothing.
+    #[default]
+    Free,
+    /// Wherever the detector has them.
+    Wanted,
+}
+
+/// Scores every picture of a data set; unreadable ones are listed, not fatal. Findings have maps only where these cost nothing:
+/// see [`scan_with_maps`].
 ///
 /// # Errors
 /// [`Error::NonFiniteScore`], and what the detector returns.
@@ -108,9 +119,29 @@ pub fn scan(
     images: impl Dataset + 'static,
     observer: &mut dyn Observer,
 ) -> Result<Scan, Error> {
+    scan_all(detector, Arc::new(images), Maps::Free, observer)
+}
+
+/// As [`scan()`], with a map in each finding where the detector has maps.
+///
+/// # Errors
+/// As [`scan()`].
+pub fn scan_with_maps(
+    detector: &dyn NoveltyDetector,
+    images: impl Dataset + 'static,
+    observer: &mut dyn Observer,
+) -> Result<Scan, Error> {
+    scan_all(detector, Arc::new(images), Maps::Wanted, observer)
+}
+
+fn scan_all(
+    detector: &dyn NoveltyDetector,
+    images: Arc<dyn Dataset>,
+    maps: Maps,
+    observer: &mut dyn Observer,
+) -> Result<Scan, Error> {
     let mut scan = Scan::default();
-    let images: Arc<dyn Dataset> = Arc::new(images);
-    scan_each::<Error>(detector, &images, observer, &mut |outcome| {
+    scan_each::<Error>(detector, &images, maps, observer, &mut |outcome| {
         match outcome {
             Ok((finding, _)) => scan.findings.push(finding),
             Err(failure) => scan.skipped.push(Skipped::from(failure)),
@@ -131,6 +162,7 @@ pub type Outcome = Result<(Finding, RgbImage), Failure>;
 pub fn scan_each<E: From<Error>>(
     detector: &dyn NoveltyDetector,
     images: &Arc<dyn Dataset>,
+    maps: Maps,
     observer: &mut dyn Observer,
     on_result: &mut dyn FnMut(Outcome) -> Result<(), E>,
 ) -> Result<(), E> {
@@ -151,7 +183,22 @@ pub fn scan_each<E: From<Error>>(
         let handled = (batch.indices.len() + batch.failures.len()) as u64;
         if !batch.pictures.is_empty() {
             let tensor = to_tensor(&batch.pictures, preprocess, detector.device())?;
-            let novelties = detector.score(&tensor)?;
+            let novelties = match maps {
+                Maps::Free => detector.score(&tensor),
+                Maps::Wanted => detector.score_with_maps(&tensor),
+            };
+            let novelties = novelties.map_err(|error| match error {
+                Error::Evidence(defend_evidence::Error::NotFinite { image, .. }) => {
+                    let name = batch
+                        .indices
+                        .get(image)
+                        .map(|&i| images.name(i).into_owned());
+                    Error::NonFiniteFeatures {
+                        name: name.unwrap_or_default(),
+                    }
+                }
+                other => other,
+            })?;
             let results = batch.indices.into_iter().zip(batch.pictures).zip(novelties);
             for ((index, picture), novelty) in results {
                 let name = images.name(index).into_owned();

@@ -143,7 +143,7 @@ impl ClosedForm {
     /// Learns what is normal, and what images look like in general where a background is given.
     ///
     /// Images with equal embeddings count once, and neither their order nor that of the background matters. Where
-    /// [`ClosedForm::patch_weight`] is not zero, [`ClosedForm::remember`] has to follow before images can be judged.
+    /// [`ClosedForm::patch_weight`] is not zero, patches should count too: see [`ClosedForm::remember`].
     ///
     /// # Errors
     /// [`Error::Config`], [`Error::Empty`], [`Error::Shape`] for a background of other widths.
@@ -288,7 +288,8 @@ impl ClosedForm {
         &self.config
     }
 
-    /// Weight of the patches in the sum; above 0 where normal images are so alike that small parts decide.
+    /// Weight of the patches in the sum once they are remembered; above 0 where normal images are so alike that small parts
+    /// decide.
     pub fn patch_weight(&self) -> f64 {
         self.patch_weight
     }
@@ -451,8 +452,8 @@ impl ClosedForm {
         leading
     }
 
-    /// Judges images; `patches` of the same images are needed where [`ClosedForm::patch_weight`] is not zero, and give a map
-    /// in any case.
+    /// Judges images. With a patch memory, `patches` of the same images are needed where [`ClosedForm::patch_weight`] is not
+    /// zero, and give a map in any case.
     ///
     /// # Errors
     /// [`Error::Shape`] for other widths or another number of images, [`Error::Empty`] without the patches that are needed.
@@ -475,7 +476,7 @@ impl ClosedForm {
             (Some(tokens), Some(known)) => {
                 Some((known.memory.distances(tokens, None)?, known.scale))
             }
-            _ if self.patch_weight > 0.0 => {
+            (None, Some(_)) if self.patch_weight > 0.0 => {
                 return Err(Error::Empty {
                     what: "patch tokens",
                 });

@@ -40,3 +40,8 @@ pub use patches::{CoreSet, PatchDistances, PatchMemory, PatchTokens};
 pub use posterior::{ExactPosterior, Explained, LocalPosterior, NAMED_GROUPS};
 pub use standard::Standard;
 pub use state::{State, StateArray, StateHeader};
+
+/// The README's example runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

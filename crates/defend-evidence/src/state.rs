@@ -188,9 +188,6 @@ impl ClosedForm {
             let memory = PatchMemory::new(blocks, form.config.patches.worst);
             form.patches = Some(WeighedPatches { memory, scale });
         }
-        if form.patch_weight > 0.0 && form.patches.is_none() {
-            return Err(fault("patches have a weight, but there are none".into()));
-        }
         match arrays.0.into_keys().next() {
             Some(name) => Err(fault(format!("\"{name}\" belongs to no part of it"))),
             None => Ok(form),

@@ -1,7 +1,7 @@
 //! Confidence interval of any metric by resampling.
 
-use ndarray::{Array1, ArrayView1};
 use defend_random::Rng;
+use ndarray::{Array1, ArrayView1};
 use rand::RngExt;
 
 use crate::{Error, Interval, Metric, quantile};

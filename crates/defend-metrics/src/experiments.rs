@@ -1,7 +1,7 @@
 //! Means over the experiments of a table, such as the ten normal classes of CIFAR-10, and whether two systems differ.
 
-use ndarray::{Array1, ArrayView1};
 use defend_random::Rng;
+use ndarray::{Array1, ArrayView1};
 use rand::RngExt;
 
 use crate::{Error, Interval, Metric, quantile};

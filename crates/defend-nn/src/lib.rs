@@ -30,8 +30,8 @@ pub mod timed {
 
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
 pub use backward::backward;
-pub use error::Error;
 pub use defend_random::Rng;
+pub use error::Error;
 pub use init::{normal, truncated_normal, xavier_uniform};
 pub use kernels::pool::release_memory;
 pub use schedule::{Schedule, half_cosine};

@@ -67,6 +67,9 @@ mod tests {
         let draws: Vec<f64> = (0..20_000).map(|_| standard_normal(&mut rng)).collect();
         let mean = draws.iter().sum::<f64>() / draws.len() as f64;
         let variance = draws.iter().map(|x| x * x).sum::<f64>() / draws.len() as f64;
-        assert!(mean.abs() < 0.03 && (variance - 1.0).abs() < 0.04, "{mean} {variance}");
+        assert!(
+            mean.abs() < 0.03 && (variance - 1.0).abs() < 0.04,
+            "{mean} {variance}"
+        );
     }
 }

@@ -8,3 +8,6 @@
 
 /// Content of the weight file, read with `defend_vit::Pretrained::Bytes`.
 pub const WEIGHTS: &[u8] = include_bytes!("../weights.safetensors");
+
+/// Tokens of 1,000 ordinary photos by this backbone, in eight bits a value, in a safetensors file of `defend-core`.
+pub const BACKGROUND: &[u8] = include_bytes!("../background.safetensors");

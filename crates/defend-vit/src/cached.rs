@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-use crate::{Arithmetic, Backbone, BackboneSpec, Error, Features, Grid, Layer, TokenSet};
+use crate::{Arithmetic, Backbone, BackboneSpec, Encoder, Error, Features, Grid, Layer, TokenSet};
 
 /// Where [`Cached`] keeps features, and how exactly.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -133,34 +133,32 @@ impl Cached {
 
     /// Features of the images that are not known yet, one entry an image.
     fn compute(&self, images: &Tensor, missing: &[usize]) -> Result<Vec<Entry>, Error> {
-        let rows: Vec<u32> = missing.iter().map(|&i| i as u32).collect();
-        let rows = Tensor::new(rows, images.device())?;
-        let features = self.inner.features(&images.index_select(&rows, 0)?)?;
+        let features = self.inner.features(&rows_of(images, missing)?)?;
         let mut all = vec![&features.cls, &features.patches, &features.cls_attention];
         for layer in &features.earlier {
             all.extend([&layer.cls, &layer.patches]);
         }
-        let kept = |t: &Tensor, row: usize| -> candle_core::Result<Tensor> {
-            let row = t.detach().narrow(0, row, 1)?.force_contiguous()?;
-            if !self.store.half {
-                return Ok(row);
-            }
-            row.to_dtype(DType::F16)
-        };
         let entry = |row| {
-            let tensors = all.iter().map(|t| kept(t, row)).collect::<Result<_, _>>()?;
+            let tensors = all.iter().map(|t| self.kept(t, row));
+            let tensors = tensors.collect::<Result<_, Error>>()?;
             let grid = features.grid;
             Ok(Entry { tensors, grid })
         };
         (0..missing.len()).map(entry).collect()
     }
 
+    /// An image's row of a tensor as it is kept.
+    fn kept(&self, tensor: &Tensor, row: usize) -> Result<Tensor, Error> {
+        let row = tensor.detach().narrow(0, row, 1)?.force_contiguous()?;
+        if !self.store.half {
+            return Ok(row);
+        }
+        Ok(row.to_dtype(DType::F16)?)
+    }
+
     /// The batch's features from its entries, cut to the layers asked for.
     fn join(&self, entries: &[Entry], dtype: DType) -> Result<Features, Error> {
-        let column = |i: usize| -> Result<Tensor, Error> {
-            let rows = entries.iter().filter_map(|entry| entry.tensors.get(i));
-            Ok(Tensor::cat(&rows.collect::<Vec<_>>(), 0)?.to_dtype(dtype)?)
-        };
+        let column = |i: usize| column(entries, i, dtype);
         let earlier = (1..self.spec.layers)
             .map(|layer| {
                 Ok(Layer {
@@ -186,24 +184,65 @@ impl Cached {
     }
 }
 
-impl Backbone for Cached {
+impl Encoder for Cached {
     fn spec(&self) -> &BackboneSpec {
         &self.spec
     }
 
+    /// Blocks are kept one by one, apart from the features.
+    fn intermediates(&self, images: &Tensor, blocks: &[usize]) -> Result<Vec<Layer>, Error> {
+        let keys = keys(images)?;
+        if keys.is_empty() {
+            return self.inner.intermediates(images, blocks);
+        }
+        let of_block =
+            |block: usize| -> Vec<Key> { keys.iter().map(|key| block_key(key, block)).collect() };
+        let keys: Vec<Vec<Key>> = blocks.iter().map(|block| of_block(*block)).collect();
+        let mut entries: Vec<Vec<Option<Entry>>> = keys
+            .iter()
+            .map(|keys| self.store.get_all(keys, images.device()))
+            .collect();
+        let known = |i: usize| entries.iter().all(|block| block[i].is_some());
+        let missing: Vec<usize> = (0..images.dim(0)?).filter(|&i| !known(i)).collect();
+        if !missing.is_empty() {
+            let some = rows_of(images, &missing)?;
+            let layers = self.inner.intermediates(&some, blocks)?;
+            for ((layer, keys), entries) in layers.iter().zip(&keys).zip(&mut entries) {
+                for (row, &i) in missing.iter().enumerate() {
+                    let grid = Grid {
+                        rows: 1,
+                        columns: layer.patches.dim(1)?,
+                    };
+                    let tensors =
+                        vec![self.kept(&layer.cls, row)?, self.kept(&layer.patches, row)?];
+                    let entry = Entry { tensors, grid };
+                    self.store.put(&keys[i], &entry)?;
+                    entries[i] = Some(entry);
+                }
+            }
+        }
+        let layers = entries.into_iter().map(|block| {
+            let entries: Vec<Entry> = block.into_iter().flatten().collect();
+            Ok(Layer {
+                cls: column(&entries, 0, images.dtype())?,
+                patches: column(&entries, 1, images.dtype())?,
+            })
+        });
+        layers.collect()
+    }
+
+    fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {
+        self.inner.tensors()
+    }
+}
+
+impl Backbone for Cached {
     fn features(&self, images: &Tensor) -> Result<Features, Error> {
         let keys = keys(images)?;
         if keys.is_empty() {
             return self.inner.features(images);
         }
-        let device = images.device();
-        let get = |key| self.store.get(key, device);
-        // On a GPU what another thread uploads is not ordered with what this one computes.
-        let mut entries: Vec<Option<Entry>> = if device.is_cpu() {
-            keys.par_iter().map(get).collect()
-        } else {
-            keys.iter().map(get).collect()
-        };
+        let mut entries = self.store.get_all(&keys, images.device());
         let missing: Vec<usize> = (0..keys.len()).filter(|&i| entries[i].is_none()).collect();
         if !missing.is_empty() {
             for (&i, entry) in missing.iter().zip(self.compute(images, &missing)?) {
@@ -220,10 +259,26 @@ impl Backbone for Cached {
         features.earlier.truncate(self.spec.layers - 1);
         Ok(features)
     }
+}
 
-    fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {
-        self.inner.tensors()
-    }
+/// Some of a batch's images.
+fn rows_of(images: &Tensor, rows: &[usize]) -> Result<Tensor, Error> {
+    let rows: Vec<u32> = rows.iter().map(|&i| i as u32).collect();
+    Ok(images.index_select(&Tensor::new(rows, images.device())?, 0)?)
+}
+
+/// One tensor of each entry, joined.
+fn column(entries: &[Entry], i: usize, dtype: DType) -> Result<Tensor, Error> {
+    let rows = entries.iter().filter_map(|entry| entry.tensors.get(i));
+    Ok(Tensor::cat(&rows.collect::<Vec<_>>(), 0)?.to_dtype(dtype)?)
+}
+
+/// Key of one block's tokens of an image.
+fn block_key(image: &Key, block: usize) -> Key {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(image);
+    hasher.update(&(block as u64).to_le_bytes());
+    *hasher.finalize().as_bytes()
 }
 
 impl Store {
@@ -239,6 +294,16 @@ impl Store {
         let entry = read(&self.path(key)?, device)?;
         self.memory().put(key, &entry);
         Some(entry)
+    }
+
+    fn get_all(&self, keys: &[Key], device: &Device) -> Vec<Option<Entry>> {
+        let get = |key| self.get(key, device);
+        // On a GPU what another thread uploads is not ordered with what this one computes.
+        if device.is_cpu() {
+            keys.par_iter().map(get).collect()
+        } else {
+            keys.iter().map(get).collect()
+        }
     }
 
     fn put(&self, key: &Key, entry: &Entry) -> Result<(), Error> {
@@ -337,7 +402,7 @@ fn hash_values(hasher: &mut blake3::Hasher, values: &[f32]) {
 ///
 /// # Errors
 /// [`Error::Config`] for a backbone that does not show its tensors.
-pub fn weights_hash(backbone: &dyn Backbone) -> Result<String, Error> {
+pub fn weights_hash(backbone: &dyn Encoder) -> Result<String, Error> {
     let spec = backbone.spec();
     let tensors = backbone.tensors()?.ok_or_else(|| Error::Config {
         origin: spec.name.clone(),
@@ -376,11 +441,22 @@ mod tests {
         images: AtomicUsize,
     }
 
-    impl Backbone for Counting {
+    impl Encoder for Counting {
         fn spec(&self) -> &BackboneSpec {
             self.vit.spec()
         }
 
+        fn intermediates(&self, images: &Tensor, blocks: &[usize]) -> Result<Vec<Layer>, Error> {
+            self.images.fetch_add(images.dim(0)?, Ordering::SeqCst);
+            self.vit.intermediates(images, blocks)
+        }
+
+        fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {
+            self.vit.tensors()
+        }
+    }
+
+    impl Backbone for Counting {
         fn features(&self, images: &Tensor) -> Result<Features, Error> {
             self.images.fetch_add(images.dim(0)?, Ordering::SeqCst);
             self.vit.features(images)
@@ -388,10 +464,6 @@ mod tests {
 
         fn features_of(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error> {
             self.vit.features_of(images, keep)
-        }
-
-        fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {
-            self.vit.tensors()
         }
     }
 
@@ -494,6 +566,36 @@ mod tests {
         for (rounded, exact) in pairs.map(|(a, b)| (*a, b)) {
             assert!((rounded - exact).abs() <= exact.abs() / 2000.0 + 1e-6);
         }
+    }
+
+    #[test]
+    fn blocks_are_kept_one_by_one() {
+        let inner = counting(1);
+        let cached = Cached::new(inner.clone(), CacheConfig::default()).unwrap();
+        let seen = || inner.images.load(Ordering::SeqCst);
+        let values = |layers: Vec<Layer>| -> Vec<Vec<f32>> {
+            let tensors = layers.into_iter().flat_map(|l| [l.cls, l.patches]);
+            tensors
+                .map(|t| t.flatten_all().unwrap().to_vec1().unwrap())
+                .collect()
+        };
+        let images = images(3);
+        let blocks = [0, inner.spec().architecture.depth - 1];
+        let plain = values(inner.vit.intermediates(&images, &blocks).unwrap());
+        let first = cached
+            .intermediates(&images.narrow(0, 0, 2).unwrap(), &blocks)
+            .unwrap();
+        assert_eq!((first.len(), seen()), (2, 2));
+        assert_eq!(
+            values(cached.intermediates(&images, &blocks).unwrap()),
+            plain
+        );
+        assert_eq!(seen(), 3);
+        assert_eq!(
+            values(cached.intermediates(&images, &blocks[1..]).unwrap()),
+            plain[2..]
+        );
+        assert_eq!(seen(), 3);
     }
 
     #[test]

@@ -197,7 +197,7 @@ impl Vit {
     /// # Errors
     /// [`Error::Candle`] when candle fails, [`Error::Config`] when serialisation does.
     pub fn to_safetensors(&self, precision: candle_core::DType) -> Result<Vec<u8>, Error> {
-        use crate::Backbone;
+        use crate::Encoder;
         let config = |e: &dyn std::fmt::Display| Error::Config {
             origin: self.spec().name.clone(),
             reason: e.to_string(),

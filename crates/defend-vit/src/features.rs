@@ -160,11 +160,31 @@ impl TokenSet {
     }
 }
 
-/// Role: a frozen feature extractor.
-pub trait Backbone: Send + Sync {
+/// Role: a frozen network that gives tokens of any of its blocks.
+///
+/// This is all that the closed-form student needs of a teacher, so vision models without CLS attention can have it too.
+pub trait Encoder: Send + Sync {
     /// Architecture and preprocessing.
     fn spec(&self) -> &BackboneSpec;
 
+    /// Tokens of some blocks, each after the final norm, in the order asked for. `blocks`: numbers from 0, ascending;
+    /// `images`: `[B, 3, H, W]` normalised as the [`BackboneSpec`] says, H and W multiples of the patch size.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for blocks that there are not or that do not ascend, [`Error::Input`] for images that do not fit.
+    fn intermediates(&self, images: &Tensor, blocks: &[usize]) -> Result<Vec<Layer>, Error>;
+
+    /// All parameters by name, for saving; `None` for a network that keeps them to itself.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] when candle fails.
+    fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {
+        Ok(None)
+    }
+}
+
+/// Role: a frozen feature extractor with CLS attention, which runs on part of its tokens too.
+pub trait Backbone: Encoder {
     /// Features of whole images, `[B, 3, H, W]` normalised as the [`BackboneSpec`] says; H and W are
     /// multiples of the patch size.
     ///
@@ -178,14 +198,6 @@ pub trait Backbone: Send + Sync {
     /// # Errors
     /// [`Error::Input`], and [`Error::TokenSet`] when the set does not fit the images.
     fn features_of(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error>;
-
-    /// All parameters by name, for saving; `None` for a backbone that keeps them to itself.
-    ///
-    /// # Errors
-    /// [`Error::Candle`] when candle fails.
-    fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {
-        Ok(None)
-    }
 }
 
 /// Tokens that enter the part of a backbone that trains.

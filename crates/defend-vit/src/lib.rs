@@ -5,7 +5,7 @@
 //! ([`TokenSet`]), at any input size (the positional embedding is resized as PyTorch resizes it), and
 //! reads timm checkpoints with the preprocessing that belongs to them ([`Pretrained`]).
 //!
-//! Other stages see a backbone only through its roles, [`Backbone`] and [`Trainable`].
+//! Other stages see a backbone only through its roles: [`Encoder`], [`Backbone`] and [`Trainable`].
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -42,7 +42,9 @@ pub use defend_nn::ops::Arithmetic;
 pub use cached::{CacheConfig, Cached, Precision, weights_hash};
 pub use checkpoint::{Family, Pretrained};
 pub use error::Error;
-pub use features::{Backbone, Features, Grid, ImageSource, Layer, Prefix, TokenSet, Trainable};
+pub use features::{
+    Backbone, Encoder, Features, Grid, ImageSource, Layer, Prefix, TokenSet, Trainable,
+};
 pub use spec::{Architecture, BackboneSpec, Interpolation, Normalization};
 pub use vit::{TrainScope, Vit};
 pub use weights::Weights;

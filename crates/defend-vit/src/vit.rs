@@ -7,7 +7,7 @@ use defend_nn::ops::{self, BlockParameters, BranchFactors, Prepared};
 use defend_nn::{Rng, normal, xavier_uniform};
 
 use crate::block::{Block, Linear, Norm};
-use crate::features::{Backbone, Features, Grid, Layer, Prefix, TokenSet, Trainable};
+use crate::features::{Backbone, Encoder, Features, Grid, Layer, Prefix, TokenSet, Trainable};
 use crate::patch_embed::patchify;
 use crate::pos_embed::Bicubic;
 use crate::{Arithmetic, BackboneSpec, Error, Weights, pos_embed};
@@ -551,11 +551,38 @@ fn through(
     Ok(found)
 }
 
-impl Backbone for Vit {
+impl Encoder for Vit {
     fn spec(&self) -> &BackboneSpec {
         &self.spec
     }
 
+    fn intermediates(&self, images: &Tensor, blocks: &[usize]) -> Result<Vec<Layer>, Error> {
+        let ascending = blocks.is_sorted_by(|a, b| a < b);
+        if !ascending || blocks.last().is_some_and(|last| *last >= self.blocks.len()) {
+            return Err(Error::Config {
+                origin: self.spec.name.clone(),
+                reason: format!(
+                    "the blocks {blocks:?} were asked for, expected ascending numbers below {}",
+                    self.blocks.len()
+                ),
+            });
+        }
+        let (mut tokens, _) = self.embed(images, None)?;
+        let (mut first, mut layers) = (0, Vec::with_capacity(blocks.len()));
+        for &block in blocks {
+            (tokens, _) = through(&self.blocks[first..=block], &tokens, &[], false)?;
+            first = block + 1;
+            layers.push(self.layer(&tokens)?);
+        }
+        Ok(layers)
+    }
+
+    fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {
+        self.state().map(Some)
+    }
+}
+
+impl Backbone for Vit {
     fn features(&self, images: &Tensor) -> Result<Features, Error> {
         let (tokens, grid) = self.embed(images, None)?;
         self.finish(&tokens, 0, grid, None)
@@ -564,10 +591,6 @@ impl Backbone for Vit {
     fn features_of(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error> {
         let (tokens, grid) = self.embed(images, Some(keep))?;
         self.finish(&tokens, 0, grid, None)
-    }
-
-    fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {
-        self.state().map(Some)
     }
 }
 
@@ -603,6 +626,41 @@ mod tests {
 
     use super::*;
     use crate::Architecture;
+
+    #[test]
+    fn intermediates_are_the_layers_of_the_features() -> Result<(), Error> {
+        let spec = BackboneSpec::new(Architecture {
+            image_size: 16,
+            patch_size: 4,
+            width: 24,
+            depth: 4,
+            heads: 3,
+            mlp_width: 32,
+            ..Architecture::vit_tiny()
+        });
+        let vit = Vit::random(spec, 0.0, &mut Rng::seed(4), &Device::Cpu)?.with_layers(4)?;
+        let images = normal((3, 3, 16, 16), 1.0, &mut Rng::seed(5), &Device::Cpu)?;
+        let (found, features) = (
+            vit.intermediates(&images, &[0, 2, 3])?,
+            vit.features(&images)?,
+        );
+        let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+        for (layer, (cls, patches)) in found.iter().zip([
+            (&features.earlier[2].cls, &features.earlier[2].patches),
+            (&features.earlier[0].cls, &features.earlier[0].patches),
+            (&features.cls, &features.patches),
+        ]) {
+            assert_eq!(values(&layer.cls)?, values(cls)?);
+            assert_eq!(values(&layer.patches)?, values(patches)?);
+        }
+        for wrong in [&[4][..], &[1, 1], &[2, 0]] {
+            assert!(matches!(
+                vit.intermediates(&images, wrong),
+                Err(Error::Config { .. })
+            ));
+        }
+        Ok(())
+    }
 
     /// Factors are drawn for each block in turn and meet their own block, whichever blocks run together.
     #[test]

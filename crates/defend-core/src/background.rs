@@ -1,0 +1,504 @@
+//! What ordinary photos look like to a teacher.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::Device;
+use defend_data::{Dataset, Fit};
+use defend_evidence::Embeddings;
+use defend_nn::Rng;
+use defend_vit::{Encoder, ImageSource, weights_hash};
+use ndarray::{Array2, Axis};
+use rand::seq::index::sample;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::observer::{Event, Observer, Stage};
+use crate::persist::write_atomically;
+use crate::scan::preprocess_of;
+use crate::tokens::{TokenBlocks, cube};
+use crate::{Error, Pictures};
+
+/// Metadata key of everything but the tensors.
+const KEY: &str = "defend.background";
+/// Raised whenever files of an older version would be read wrongly.
+const FORMAT_VERSION: u32 = 1;
+/// Patch tokens that are kept of each photo.
+const PATCHES_A_PHOTO: usize = 2;
+/// Stream of the random choice of these.
+const PATCH_STREAM: u64 = 4;
+/// Limit of the memory for resized photos: they are looked at once.
+const PICTURE_BYTES: usize = 64 << 20;
+
+/// What the tokens of a background depend on, beside the photos.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TeacherIdentity {
+    /// The teacher's name, for messages.
+    pub name: String,
+    /// Hash of its architecture and weights.
+    pub weights: String,
+    /// Side of the pictures, pixels.
+    pub image_size: usize,
+    /// How pictures become square.
+    pub fit: Fit,
+    /// Blocks whose tokens are kept.
+    pub blocks: Vec<usize>,
+}
+
+impl TeacherIdentity {
+    /// Of a teacher that does not change any more.
+    ///
+    /// # Errors
+    /// [`Error::Vit`] for a teacher that does not show its tensors.
+    pub(crate) fn of(teacher: &dyn Encoder, fit: Fit) -> Result<Self, Error> {
+        let spec = teacher.spec();
+        Ok(Self {
+            name: spec.name.clone(),
+            weights: weights_hash(teacher)?,
+            image_size: spec.architecture.image_size,
+            fit,
+            blocks: TokenBlocks::of(spec.architecture.depth).last().to_vec(),
+        })
+    }
+
+    /// Whether tokens of the other teacher are comparable; names do not count.
+    pub(crate) fn fits(&self, other: &Self) -> bool {
+        (&self.weights, self.image_size, self.fit, &self.blocks)
+            == (&other.weights, other.image_size, other.fit, &other.blocks)
+    }
+}
+
+impl std::fmt::Display for TeacherIdentity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            name,
+            weights,
+            image_size,
+            fit,
+            ..
+        } = self;
+        write!(f, "{name} (weights {weights}, {image_size} px, {fit:?})")
+    }
+}
+
+/// Tokens of ordinary photos, in eight bits a value: a few KB of each photo, of which no picture can be made.
+///
+/// The contrast of the closed form compares with them. They should be real photographs of the size that is scored, the more
+/// various the better; a thousand are enough.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Background {
+    teacher: TeacherIdentity,
+    source: String,
+    parts: Vec<Quantized>,
+    patches: Quantized,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Header {
+    format_version: u32,
+    library_version: String,
+    teacher: TeacherIdentity,
+    photos: usize,
+    source: String,
+}
+
+/// Rows of whole numbers in `-127..=127`, each with a scale.
+#[derive(Debug, Clone, PartialEq)]
+struct Quantized {
+    values: Array2<i8>,
+    scales: Vec<f32>,
+}
+
+impl Quantized {
+    fn of(rows: &Array2<f32>) -> Self {
+        let scale = |row: ndarray::ArrayView1<'_, f32>| {
+            let largest = row.iter().fold(0f32, |top, v| top.max(v.abs()));
+            if largest > 0.0 { largest / 127.0 } else { 1.0 }
+        };
+        let scales: Vec<f32> = rows.rows().into_iter().map(scale).collect();
+        let mut values = Array2::zeros(rows.dim());
+        for ((mut target, row), scale) in
+            values.rows_mut().into_iter().zip(rows.rows()).zip(&scales)
+        {
+            target.zip_mut_with(&row, |t: &mut i8, v| *t = (v / scale).round() as i8);
+        }
+        Self { values, scales }
+    }
+
+    fn restored(&self) -> Array2<f32> {
+        let mut rows = self.values.mapv(f32::from);
+        for (mut row, scale) in rows.rows_mut().into_iter().zip(&self.scales) {
+            row.mapv_inplace(|v| v * scale);
+        }
+        rows
+    }
+}
+
+impl Background {
+    /// Looks at ordinary photos with a teacher; `identity`: of its weights before they were rounded.
+    pub(crate) fn collect(
+        teacher: &dyn Encoder,
+        identity: TeacherIdentity,
+        photos: &Arc<dyn Dataset>,
+        source: String,
+        (device, strict): (&Device, bool),
+        observer: &mut dyn Observer,
+    ) -> Result<Self, Error> {
+        let preprocess = preprocess_of(teacher.spec(), identity.fit);
+        let pictures = Pictures::read(
+            Arc::clone(photos),
+            preprocess,
+            device,
+            PICTURE_BYTES,
+            strict,
+            observer,
+        )?;
+        let (stage, total) = (Stage::Background, pictures.len());
+        observer.on(&Event::Started {
+            stage,
+            images: total as u64,
+        });
+        let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
+        let mut rng = Rng::stream(0, PATCH_STREAM);
+        let mut parts: Vec<Vec<Array2<f32>>> = Vec::new();
+        let mut patches = Vec::new();
+        let order: Vec<usize> = (0..total).collect();
+        pictures.announce(&order);
+        for batch in order.chunks(crate::fit::PASS_BATCH) {
+            let embedded = blocks.embed(teacher, &pictures.images(batch)?, false)?;
+            parts.resize(embedded.images.parts().len(), Vec::new());
+            for (all, part) in parts.iter_mut().zip(embedded.images.parts()) {
+                all.push(part.clone());
+            }
+            if let Some(tokens) = embedded.last_patches {
+                for image in cube(&tokens)?.axis_iter(Axis(0)) {
+                    let some = sample(&mut rng, image.nrows(), PATCHES_A_PHOTO.min(image.nrows()));
+                    patches.push(image.select(Axis(0), &some.into_vec()));
+                }
+            }
+            observer.on(&Event::Advanced {
+                images: batch.len() as u64,
+                loss: None,
+            });
+        }
+        observer.on(&Event::Finished { stage });
+        let joined = |rows: Vec<Array2<f32>>| -> Result<Quantized, Error> {
+            let views: Vec<_> = rows.iter().map(|rows| rows.view()).collect();
+            let all = ndarray::concatenate(Axis(0), &views).map_err(candle_core::Error::msg)?;
+            Ok(Quantized::of(&all))
+        };
+        Ok(Self {
+            teacher: identity,
+            source,
+            parts: parts.into_iter().map(joined).collect::<Result<_, _>>()?,
+            patches: joined(patches)?,
+        })
+    }
+
+    /// Number of photos.
+    pub fn photos(&self) -> usize {
+        self.parts.first().map_or(0, |part| part.scales.len())
+    }
+
+    /// Where the photos are from.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The teacher that looked at them.
+    pub fn teacher(&self) -> &TeacherIdentity {
+        &self.teacher
+    }
+
+    /// The tokens as the closed form takes them.
+    pub(crate) fn embeddings(&self) -> Result<Embeddings, Error> {
+        Ok(Embeddings::new(
+            self.parts.iter().map(Quantized::restored).collect(),
+        )?)
+    }
+
+    /// Writes a safetensors file, which appears whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
+        let path = path.as_ref();
+        let header = Header {
+            format_version: FORMAT_VERSION,
+            library_version: env!("CARGO_PKG_VERSION").into(),
+            teacher: self.teacher.clone(),
+            photos: self.photos(),
+            source: self.source.clone(),
+        };
+        let fault = |reason: String| Error::Background {
+            origin: path.display().to_string(),
+            reason,
+        };
+        let json = serde_json::to_string(&header).map_err(|e| fault(e.to_string()))?;
+        let named = self
+            .parts
+            .iter()
+            .enumerate()
+            .map(|(i, part)| (format!("part.{i}"), part));
+        let mut buffers: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> = BTreeMap::new();
+        for (name, rows) in named.chain([("patches".to_owned(), &self.patches)]) {
+            let bytes = rows.values.iter().map(|v| v.to_ne_bytes()[0]).collect();
+            let scales: Vec<u8> = rows.scales.iter().flat_map(|s| s.to_le_bytes()).collect();
+            buffers.insert(
+                format!("{name}.scale"),
+                (Dtype::F32, vec![rows.scales.len()], scales),
+            );
+            buffers.insert(name, (Dtype::I8, rows.values.shape().to_vec(), bytes));
+        }
+        let views = buffers.iter().map(|(name, (dtype, shape, bytes))| {
+            TensorView::new(*dtype, shape.clone(), bytes).map(|view| (name.clone(), view))
+        });
+        let views: Vec<_> = views
+            .collect::<Result<_, _>>()
+            .map_err(|e| fault(e.to_string()))?;
+        let metadata = HashMap::from([(KEY.to_owned(), json)]);
+        let bytes =
+            safetensors::serialize(views, Some(metadata)).map_err(|e| fault(e.to_string()))?;
+        write_atomically(path, &bytes).map_err(|source| Error::Io {
+            path: path.to_owned(),
+            action: "writing the background",
+            source,
+        })
+    }
+
+    /// Reads a file of [`Background::save`].
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Background`] for a file that is damaged or no background.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = path.as_ref();
+        let bytes = std::fs::read(path).map_err(|source| Error::Io {
+            path: path.to_owned(),
+            action: "reading the background",
+            source,
+        })?;
+        Self::from_bytes(&bytes, &path.display().to_string())
+    }
+
+    /// Reads the content of a file of [`Background::save`]; `origin` names it in errors.
+    ///
+    /// # Errors
+    /// [`Error::Background`] for content that is damaged or no background.
+    pub fn from_bytes(bytes: &[u8], origin: &str) -> Result<Self, Error> {
+        let fault = |reason: String| Error::Background {
+            origin: origin.to_owned(),
+            reason,
+        };
+        let damaged =
+            |e: safetensors::SafeTensorError| fault(format!("no complete safetensors file: {e}"));
+        let tensors = SafeTensors::deserialize(bytes).map_err(damaged)?;
+        let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
+        let json = metadata.metadata().as_ref().and_then(|m| m.get(KEY));
+        let json = json.ok_or_else(|| {
+            fault(format!(
+                "no background of this library: no \"{KEY}\" in its metadata"
+            ))
+        })?;
+        let header: Header =
+            serde_json::from_str(json).map_err(|e| fault(format!("{KEY}: {e}")))?;
+        if header.format_version != FORMAT_VERSION {
+            return Err(fault(format!(
+                "format version {} (written by {}), this library reads version {FORMAT_VERSION}",
+                header.format_version, header.library_version
+            )));
+        }
+        let rows = |name: &str| -> Result<Option<Quantized>, Error> {
+            let (Ok(values), Ok(scales)) = (
+                tensors.tensor(name),
+                tensors.tensor(&format!("{name}.scale")),
+            ) else {
+                return Ok(None);
+            };
+            let wrong = || {
+                fault(format!(
+                    "\"{name}\" is no matrix of eight-bit numbers with a scale for each row"
+                ))
+            };
+            let (&[r, c], Dtype::I8, Dtype::F32) = (values.shape(), values.dtype(), scales.dtype())
+            else {
+                return Err(wrong());
+            };
+            let numbers = values
+                .data()
+                .iter()
+                .map(|b| i8::from_ne_bytes([*b]))
+                .collect();
+            let scales: Vec<f32> = scales
+                .data()
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|b| f32::from_le_bytes(*b))
+                .collect();
+            if scales.len() != r || !scales.iter().all(|s| s.is_finite() && *s > 0.0) {
+                return Err(wrong());
+            }
+            let values = Array2::from_shape_vec((r, c), numbers).map_err(|_| wrong())?;
+            Ok(Some(Quantized { values, scales }))
+        };
+        let mut parts = Vec::new();
+        while let Some(part) = rows(&format!("part.{}", parts.len()))? {
+            if part.scales.len() != header.photos {
+                return Err(fault(format!(
+                    "{} photos in its header, {} in its tensors",
+                    header.photos,
+                    part.scales.len()
+                )));
+            }
+            parts.push(part);
+        }
+        let patches = rows("patches")?.ok_or_else(|| fault("no \"patches\"".into()))?;
+        if parts.is_empty() || tensors.len() != 2 * parts.len() + 2 {
+            return Err(fault(format!(
+                "{} tensors, which are not those of a background",
+                tensors.len()
+            )));
+        }
+        Ok(Self {
+            teacher: header.teacher,
+            source: header.source,
+            parts,
+            patches,
+        })
+    }
+}
+
+/// Where a fit takes its background from.
+#[derive(Clone, Default)]
+pub enum BackgroundSource {
+    /// The one that ships with the embedded backbone, where that is the teacher; none for another teacher.
+    #[default]
+    Shipped,
+    /// None: images are not contrasted with ordinary ones.
+    None,
+    /// One that was made before, by the same teacher.
+    Ready(Box<Background>),
+    /// Photos that the teacher looks at during the fit, and what to call them.
+    Photos(Arc<dyn Dataset>, String),
+}
+
+impl From<Background> for BackgroundSource {
+    fn from(background: Background) -> Self {
+        Self::Ready(Box::new(background))
+    }
+}
+
+/// A source of a background that fits the teacher.
+pub(crate) struct Checked {
+    source: BackgroundSource,
+}
+
+impl Checked {
+    /// Before any work: a background of another teacher is refused.
+    pub(crate) fn new(
+        source: BackgroundSource,
+        identity: impl Fn() -> Result<TeacherIdentity, Error>,
+        tuned: bool,
+        embedded: bool,
+    ) -> Result<Self, Error> {
+        let source = match source {
+            BackgroundSource::Ready(_) if tuned => {
+                return Err(Error::Config {
+                    field: "background",
+                    value: "a file".into(),
+                    expected: "a folder of photos: the dense stage changes the teacher, which has to look at them afterwards"
+                        .into(),
+                });
+            }
+            BackgroundSource::Ready(ready) => {
+                let teacher = identity()?;
+                if !ready.teacher.fits(&teacher) {
+                    return Err(Error::OtherTeacher {
+                        background: ready.teacher.to_string(),
+                        teacher: teacher.to_string(),
+                    });
+                }
+                BackgroundSource::Ready(ready)
+            }
+            BackgroundSource::Shipped => match shipped() {
+                Some(ready) if embedded && !tuned && ready.teacher.fits(&identity()?) => {
+                    ready.into()
+                }
+                _ => BackgroundSource::None,
+            },
+            other => other,
+        };
+        Ok(Self { source })
+    }
+
+    /// The background, from photos by `teacher` where there is none yet.
+    pub(crate) fn ready(
+        self,
+        teacher: &dyn Encoder,
+        fit: Fit,
+        (device, strict): (&Device, bool),
+        observer: &mut dyn Observer,
+    ) -> Result<Option<Background>, Error> {
+        match self.source {
+            BackgroundSource::Ready(ready) => Ok(Some(*ready)),
+            BackgroundSource::Photos(photos, source) => {
+                let spec = teacher.spec();
+                let identity = TeacherIdentity {
+                    name: spec.name.clone(),
+                    // Of a background that stays inside the fit.
+                    weights: String::new(),
+                    image_size: spec.architecture.image_size,
+                    fit,
+                    blocks: TokenBlocks::of(spec.architecture.depth).last().to_vec(),
+                };
+                Background::collect(
+                    teacher,
+                    identity,
+                    &photos,
+                    source,
+                    (device, strict),
+                    observer,
+                )
+                .map(Some)
+            }
+            BackgroundSource::Shipped | BackgroundSource::None => Ok(None),
+        }
+    }
+}
+
+/// The background of the embedded backbone.
+#[cfg(feature = "embedded")]
+fn shipped() -> Option<Background> {
+    Background::from_bytes(
+        defend_tiny::BACKGROUND,
+        "the background of the embedded backbone",
+    )
+    .ok()
+}
+
+#[cfg(not(feature = "embedded"))]
+fn shipped() -> Option<Background> {
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eight_bits_keep_a_row_within_half_a_step() {
+        let rows =
+            Array2::from_shape_fn((7, 33), |(i, j)| ((i * 33 + j) as f32).sin() * (i as f32));
+        let restored = Quantized::of(&rows).restored();
+        for (row, back) in rows.rows().into_iter().zip(restored.rows()) {
+            let largest = row.iter().fold(0f32, |top, v| top.max(v.abs()));
+            for (a, b) in row.iter().zip(back) {
+                assert!((a - b).abs() <= largest / 254.0 + 1e-7);
+            }
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! The student stage in closed form.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use defend_evidence::ClosedForm;
+use defend_vit::{Encoder, Grid};
+
+use crate::novelty::{Explanation, NearestNormal};
+use crate::tokens::TokenBlocks;
+use crate::{Error, Novelty, PatchMap};
+
+/// A teacher, and what its tokens of the normal images say.
+pub(crate) struct ClosedFormStudent {
+    pub(crate) teacher: Arc<dyn Encoder>,
+    pub(crate) blocks: TokenBlocks,
+    pub(crate) evidence: ClosedForm,
+    /// Names of the kept normal images.
+    pub(crate) names: Vec<String>,
+}
+
+impl ClosedFormStudent {
+    /// Scores without verdicts.
+    pub(crate) fn score(&self, images: &Tensor, with_maps: bool) -> Result<Vec<Novelty>, Error> {
+        let needed = self.evidence.memory().is_some() && self.evidence.patch_weight() > 0.0;
+        let embedded = self
+            .blocks
+            .embed(&*self.teacher, images, with_maps || needed)?;
+        let judgements = self
+            .evidence
+            .evaluate(&embedded.images, embedded.patches.as_ref())?;
+        let grid = self.grid(images)?;
+        let novelties = judgements.into_iter().map(|judgement| Novelty {
+            score: judgement.score,
+            verdict: None,
+            map: judgement
+                .map
+                .filter(|_| with_maps)
+                .map(|values| PatchMap { grid, values }),
+            explanation: Some(Explanation {
+                posterior: judgement.posterior,
+                contrast: judgement.contrast,
+                patches: judgement.patches,
+                nearest: judgement
+                    .explained_by
+                    .into_iter()
+                    .filter_map(|near| self.nearest(near))
+                    .collect(),
+            }),
+        });
+        Ok(novelties.collect())
+    }
+
+    fn nearest(&self, (image, share): (usize, f64)) -> Option<NearestNormal> {
+        let name = self.names.get(image)?.clone();
+        Some(NearestNormal { name, share })
+    }
+
+    fn grid(&self, images: &Tensor) -> Result<Grid, Error> {
+        let (_, _, height, width) = images.dims4()?;
+        let patch = self.teacher.spec().architecture.patch_size.max(1);
+        Ok(Grid {
+            rows: height / patch,
+            columns: width / patch,
+        })
+    }
+}

@@ -1,0 +1,586 @@
+//! From normal images to a detector.
+
+use std::sync::Arc;
+
+use candle_core::Device;
+use defend_data::Dataset;
+use defend_dense::{DenseObjective, DenseReport, DenseTuner, PrototypeObjective};
+use defend_distill::{DistillReport, Distiller, MaskPolicy};
+use defend_evidence::{ClosedForm, EvidenceConfig, Summary};
+use defend_metrics::FalseAlarmRate;
+use defend_nn::{Rng, TrainingStep};
+use defend_vit::{
+    Arithmetic, Backbone, BackboneSpec, CacheConfig, Cached, Encoder, ImageSource, TrainScope,
+    Trainable, Vit,
+};
+
+use crate::background::Checked;
+use crate::builder::Source;
+use crate::closed_form::ClosedFormStudent;
+use crate::detector::StudentStage;
+use crate::masked::MaskedStudent;
+use crate::normals::Normals;
+use crate::observer::{Event, Observer, Stage};
+use crate::scan::{Skipped, preprocess_of};
+use crate::tokens::TokenBlocks;
+use crate::{
+    Background, BackgroundSource, DefendBuilder, DefendConfig, Detector, Error, MapScale,
+    MaskedConfig, NoveltyDetector, PatchMap, Pictures, Student, TeacherIdentity,
+};
+
+/// Images a pass of the teacher over the normal images and the background.
+pub(crate) const PASS_BATCH: usize = 32;
+
+/// Purposes of the independent random streams of a seed.
+mod stream {
+    pub(super) const DENSE: u64 = 1;
+    pub(super) const STUDENT: u64 = 2;
+    pub(super) const DISTILL: u64 = 3;
+    pub(super) const PATCHES: u64 = 5;
+}
+
+/// A fitted detector and how the fit went.
+pub struct Fitted {
+    /// The detector. In closed form it has a threshold already, where there are enough images for one.
+    pub detector: Detector,
+    /// The dense stage, where it ran.
+    pub dense: Option<DenseReport>,
+    /// The student stage.
+    pub student: StudentReport,
+    /// Images that were used.
+    pub images: usize,
+    /// Images that could not be read.
+    pub skipped: Vec<Skipped>,
+}
+
+/// How the student stage went.
+#[derive(Debug, Clone, PartialEq)]
+pub enum StudentReport {
+    /// In closed form.
+    ClosedForm(ClosedFormReport),
+    /// By masked distillation.
+    Masked(DistillReport),
+}
+
+/// What the closed form found in the normal images.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClosedFormReport {
+    /// Images, groups of near copies, and what the weights come from.
+    pub summary: Summary,
+    /// Weight of the contrast with ordinary photos, 0 where it is off.
+    pub contrast_weight: f64,
+    /// Weight of the patches, 0 where normal images are too various for them.
+    pub patch_weight: f64,
+    /// Where the ordinary photos are from; `None` without any: the contrast is off, and a background would switch it on.
+    pub background: Option<String>,
+}
+
+impl Fitted {
+    /// The distillation of a masked student.
+    pub fn distill(&self) -> Option<&DistillReport> {
+        match &self.student {
+            StudentReport::Masked(report) => Some(report),
+            StudentReport::ClosedForm(_) => None,
+        }
+    }
+
+    /// What the closed form found.
+    pub fn closed_form(&self) -> Option<&ClosedFormReport> {
+        match &self.student {
+            StudentReport::ClosedForm(report) => Some(report),
+            StudentReport::Masked(_) => None,
+        }
+    }
+}
+
+/// The teacher before the dense stage.
+enum Teacher {
+    Vit(Box<Vit>),
+    Own(Arc<dyn Backbone>),
+    Encoder(Arc<dyn Encoder>),
+}
+
+impl Teacher {
+    fn encoder(&self) -> &dyn Encoder {
+        match self {
+            Self::Vit(vit) => &**vit,
+            Self::Own(own) => &**own,
+            Self::Encoder(own) => &**own,
+        }
+    }
+
+    /// Whether its features can hold the layers that are compared.
+    fn check_layers(&self, layers: usize) -> Result<(), Error> {
+        let available = match self {
+            Self::Vit(vit) => vit.spec().architecture.depth,
+            Self::Own(own) => own.spec().layers,
+            Self::Encoder(_) => {
+                return Err(Error::Config {
+                    field: "student",
+                    value: "masked".into(),
+                    expected: "closed-form for an encoder, which has no CLS attention and no layers to compare".into(),
+                });
+            }
+        };
+        if layers <= available {
+            return Ok(());
+        }
+        Err(Error::Config {
+            field: "distill.layers",
+            value: layers.to_string(),
+            expected: format!("at most the {available} layers of the teacher"),
+        })
+    }
+
+    /// Frozen, for the closed form.
+    fn frozen_encoder(self, arithmetic: Arithmetic) -> Result<Arc<dyn Encoder>, Error> {
+        Ok(match self {
+            Self::Vit(vit) => Arc::new(frozen(&vit, arithmetic)?),
+            Self::Own(own) => own,
+            Self::Encoder(own) => own,
+        })
+    }
+
+    /// Frozen, with the layers that a masked student is compared at.
+    fn frozen_backbone(
+        self,
+        arithmetic: Arithmetic,
+        layers: usize,
+    ) -> Result<Arc<dyn Backbone>, Error> {
+        match self {
+            Self::Vit(vit) => Ok(Arc::new(frozen(&vit, arithmetic)?.with_layers(layers)?)),
+            Self::Own(own) => Ok(own),
+            encoder @ Self::Encoder(_) => match encoder.check_layers(layers) {
+                Err(error) => Err(error),
+                Ok(()) => Err(Error::NotSavable { role: "teacher" }),
+            },
+        }
+    }
+}
+
+/// What both student stages work with.
+struct Stages<'a> {
+    config: DefendConfig,
+    device: Device,
+    pictures: Pictures,
+    observer: &'a mut dyn Observer,
+}
+
+impl DefendBuilder {
+    /// Runs all stages on normal images.
+    ///
+    /// # Errors
+    /// [`Error::Config`] before any work, [`Error::OtherTeacher`] for a background that another teacher made,
+    /// [`Error::NoImages`], [`Error::Unreadable`] when strict, and what the stages return.
+    pub fn fit(
+        mut self,
+        normal: impl Dataset + 'static,
+        observer: &mut dyn Observer,
+    ) -> Result<Fitted, Error> {
+        self.config.validate()?;
+        self.check_roles()?;
+        let (config, device, strict) = (self.config.clone(), self.device.clone(), self.strict);
+        let embedded = self.backbone.is_none();
+        let teacher = load_teacher(self.backbone.take(), &config, &device)?;
+        if let Student::Masked(masked) = &config.student {
+            teacher.check_layers(masked.distill.layers)?;
+        }
+        let background = Checked::new(
+            std::mem::take(&mut self.background),
+            || TeacherIdentity::of(teacher.encoder(), config.fit),
+            config.dense.is_some(),
+            embedded,
+        )?;
+        let preprocess = preprocess_of(teacher.encoder().spec(), config.fit);
+        let pictures = Pictures::read(
+            Arc::new(normal),
+            preprocess.clone(),
+            &device,
+            self.memory,
+            strict,
+            observer,
+        )?;
+        let (images, skipped) = (pictures.len(), pictures.skipped().to_vec());
+        let mut stages = Stages {
+            config: config.clone(),
+            device: device.clone(),
+            pictures,
+            observer,
+        };
+        let dense = stages.tune(&teacher, self.dense.take())?;
+        let (student, report, map_scale) = match &config.student {
+            Student::ClosedForm(evidence) => {
+                let teacher = teacher.frozen_encoder(config.arithmetic)?;
+                let background =
+                    background.ready(&*teacher, config.fit, (&device, strict), stages.observer)?;
+                let (student, report, scale) =
+                    stages.closed_form(teacher, background.as_ref(), evidence)?;
+                (
+                    StudentStage::ClosedForm(Box::new(student)),
+                    StudentReport::ClosedForm(report),
+                    Some(scale),
+                )
+            }
+            Student::Masked(masked) => {
+                let teacher = teacher.frozen_backbone(config.arithmetic, masked.distill.layers)?;
+                let (student, report) = stages.masked(teacher, masked, self)?;
+                (
+                    StudentStage::Masked(student),
+                    StudentReport::Masked(report),
+                    None,
+                )
+            }
+        };
+        let mut detector = Detector {
+            student,
+            config,
+            preprocess,
+            device,
+            calibration: None,
+            map_scale: MapScale {
+                usual: Vec::new(),
+                span: 0.0,
+            },
+        };
+        detector.map_scale = match map_scale {
+            Some(scale) => scale,
+            None => map_scale_of(&detector, &stages.pictures)?,
+        };
+        if detector.evidence().is_some() {
+            // Too few images for the rate leave it without a threshold, which the caller sees.
+            let rate = FalseAlarmRate::new(detector.config.false_alarm_rate)?;
+            let _ = detector.calibrate_on_left_out(rate);
+        }
+        Ok(Fitted {
+            detector,
+            dense,
+            student: report,
+            images,
+            skipped,
+        })
+    }
+
+    /// What ordinary photos look like to the builder's teacher, for [`DefendBuilder::background`] of later fits.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for settings that tune the teacher; as [`DefendBuilder::fit`].
+    pub fn look_at_background(
+        self,
+        photos: impl Dataset + 'static,
+        source: impl Into<String>,
+        observer: &mut dyn Observer,
+    ) -> Result<Background, Error> {
+        self.config.validate()?;
+        let config = self.config;
+        if config.dense.is_some() {
+            return Err(Error::Config {
+                field: "dense",
+                value: "set".into(),
+                expected: "null: a background file is for teachers that stay as they are; give a fit that tunes its teacher \
+                           the photos themselves"
+                    .into(),
+            });
+        }
+        let teacher = load_teacher(self.backbone, &config, &self.device)?;
+        let identity = TeacherIdentity::of(teacher.encoder(), config.fit)?;
+        let teacher = teacher.frozen_encoder(config.arithmetic)?;
+        let photos: Arc<dyn Dataset> = Arc::new(photos);
+        Background::collect(
+            &*teacher,
+            identity,
+            &photos,
+            source.into(),
+            (&self.device, self.strict),
+            observer,
+        )
+    }
+
+    /// Refuses roles that the settings have no use for.
+    fn check_roles(&self) -> Result<(), Error> {
+        let masked = [
+            ("own_student", self.student.is_some()),
+            ("mask", self.mask.is_some()),
+            ("objective", self.objective.is_some()),
+            ("score", self.score.is_some()),
+            ("feature_folder", self.features.is_some()),
+        ];
+        let unused = |roles: &[(&'static str, bool)]| {
+            roles
+                .iter()
+                .find(|(_, given)| *given)
+                .map(|(role, _)| *role)
+        };
+        let (field, expected) = match &self.config.student {
+            Student::ClosedForm(_) => (unused(&masked), "a masked student, which it is a role of"),
+            Student::Masked(_) => {
+                let given = matches!(
+                    self.background,
+                    BackgroundSource::Ready(_) | BackgroundSource::Photos(..)
+                );
+                (
+                    given.then_some("background"),
+                    "the closed form, which compares with it",
+                )
+            }
+        };
+        let (field, expected) = match field {
+            None if self.dense.is_some() && self.config.dense.is_none() => {
+                (Some("dense_objective"), "settings with a dense stage")
+            }
+            _ => (field, expected),
+        };
+        match field {
+            None => Ok(()),
+            Some(field) => Err(Error::Config {
+                field,
+                value: "set".into(),
+                expected: expected.into(),
+            }),
+        }
+    }
+}
+
+impl Stages<'_> {
+    fn tune(
+        &mut self,
+        teacher: &Teacher,
+        objective: Option<Box<dyn DenseObjective>>,
+    ) -> Result<Option<DenseReport>, Error> {
+        let (Some(dense), Teacher::Vit(teacher)) = (&self.config.dense, teacher) else {
+            return Ok(None);
+        };
+        let mut rng = Rng::stream(self.config.seed, stream::DENSE);
+        let width = teacher.spec().architecture.width;
+        let objective: Box<dyn DenseObjective> = match objective {
+            Some(objective) => objective,
+            None => Box::new(PrototypeObjective::random(
+                dense,
+                width,
+                &mut rng,
+                &self.device,
+            )?),
+        };
+        let (images, pictures) = (dense.epochs * self.pictures.len(), &self.pictures);
+        let report = observed(self.observer, Stage::Dense, images, |on_step| {
+            let tuner = DenseTuner::new(dense.clone())?;
+            tuner.tune(&**teacher, &*objective, pictures, &mut rng, on_step)
+        })?;
+        Ok(Some(report))
+    }
+
+    fn closed_form(
+        &mut self,
+        teacher: Arc<dyn Encoder>,
+        background: Option<&Background>,
+        config: &EvidenceConfig,
+    ) -> Result<(ClosedFormStudent, ClosedFormReport, MapScale), Error> {
+        let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
+        let mut normals = Normals::new(&*teacher, &blocks, &self.pictures);
+        let images = normals.embeddings(self.observer)?;
+        let ordinary = background.map(Background::embeddings).transpose()?;
+        let mut evidence = ClosedForm::fit(&images, ordinary.as_ref(), config)?;
+        let wanted: Vec<usize> = evidence
+            .patch_images()
+            .iter()
+            .filter_map(|&row| evidence.kept().get(row).copied())
+            .collect();
+        let patches = normals.patches(&wanted, self.observer)?;
+        let mut rng = Rng::stream(self.config.seed, stream::PATCHES);
+        let maps = evidence.remember(&patches, &mut rng)?;
+        let grid = teacher.spec().architecture.grid();
+        let maps: Vec<PatchMap> = maps
+            .into_iter()
+            .map(|values| PatchMap { grid, values })
+            .collect();
+        let scale = MapScale::of(&maps.iter().collect::<Vec<_>>(), 2.0);
+        let names = evidence
+            .kept()
+            .iter()
+            .map(|&i| self.pictures.name(i))
+            .collect();
+        let report = ClosedFormReport {
+            summary: *evidence.summary(),
+            contrast_weight: evidence.contrast_weight(),
+            patch_weight: evidence.patch_weight(),
+            background: background.map(|background| background.source().to_owned()),
+        };
+        let student = ClosedFormStudent {
+            teacher,
+            blocks,
+            evidence,
+            names,
+        };
+        Ok((student, report, scale))
+    }
+
+    fn masked(
+        &mut self,
+        teacher: Arc<dyn Backbone>,
+        settings: &MaskedConfig,
+        roles: DefendBuilder,
+    ) -> Result<(MaskedStudent, DistillReport), Error> {
+        let mask: Box<dyn MaskPolicy> = match roles.mask {
+            Some(mask) => mask,
+            None => Box::new(settings.distill.mask),
+        };
+        let custom = match (&roles.objective, &roles.score) {
+            (Some(_), _) => Some("distance"),
+            (_, Some(_)) => Some("score"),
+            _ => None,
+        };
+        let objective = roles
+            .objective
+            .unwrap_or_else(|| Arc::new(settings.distill.distance));
+        let targets = kept(&teacher, roles.features)?;
+        let (config, pictures) = (&self.config, &self.pictures);
+        let distill = |student: &dyn Trainable, observer: &mut dyn Observer| {
+            let images = settings.distill.epochs_for(pictures.len()) * pictures.len();
+            observed(observer, Stage::Distill, images, |on_step| {
+                let mut rng = Rng::stream(config.seed, stream::DISTILL);
+                Distiller::new(settings.distill.clone())?.distill(
+                    &*targets,
+                    student,
+                    &*mask,
+                    &*objective,
+                    pictures,
+                    &mut rng,
+                    on_step,
+                )
+            })
+        };
+        let (student, report): (Arc<dyn Backbone>, _) = if let Some(own) = roles.student {
+            let report = distill(&*own, self.observer)?;
+            (own, report)
+        } else {
+            let vit = student(teacher.spec(), config.seed, settings, &self.device)?;
+            let report = distill(&vit, self.observer)?;
+            (Arc::new(frozen(&vit, config.arithmetic)?), report)
+        };
+        let mut masked = MaskedStudent::new(teacher, student, settings);
+        masked.objective = objective;
+        masked.custom = custom;
+        if let Some(score) = roles.score {
+            masked.score = score;
+        }
+        Ok((masked, report))
+    }
+}
+
+/// A random student for a teacher.
+fn student(
+    teacher: &BackboneSpec,
+    seed: u64,
+    settings: &MaskedConfig,
+    device: &Device,
+) -> Result<Vit, Error> {
+    let mut rng = Rng::stream(seed, stream::STUDENT);
+    let drop_path = settings.distill.drop_path;
+    Ok(Vit::random(teacher.clone(), drop_path, &mut rng, device)?)
+}
+
+/// A copy of a network that trains no more.
+fn frozen(vit: &Vit, arithmetic: Arithmetic) -> Result<Vit, Error> {
+    Ok(match arithmetic {
+        // As it is: a frozen teacher may compute in another type already.
+        Arithmetic::F32 => vit.copy(TrainScope::Frozen)?,
+        Arithmetic::Bf16 => vit.with_arithmetic(arithmetic)?,
+    })
+}
+
+/// The teacher, with its features kept in a folder if asked for.
+fn kept(
+    teacher: &Arc<dyn Backbone>,
+    features: Option<(std::path::PathBuf, defend_vit::Precision)>,
+) -> Result<Arc<dyn Backbone>, Error> {
+    let Some((folder, precision)) = features else {
+        return Ok(Arc::clone(teacher));
+    };
+    let cache = CacheConfig {
+        // The distiller keeps them in memory itself.
+        memory_bytes: 0,
+        folder: Some(folder),
+        precision,
+    };
+    Ok(Arc::new(Cached::new(Arc::clone(teacher), cache)?))
+}
+
+/// The teacher as it enters the dense stage, with the blocks trainable that this stage trains.
+fn load_teacher(
+    source: Option<Source>,
+    config: &DefendConfig,
+    device: &Device,
+) -> Result<Teacher, Error> {
+    let dense_blocks = config.dense.as_ref().map(|d| d.trained_blocks);
+    let scope = dense_blocks.map_or(TrainScope::Frozen, TrainScope::LastBlocks);
+    let vit = match source {
+        Some(Source::Own(_) | Source::Encoder(_)) if config.dense.is_some() => {
+            return Err(Error::Config {
+                field: "dense",
+                value: "set".into(),
+                expected: "null with a teacher of one's own, which cannot be fine-tuned".into(),
+            });
+        }
+        Some(Source::Own(_) | Source::Encoder(_)) if config.image_size.is_some() => {
+            return Err(Error::Config {
+                field: "image_size",
+                value: "set".into(),
+                expected: "null with a teacher of one's own, whose spec says its size".into(),
+            });
+        }
+        Some(Source::Own(own)) => return Ok(Teacher::Own(own)),
+        Some(Source::Encoder(own)) => return Ok(Teacher::Encoder(own)),
+        Some(Source::Vit(vit)) => vit.copy_to(scope, device)?,
+        Some(Source::Pretrained(source)) => source.load(scope, device)?,
+        #[cfg(feature = "embedded")]
+        None => crate::embedded_backbone().load(scope, device)?,
+        #[cfg(not(feature = "embedded"))]
+        None => {
+            return Err(Error::Config {
+                field: "backbone",
+                value: "not set".into(),
+                expected: "a pretrained backbone, or the feature \"embedded\"".into(),
+            });
+        }
+    };
+    let vit = match config.image_size {
+        Some(size) => vit.resized(size, scope)?,
+        None => vit,
+    };
+    Ok(Teacher::Vit(Box::new(vit)))
+}
+
+/// Runs a training stage between its events.
+fn observed<R, E>(
+    observer: &mut dyn Observer,
+    stage: Stage,
+    images: usize,
+    run: impl FnOnce(&mut dyn FnMut(TrainingStep)) -> Result<R, E>,
+) -> Result<R, E> {
+    observer.on(&Event::Started {
+        stage,
+        images: images as u64,
+    });
+    let result = run(&mut |step| {
+        observer.on(&Event::Advanced {
+            images: step.images as u64,
+            loss: Some(step.loss),
+        });
+    })?;
+    observer.on(&Event::Finished { stage });
+    Ok(result)
+}
+
+/// Usual patch values and their spread, from some training images.
+fn map_scale_of(detector: &Detector, pictures: &Pictures) -> Result<MapScale, Error> {
+    const IMAGES: usize = 128;
+    let indices: Vec<usize> = (0..pictures.len().min(IMAGES)).collect();
+    let mut maps = Vec::new();
+    for batch in indices.chunks(detector.batch()) {
+        for novelty in detector.score(&pictures.images(batch)?)? {
+            maps.extend(novelty.map);
+        }
+    }
+    let maps: Vec<&PatchMap> = maps.iter().collect();
+    // The training images are what is usual: new ones may lie twice as far above it before the colour is full.
+    Ok(MapScale::of(&maps, 2.0))
+}

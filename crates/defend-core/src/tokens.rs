@@ -1,0 +1,131 @@
+//! What the closed form takes from a teacher.
+
+use candle_core::{DType, Tensor};
+use defend_evidence::{Embeddings, PatchTokens};
+use defend_vit::{Encoder, Layer};
+use ndarray::{Array2, Array3};
+
+use crate::Error;
+
+/// The blocks that are looked at: CLS tokens of the last two and the mean patch token of the last; patch tokens of the middle,
+/// the 5th and 8th of 12.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct TokenBlocks {
+    /// The last ones, ascending.
+    last: Vec<usize>,
+    /// The middle ones, ascending.
+    middle: Vec<usize>,
+}
+
+impl TokenBlocks {
+    pub(crate) fn of(depth: usize) -> Self {
+        // Rounded to the nearest block, counted from 1.
+        let at = |twelfths: usize| ((2 * depth * twelfths + 12) / 24).clamp(1, depth.max(1)) - 1;
+        let mut middle = vec![at(5), at(8)];
+        middle.dedup();
+        Self {
+            last: (depth.saturating_sub(2)..depth).collect(),
+            middle,
+        }
+    }
+
+    /// Numbers of the blocks behind an embedding, as a background names them.
+    pub(crate) fn last(&self) -> &[usize] {
+        &self.last
+    }
+
+    /// All blocks asked for, ascending.
+    fn all(&self, with_patches: bool) -> Vec<usize> {
+        let mut all = self.last.clone();
+        if with_patches {
+            all.extend(&self.middle);
+        }
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    /// Embeddings of a batch, and the patch tokens of the middle blocks where they are asked for.
+    pub(crate) fn embed(
+        &self,
+        teacher: &dyn Encoder,
+        images: &Tensor,
+        with_patches: bool,
+    ) -> Result<Embedded, Error> {
+        let blocks = self.all(with_patches);
+        let layers = teacher.intermediates(images, &blocks)?;
+        let layer = |block: &usize| -> Result<&Layer, Error> {
+            let found = blocks
+                .iter()
+                .position(|b| b == block)
+                .and_then(|i| layers.get(i));
+            found.ok_or_else(|| Error::Config {
+                field: "teacher",
+                value: format!("{} layers", layers.len()),
+                expected: format!("one for each of the blocks {blocks:?}"),
+            })
+        };
+        let mut parts = Vec::new();
+        for block in &self.last {
+            parts.push(matrix(&layer(block)?.cls)?);
+        }
+        let mut last_patches = None;
+        if let Some(block) = self.last.last() {
+            let patches = &layer(block)?.patches;
+            parts.push(matrix(&patches.to_dtype(DType::F32)?.mean(1)?)?);
+            last_patches = Some(patches.clone());
+        }
+        let patches = if with_patches {
+            let blocks = self.middle.iter().map(|block| cube(&layer(block)?.patches));
+            Some(PatchTokens::new(blocks.collect::<Result<_, Error>>()?)?)
+        } else {
+            None
+        };
+        Ok(Embedded {
+            images: Embeddings::new(parts)?,
+            patches,
+            last_patches,
+        })
+    }
+}
+
+/// What was taken of a batch.
+pub(crate) struct Embedded {
+    pub(crate) images: Embeddings,
+    pub(crate) patches: Option<PatchTokens>,
+    /// Patch tokens of the last block, `[B, N, D]`.
+    pub(crate) last_patches: Option<Tensor>,
+}
+
+fn values(tensor: &Tensor) -> Result<Vec<f32>, Error> {
+    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
+
+fn matrix(tensor: &Tensor) -> Result<Array2<f32>, Error> {
+    Ok(Array2::from_shape_vec(tensor.dims2()?, values(tensor)?)
+        .map_err(|e| candle_core::Error::msg(e))?)
+}
+
+pub(crate) fn cube(tensor: &Tensor) -> Result<Array3<f32>, Error> {
+    Ok(Array3::from_shape_vec(tensor.dims3()?, values(tensor)?)
+        .map_err(|e| candle_core::Error::msg(e))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_by_depth() {
+        let of = |depth| {
+            let blocks = TokenBlocks::of(depth);
+            (blocks.last, blocks.middle)
+        };
+        assert_eq!(of(12), (vec![10, 11], vec![4, 7]));
+        assert_eq!(of(24), (vec![22, 23], vec![9, 15]));
+        assert_eq!(of(4), (vec![2, 3], vec![1, 2]));
+        assert_eq!(of(2), (vec![0, 1], vec![0]));
+        assert_eq!(of(1), (vec![0], vec![0]));
+        assert_eq!(TokenBlocks::of(4).all(true), [1, 2, 3]);
+    }
+}

@@ -1,0 +1,50 @@
+//! `defend background`
+
+use anyhow::Result;
+use defend_core::{BackgroundSource, Defend, DefendConfig, ProgressBar};
+use std::path::{Path, PathBuf};
+
+use crate::arguments::{Background, pretrained};
+use crate::pictures::{check_writable, find};
+
+pub(crate) fn run(arguments: &Background) -> Result<()> {
+    check_writable(&arguments.out)?;
+    let photos = find(&arguments.images, arguments.common.strict)?.dataset();
+    let mut builder = Defend::builder()
+        .config(DefendConfig {
+            image_size: arguments.image_size,
+            ..DefendConfig::default()
+        })
+        .device(arguments.common.device())
+        .strict(arguments.common.strict);
+    if let Some(weights) = pretrained(arguments.backbone.as_deref()) {
+        builder = builder.backbone(weights);
+    }
+    let source = named(&arguments.images);
+    let background = builder.look_at_background(photos, source, &mut ProgressBar::new())?;
+    background.save(&arguments.out)?;
+    eprintln!(
+        "wrote {}: {} photos by {}",
+        arguments.out.display(),
+        background.photos(),
+        background.teacher()
+    );
+    Ok(())
+}
+
+/// The background that `--background` names.
+pub(crate) fn source(path: &Path, strict: bool) -> Result<BackgroundSource> {
+    if !path.is_dir() {
+        return Ok(defend_core::Background::load(path)?.into());
+    }
+    let folder = path.to_owned();
+    let photos = find(std::slice::from_ref(&folder), strict)?.dataset();
+    Ok(BackgroundSource::Photos(photos, named(&[folder])))
+}
+
+/// Last parts of the folders' names: what lies above them is nobody's business.
+fn named(folders: &[PathBuf]) -> String {
+    let names = folders.iter().filter_map(|folder| folder.file_name());
+    let names: Vec<_> = names.map(|name| name.to_string_lossy()).collect();
+    names.join(", ")
+}
