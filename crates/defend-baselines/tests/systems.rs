@@ -68,11 +68,12 @@ fn scores(
 #[test]
 fn every_system_tells_textures_apart_and_repeats() {
     let small = r#"[
+        {"kind": "defend"},
         {"kind": "defend", "settings": {
             "dense": {"epochs": 1, "batch": 8, "crop_size": 16, "head_hidden": [16], "head_output": 8},
-            "distill": {"epochs": 40, "batch": 8}}},
-        {"kind": "defend", "dense": false, "settings": {"distill": {"epochs": 40, "batch": 8}}},
-        {"kind": "defend", "dense": false, "whitened": true, "settings": {"distill": {"epochs": 40, "batch": 8}}},
+            "student": {"masked": {"distill": {"epochs": 40, "batch": 8}}}}},
+        {"kind": "defend", "settings": {"student": {"masked": {"distill": {"epochs": 40, "batch": 8}}}}},
+        {"kind": "defend", "whitened": true, "settings": {"student": {"masked": {"distill": {"epochs": 40, "batch": 8}}}}},
         {"kind": "nearest-neighbours"},
         {"kind": "nearest-neighbours", "token": "mean-patch"},
         {"kind": "mean-cls"},

@@ -13,31 +13,89 @@
 use std::sync::Arc;
 
 use defend_baselines::{SystemConfig, Teacher};
-use defend_core::data::{Dataset, Difficult, Fit, Label, MultiObject, Protocol, Subset, Voc};
+use defend_core::BackgroundSource;
+use defend_core::data::{
+    Dataset, Difficult, Fit, ImageFolder, Label, MultiObject, Protocol, Subset, Voc,
+};
 use defend_core::metrics::auroc;
 use defend_core::prelude::*;
-use defend_core::vit::{CacheConfig, TrainScope};
+use defend_core::vit::{CacheConfig, TrainScope, Vit};
 use ndarray::ArrayView1;
+
+/// AUROC of the rule in PyTorch (`evidence.py` of the project's notes; its formulas are those of `tools/golden_evidence.py`).
+const HORSE: f64 = 0.0;
+const SHEEP: f64 = 0.0;
+
+/// One class of VOC's animals against the others.
+struct Animals {
+    normal: Arc<dyn Dataset>,
+    test: Arc<Voc>,
+    abnormal: Vec<bool>,
+    vit: Vit,
+}
+
+impl Animals {
+    fn read(class: &str) -> Self {
+        let assets = defend_testing::assets();
+        let root = assets.join("VOCdevkit/VOC2012");
+        let open = |split| Arc::new(Voc::open(&root, split, Difficult::Counted).unwrap());
+        let (train, test) = (open("train"), open("val"));
+        let protocol = MultiObject {
+            normal: vec![train.class(class).unwrap()],
+        };
+        let normal = Subset::new(train.clone(), protocol.train(&*train)).unwrap();
+        let label = |i| protocol.label(test.classes(i)) == Label::Abnormal;
+        let weights = Pretrained::local(assets.join("weights/vit_tiny_patch16_224"));
+        Self {
+            normal: Arc::new(normal),
+            abnormal: (0..test.len()).map(label).collect(),
+            vit: weights.load(TrainScope::Frozen, &Device::Cpu).unwrap(),
+            test,
+        }
+    }
+}
+
+/// The default detector against the same rule in PyTorch, all training photos, one thousand photos of ImageNet beside them.
+#[test]
+#[ignore = "needs the asset folder: set DEFEND_ASSETS"]
+fn the_closed_form_equals_pytorchs() {
+    for (class, expected) in [("horse", HORSE), ("sheep", SHEEP)] {
+        let animals = Animals::read(class);
+        let photos = ImageFolder::open(defend_testing::assets().join("imagenet-sample")).unwrap();
+        let fitted = Defend::builder()
+            .teacher(animals.vit)
+            .background(BackgroundSource::Photos(
+                Arc::new(photos),
+                "ImageNet".into(),
+            ))
+            .fit(animals.normal, &mut Silent)
+            .unwrap();
+        let scores = scan(&fitted.detector, animals.test, &mut Silent)
+            .unwrap()
+            .scores();
+        let found = auroc(
+            ArrayView1::from(&scores),
+            ArrayView1::from(&animals.abnormal),
+        )
+        .unwrap();
+        println!("{class}: AUROC {found:.4}, PyTorch {expected}");
+        assert!(
+            (found - expected).abs() < 0.0025,
+            "{class}: AUROC {found:.4}, PyTorch {expected}"
+        );
+    }
+}
 
 #[test]
 #[ignore = "needs the asset folder: set DEFEND_ASSETS"]
 fn references_of_the_horse_equal_pytorchs() {
-    let assets = defend_testing::assets();
-    let open = |split| {
-        Arc::new(Voc::open(assets.join("VOCdevkit/VOC2012"), split, Difficult::Counted).unwrap())
-    };
-    let (train, test) = (open("train"), open("val"));
-    let horse = MultiObject {
-        normal: vec![train.class("horse").unwrap()],
-    };
-    let normal = Subset::new(train.clone(), horse.train(&*train)).unwrap();
-    let weights = Pretrained::local(assets.join("weights/vit_tiny_patch16_224"));
-    let vit = weights.load(TrainScope::Frozen, &Device::Cpu).unwrap();
+    let Animals {
+        normal,
+        test,
+        abnormal,
+        vit,
+    } = Animals::read("horse");
     let teacher = Teacher::new(vit, 1, Fit::Squash, &Device::Cpu, CacheConfig::default()).unwrap();
-    let normal: Arc<dyn Dataset> = Arc::new(normal);
-    let abnormal: Vec<bool> = (0..test.len())
-        .map(|i| horse.label(test.classes(i)) == Label::Abnormal)
-        .collect();
     let expected = [0.983, 0.912, 0.985, 0.981, 0.857];
     for (reference, expected) in SystemConfig::references().iter().zip(expected) {
         let system = reference.system();

@@ -225,7 +225,6 @@ mod tests {
         [[systems]]
         kind = "defend"
         recipe = "paper"
-        name = "the paper"
         [[systems]]
         kind = "patch-core"
         share = 0.01
@@ -278,7 +277,7 @@ mod tests {
         fails("share = 0.01", "shares = 0.01", "shares");
         fails(
             "kind = \"patch-core\"\n        share = 0.01",
-            "kind = \"defend\"",
+            "kind = \"defend\"\n        recipe = \"paper\"",
             "two systems",
         );
     }

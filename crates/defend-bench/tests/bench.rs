@@ -234,7 +234,7 @@ fn one_report_of_two_benchmarks_on_copies_of_the_pictures() {
         assert_eq!(detail.rows[0][0], "constant student");
         assert!(detail.rows.iter().all(|row| row[1] != "–"), "{detail:?}");
     }
-    let clash = report_of("mahalanobis\"\nlabel = \"constant student", "train = 5").unwrap_err();
+    let clash = report_of("mahalanobis\"\nname = \"constant student", "train = 5").unwrap_err();
     assert!(clash.to_string().contains("other settings"), "{clash}");
     let clash = report_of("mahalanobis", "train = 4").unwrap_err();
     assert!(clash.to_string().contains("other pictures"), "{clash}");
@@ -283,7 +283,7 @@ fn other_settings_do_not_replace_a_record() {
     make(folder.path());
     let text = CONFIG.replace("seeds = [0, 1]", "seeds = [0]").replace(
         "kind = \"constant-student\"",
-        "kind = \"nearest-neighbours\"\nlabel = \"k-NN\"",
+        "kind = \"nearest-neighbours\"\nname = \"k-NN\"",
     );
     run(
         &read(folder.path(), &text).unwrap(),
@@ -292,7 +292,7 @@ fn other_settings_do_not_replace_a_record() {
     )
     .unwrap();
     let before = Record::read_all(&[&folder.path().join("out")]).unwrap();
-    let other = text.replace("label = \"k-NN\"", "label = \"k-NN\"\nneighbours = 2");
+    let other = text.replace("name = \"k-NN\"", "name = \"k-NN\"\nneighbours = 2");
     let error = run(
         &read(folder.path(), &other).unwrap(),
         &Device::Cpu,

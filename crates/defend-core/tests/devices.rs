@@ -23,9 +23,10 @@ use defend_core::nn::{AdamW, AdamWConfig, ParameterGroup, Rng, backward, normal,
 use defend_core::ot::{Assigner, SinkhornKnopp};
 use defend_core::prelude::*;
 use defend_core::vit::{
-    Architecture, Arithmetic, Backbone, BackboneSpec, CacheConfig, Cached, Features, Grid,
+    Architecture, Arithmetic, Backbone, BackboneSpec, CacheConfig, Cached, Encoder, Features, Grid,
     Precision, TokenSet, TrainScope, Trainable, Vit, Weights,
 };
+use defend_core::{MaskedConfig, Student};
 use defend_testing::{assert_close, assert_moved};
 use stripes::{set, small_dense};
 
@@ -610,11 +611,14 @@ fn short() -> DefendConfig {
             batch: 4,
             ..small_dense()
         }),
-        distill: DistillConfig {
-            epochs: 2,
-            batch: 4,
-            ..DistillConfig::default()
-        },
+        student: Student::Masked(MaskedConfig {
+            distill: DistillConfig {
+                epochs: 2,
+                batch: 4,
+                ..DistillConfig::default()
+            },
+            ..MaskedConfig::default()
+        }),
         ..DefendConfig::default()
     }
 }
@@ -629,8 +633,8 @@ fn a_whole_fit_and_its_file() {
             .config(short())
             .fit(set(3, 8), &mut Silent)
             .unwrap();
-        let dense = fitted.dense.unwrap().losses;
-        (fitted.detector, dense, fitted.distill.losses)
+        let distilled = fitted.distill().unwrap().losses.clone();
+        (fitted.detector, fitted.dense.unwrap().losses, distilled)
     };
     let place = Place::best();
     let (found, expected) = (run(&place), run(&Place::reference()));
@@ -673,4 +677,32 @@ fn a_whole_fit_in_bf16_and_its_file() {
     assert_eq!(scores(&there), before);
     let home = Detector::load(&path, &Device::Cpu).unwrap();
     all_close(&scores(&home), &before, 2e-2, "scores of the loaded model");
+}
+
+/// The closed form itself is computed on the processor; its teacher is not.
+#[test]
+fn a_whole_fit_in_closed_form_and_its_file() {
+    let run = |place: &Place, arithmetic: Arithmetic| {
+        let config = DefendConfig {
+            arithmetic,
+            ..DefendConfig::default()
+        };
+        let builder = Defend::builder()
+            .device(place.device.clone())
+            .teacher(place.vit(1, TrainScope::Frozen));
+        let fitted = builder.config(config).fit(set(3, 8), &mut Silent);
+        fitted.unwrap().detector
+    };
+    let place = Place::best();
+    let found = run(&place, Arithmetic::F32);
+    let before = scores(&found);
+    let expected = scores(&run(&Place::reference(), Arithmetic::F32));
+    all_close(&before, &expected, 1e-2, "scores");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("stripes.defend");
+    found.save(&path).unwrap();
+    let there = Detector::load(&path, &place.device).unwrap();
+    assert_eq!(scores(&there), before);
+    let rounded = scores(&run(&place, Arithmetic::Bf16));
+    assert!(rounded.iter().all(|score| score.is_finite()));
 }

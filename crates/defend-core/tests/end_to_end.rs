@@ -20,10 +20,10 @@ use defend_core::distill::{Aggregation, DistillConfig, Distiller};
 use defend_core::nn::Rng;
 use defend_core::prelude::*;
 use defend_core::vit::{
-    Architecture, Arithmetic, Backbone, BackboneSpec, Features, ImageSource, Precision, TokenSet,
-    TrainScope, Vit,
+    Architecture, Arithmetic, Backbone, BackboneSpec, Encoder, Features, ImageSource, Layer,
+    Precision, TokenSet, TrainScope, Vit,
 };
-use defend_core::{DType, Error, Event, Observer, Stage, Tensor};
+use defend_core::{DType, Error, Event, MaskedConfig, Observer, Recipe, Stage, Student, Tensor};
 use image::{DynamicImage, ImageBuffer, Luma, LumaA, Rgb, Rgba};
 use stripes::{set, small_dense, stripes};
 
@@ -44,6 +44,13 @@ fn teacher() -> Vit {
 fn config() -> DefendConfig {
     DefendConfig {
         dense: Some(small_dense()),
+        student: Student::Masked(masked()),
+        ..DefendConfig::default()
+    }
+}
+
+fn masked() -> MaskedConfig {
+    MaskedConfig {
         distill: DistillConfig {
             epochs: 12,
             min_steps: 0,
@@ -53,7 +60,6 @@ fn config() -> DefendConfig {
             ..DistillConfig::default()
         },
         aggregation: Aggregation::PatchesAndCls { weight: 1.0 },
-        ..DefendConfig::default()
     }
 }
 
@@ -157,9 +163,9 @@ fn both_stages_announce_the_order_in_which_they_ask_for_images() {
         orders: Mutex::default(),
     };
     let asked = || std::mem::take(&mut *source.orders.lock().unwrap());
-    let (mut config, mut rng) = (config(), Rng::seed(1));
-    config.distill.epochs = 2;
-    let dense = config.dense.unwrap();
+    let (mut masked, mut rng) = (masked(), Rng::seed(1));
+    masked.distill.epochs = 2;
+    let dense = small_dense();
     let tuned = teacher().copy(TrainScope::LastBlocks(1)).unwrap();
     let objective = PrototypeObjective::random(&dense, 24, &mut rng, &Device::Cpu).unwrap();
     let tuner = DenseTuner::new(dense).unwrap();
@@ -167,7 +173,7 @@ fn both_stages_announce_the_order_in_which_they_ask_for_images() {
     report.unwrap();
     let [announced, found] = asked();
     assert_eq!((announced.len(), &announced), (10, &found));
-    let (distill, student) = (config.distill, teacher());
+    let (distill, student) = (masked.distill, teacher());
     let distiller = Distiller::new(distill.clone()).unwrap();
     let report = distiller.distill(
         &tuned,
@@ -303,7 +309,7 @@ fn damaged_models_are_named_and_leave_the_file() -> Result<(), Error> {
         bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
         load(&bytes)
     };
-    let error = text("format_version\\\":1", "format_version\\\":9");
+    let error = text("format_version\\\":2", "format_version\\\":9");
     assert!(error.contains("format version 9"), "{error}");
     let error = text(
         "\\\"preprocess\\\":{\\\"size\\\":32",
@@ -329,6 +335,28 @@ fn damaged_models_are_named_and_leave_the_file() -> Result<(), Error> {
         "{error}"
     );
 
+    // A model of format 1 had the masked student alone, and its settings one level higher.
+    let (_, header) = safetensors::SafeTensors::read_metadata(&whole).expect("a header");
+    let json = &header.metadata().as_ref().expect("metadata")["defend.model"];
+    let mut old: serde_json::Value = serde_json::from_str(json).expect("a header");
+    old["format_version"] = 1.into();
+    old["student"] = old["student"]["masked"].take();
+    let config = old["config"].as_object_mut().expect("settings");
+    let mut student = config.remove("student").expect("a student");
+    config.remove("false_alarm_rate");
+    for field in ["distill", "aggregation"] {
+        config.insert(field.into(), student["masked"][field].take());
+    }
+    std::fs::write(&path, &whole).expect("a file");
+    let expected = scores(&Detector::load(&path, &Device::Cpu)?, set(5, 3));
+    let tensors: HashMap<String, Tensor> = candle_core::safetensors::load(&path, &Device::Cpu)?;
+    let metadata = HashMap::from([("defend.model".to_owned(), old.to_string())]);
+    let bytes = safetensors::serialize(&tensors, Some(metadata)).expect("bytes");
+    std::fs::write(&path, bytes).expect("a file");
+    let loaded = Detector::load(&path, &Device::Cpu)?;
+    assert_eq!(loaded.config(), &self::config());
+    assert_eq!(scores(&loaded, set(5, 3)), expected);
+
     // A failed save leaves the old file as it was.
     std::fs::write(&path, &whole).expect("a file");
     let detector = Detector::load(&path, &Device::Cpu)?;
@@ -337,7 +365,7 @@ fn damaged_models_are_named_and_leave_the_file() -> Result<(), Error> {
             .save(folder.path().join("missing/model.defend"))
             .is_err()
     );
-    let custom = detector.with_score(std::sync::Arc::new(Aggregation::Mean));
+    let custom = detector.with_score(std::sync::Arc::new(Aggregation::Mean))?;
     assert!(matches!(
         custom.save(&path),
         Err(Error::NotSavable { role: "score" })
@@ -348,8 +376,12 @@ fn damaged_models_are_named_and_leave_the_file() -> Result<(), Error> {
 
 #[test]
 fn scores_that_need_the_cls_token_are_refused_without_it() {
-    let mut wrong = config();
+    let mut wrong = masked();
     wrong.distill.cls_weight = 0.0;
+    let wrong = DefendConfig {
+        student: Student::Masked(wrong),
+        ..config()
+    };
     let builder = Defend::builder().teacher(teacher()).config(wrong);
     let error = builder.fit(set(3, 4), &mut Silent).err().expect("an error");
     assert!(
@@ -502,16 +534,20 @@ fn every_variant_fits_and_scores() {
         let mut value = serde_json::to_value(config()).expect("settings");
         let change: serde_json::Value = serde_json::from_str(&variant).expect("a variant");
         for (stage, fields) in change.as_object().expect("stages") {
+            let at = match stage.as_str() {
+                "distill" => &mut value["student"]["masked"]["distill"],
+                stage => &mut value[stage],
+            };
             match fields.as_object() {
-                None => value[stage] = fields.clone(),
+                None => *at = fields.clone(),
                 Some(fields) => {
                     for (field, setting) in fields {
-                        value[stage][field] = setting.clone();
+                        at[field] = setting.clone();
                     }
                 }
             }
         }
-        value["distill"]["epochs"] = 1.into();
+        value["student"]["masked"]["distill"]["epochs"] = 1.into();
         let config: DefendConfig = serde_json::from_value(value).expect("settings");
         if let Err(error) = config.validate() {
             refused.push(error.to_string());
@@ -531,14 +567,10 @@ fn every_variant_fits_and_scores() {
 #[test]
 fn the_recipes_are_files_too() {
     let read = |file: &str| -> DefendConfig { serde_json::from_str(file).expect("settings") };
-    let dense = |recipe| DefendConfig {
-        dense: Some(recipe),
-        ..DefendConfig::default()
-    };
     let file = include_str!("../../../examples/recipes/official-dense.json");
-    assert_eq!(read(file), dense(DenseConfig::official_dense()));
+    assert_eq!(read(file), Recipe::OfficialDense.config());
     let file = include_str!("../../../examples/recipes/official-leopart.json");
-    assert_eq!(read(file), dense(DenseConfig::official_leopart()));
+    assert_eq!(read(file), Recipe::OfficialLeopart.config());
     let file = include_str!("../../../examples/recipes/paper.json");
     // The 20 classes of Pascal VOC.
     let paper = DefendConfig {
@@ -551,11 +583,25 @@ fn the_recipes_are_files_too() {
 /// A teacher that counts the images it sees.
 struct Counting(Vit, std::sync::atomic::AtomicUsize);
 
-impl Backbone for Counting {
+impl Encoder for Counting {
     fn spec(&self) -> &BackboneSpec {
         self.0.spec()
     }
 
+    fn intermediates(
+        &self,
+        images: &Tensor,
+        blocks: &[usize],
+    ) -> Result<Vec<Layer>, defend_core::vit::Error> {
+        self.0.intermediates(images, blocks)
+    }
+
+    fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, defend_core::vit::Error> {
+        self.0.tensors()
+    }
+}
+
+impl Backbone for Counting {
     fn features(&self, images: &Tensor) -> Result<Features, defend_core::vit::Error> {
         let count = images.dim(0)?;
         self.1.fetch_add(count, std::sync::atomic::Ordering::SeqCst);
@@ -568,10 +614,6 @@ impl Backbone for Counting {
         keep: &TokenSet,
     ) -> Result<Features, defend_core::vit::Error> {
         self.0.features_of(images, keep)
-    }
-
-    fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, defend_core::vit::Error> {
-        self.0.tensors()
     }
 }
 

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use defend_core::data::{Fit, ImageFolder};
 use defend_core::prelude::*;
-use defend_core::vit::{Backbone, Grid, ImageSource, TokenSet, TrainScope, Vit};
+use defend_core::vit::{Backbone, Encoder, Grid, ImageSource, TokenSet, TrainScope, Vit};
 use defend_core::{Pictures, preprocess_of};
 use defend_testing::{Golden, assert_close, assets, largest};
 

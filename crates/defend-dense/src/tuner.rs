@@ -188,7 +188,7 @@ mod tests {
     use super::*;
     use crate::PrototypeObjective;
     use candle_core::{DType, Device};
-    use defend_vit::{Architecture, Backbone, BackboneSpec, TrainScope, Vit};
+    use defend_vit::{Architecture, BackboneSpec, Encoder, TrainScope, Vit};
 
     fn backbone() -> Vit {
         let architecture = Architecture {

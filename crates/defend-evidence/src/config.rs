@@ -116,7 +116,7 @@ impl Default for PatchConfig {
     fn default() -> Self {
         Self {
             core: 3000,
-            candidates: 30_000,
+            candidates: 60_000,
             projected: 64,
             images: 2000,
             worst: 5,

@@ -216,6 +216,7 @@ impl Vit {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Encoder;
     use crate::{Architecture, Backbone, Interpolation};
     use candle_core::{DType, Tensor};
     use defend_nn::Rng;

@@ -142,7 +142,7 @@ impl Vit {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Architecture, Backbone};
+    use crate::{Architecture, Backbone, Encoder};
     use defend_nn::Rng;
     use defend_testing::{assert_close, largest};
 

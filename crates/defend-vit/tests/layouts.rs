@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 use defend_testing::{Golden, assert_close};
 use defend_vit::{
-    Backbone, Error, Family, Interpolation, Normalization, Pretrained, TrainScope, Vit, Weights,
+    Backbone, Encoder, Error, Family, Interpolation, Normalization, Pretrained, TrainScope, Vit,
+    Weights,
 };
 
 fn folder(name: &str) -> PathBuf {

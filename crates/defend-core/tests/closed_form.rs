@@ -1,0 +1,537 @@
+//! The default detector on a small random backbone: fit, threshold, score, explain, map, save, load, background, and what bad
+//! input does to it.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests may panic"
+)]
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use defend_core::data::{Memory, RgbImage};
+use defend_core::evidence::EvidenceConfig;
+use defend_core::nn::Rng;
+use defend_core::prelude::*;
+use defend_core::vit::{Architecture, BackboneSpec, Encoder, Layer, Vit};
+use defend_core::{
+    Background, BackgroundSource, CalibrationSource, Error, Student, Tensor, scan_with_maps,
+};
+
+/// A backbone whose blocks give different tokens.
+fn teacher(seed: u64) -> Vit {
+    let spec = BackboneSpec::new(Architecture {
+        image_size: 32,
+        patch_size: 8,
+        width: 24,
+        depth: 3,
+        heads: 2,
+        mlp_width: 48,
+        ..Architecture::vit_tiny()
+    });
+    Vit::random(spec, 0.0, &mut Rng::seed(seed), &Device::Cpu).expect("a backbone")
+}
+
+/// Stripes of some period, place and colour, all different; `copy` dims the picture a little.
+fn picture(kind: u32, number: u32, copy: u32) -> RgbImage {
+    let period = 3 + 2 * kind;
+    RgbImage::from_fn(32, 32, |x, y| {
+        let on = (x + number).is_multiple_of(period) ^ (y / (2 + number % 5)).is_multiple_of(2);
+        let v = if on {
+            200 + (number * 7 % 40)
+        } else {
+            20 + (number * 13 % 60)
+        } - copy;
+        [v as u8, (y * (1 + number % 9) % 256) as u8, 255 - v as u8].into()
+    })
+}
+
+fn pictures(kind: u32, numbers: std::ops::Range<u32>, copies: u32) -> Memory {
+    let mut memory = Memory::default();
+    for number in numbers {
+        for copy in 0..=copies {
+            memory.push(
+                format!("{kind}/{number}-{copy}"),
+                picture(kind, number, copy),
+                vec![],
+            );
+        }
+    }
+    memory
+}
+
+fn fit(normal: Memory) -> defend_core::Fitted {
+    Defend::builder()
+        .teacher(teacher(7))
+        .fit(normal, &mut Silent)
+        .expect("a fit")
+}
+
+fn scores(detector: &Detector, set: Memory) -> Vec<f64> {
+    scan(detector, set, &mut Silent).expect("a scan").scores()
+}
+
+#[test]
+fn the_main_job_has_verdicts_at_once_and_survives_a_file() -> Result<(), Error> {
+    let fitted = fit(pictures(0, 0..40, 0));
+    let report = fitted.closed_form().expect("a report");
+    assert_eq!(
+        (report.summary.images, report.background.as_deref()),
+        (40, None)
+    );
+    let detector = fitted.detector;
+    let calibration = *detector.calibration().expect("a threshold");
+    assert_eq!(calibration.source, CalibrationSource::LeftOut);
+    assert_eq!(calibration.images, report_groups(&detector));
+
+    let found = scan(&detector, pictures(3, 0..8, 0), &mut Silent)?;
+    let known = scan(&detector, pictures(0, 0..8, 0), &mut Silent)?;
+    let mean = |scan: &defend_core::Scan| scan.scores().iter().sum::<f64>() / 8.0;
+    assert!(
+        mean(&found) > mean(&known) + 2.0,
+        "{} {}",
+        mean(&found),
+        mean(&known)
+    );
+    for finding in found.findings.iter().chain(&known.findings) {
+        let novelty = &finding.novelty;
+        let explanation = novelty.explanation.as_ref().expect("an explanation");
+        let pieces = [
+            Some(explanation.posterior),
+            explanation.contrast,
+            explanation.patches,
+        ];
+        let sum: f64 = pieces
+            .into_iter()
+            .flatten()
+            .map(|piece| piece.weight * piece.z)
+            .sum();
+        assert_eq!(sum, novelty.score);
+        assert_eq!(
+            novelty.verdict == Some(Verdict::Novel),
+            novelty.score > calibration.threshold
+        );
+        assert!(novelty.map.is_none());
+    }
+    // A known picture is explained by itself.
+    let nearest =
+        |finding: &defend_core::Finding| finding.novelty.explanation.clone().unwrap().nearest;
+    for finding in &known.findings {
+        let near = nearest(finding);
+        assert!(
+            near.iter().any(|near| near.name == finding.name),
+            "{} {near:?}",
+            finding.name
+        );
+    }
+
+    let mapped = scan_with_maps(&detector, pictures(3, 0..2, 0), &mut Silent)?;
+    for (mapped, plain) in mapped.findings.iter().zip(&found.findings) {
+        let map = mapped.novelty.map.as_ref().expect("a map");
+        assert_eq!((map.grid.rows, map.values.len()), (4, 16));
+        assert_eq!(mapped.novelty.score, plain.novelty.score);
+    }
+    assert_eq!(detector.map_scale().usual.len(), 16);
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("stripes.defend");
+    detector.save(&path)?;
+    let again = Detector::load(&path, &Device::Cpu)?;
+    assert_eq!(again.calibration(), detector.calibration());
+    assert_eq!(
+        (again.config(), again.map_scale()),
+        (detector.config(), detector.map_scale())
+    );
+    let after = scan_with_maps(&again, pictures(3, 0..2, 0), &mut Silent)?;
+    for (before, after) in mapped.findings.iter().zip(&after.findings) {
+        assert_eq!(before.novelty, after.novelty);
+    }
+    Ok(())
+}
+
+fn report_groups(detector: &Detector) -> usize {
+    detector.evidence().expect("a closed form").groups().len()
+}
+
+/// Neither the number of threads nor the batch nor a second run changes a bit.
+#[test]
+fn the_same_seed_gives_the_same_bits() -> Result<(), Error> {
+    let expected = scores(&fit(pictures(0, 0..30, 0)).detector, pictures(3, 0..9, 0));
+    for threads in [1, 2, 7] {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        let found = pool.install(|| {
+            let config = DefendConfig {
+                batch: 1 + threads,
+                ..DefendConfig::default()
+            };
+            let builder = Defend::builder().teacher(teacher(7)).config(config);
+            let detector = builder.fit(pictures(0, 0..30, 0), &mut Silent)?.detector;
+            Ok::<_, Error>(scores(&detector, pictures(3, 0..9, 0)))
+        })?;
+        assert_eq!(found, expected, "{threads} threads");
+    }
+    Ok(())
+}
+
+#[test]
+fn bursts_count_once_and_the_report_says_so() {
+    let single = fit(pictures(0, 0..30, 0));
+    let burst = fit(pictures(0, 0..30, 3));
+    let summary = burst.closed_form().unwrap().summary;
+    assert_eq!((summary.images, summary.distinct), (120, 120));
+    let groups = single.closed_form().unwrap().summary.groups;
+    assert!(
+        summary.groups.abs_diff(groups) <= 3,
+        "{} {groups}",
+        summary.groups
+    );
+    assert_eq!(burst.detector.calibration().unwrap().images, summary.groups);
+    // The same picture in many files is one.
+    let mut twice = pictures(0, 0..30, 0);
+    for number in 0..30 {
+        twice.push(format!("again/{number}"), picture(0, number, 0), vec![]);
+    }
+    let twice = fit(twice);
+    assert_eq!(
+        twice.closed_form().unwrap().summary.distinct,
+        single.closed_form().unwrap().summary.distinct
+    );
+    let queries = || pictures(2, 0..6, 0);
+    assert_eq!(
+        scores(&twice.detector, queries()),
+        scores(&single.detector, queries())
+    );
+}
+
+#[test]
+fn few_pictures_fit_without_a_threshold() -> Result<(), Error> {
+    for count in [1, 2, 5] {
+        let mut fitted = fit(pictures(0, 0..count, 0));
+        assert!(fitted.detector.calibration().is_none());
+        assert!(
+            scores(&fitted.detector, pictures(3, 0..3, 0))
+                .iter()
+                .all(|s| s.is_finite())
+        );
+        let error = fitted
+            .detector
+            .calibrate_on_left_out(FalseAlarmRate::new(0.05)?);
+        let error = error.unwrap_err().to_string();
+        assert!(
+            count == 1 || error.contains("19"),
+            "names the number that is needed: {error}"
+        );
+    }
+    let none = Defend::builder()
+        .teacher(teacher(7))
+        .fit(Memory::default(), &mut Silent);
+    assert!(matches!(none.err(), Some(Error::NoImages { .. })));
+    Ok(())
+}
+
+#[test]
+fn a_background_is_made_saved_checked_and_used() -> Result<(), Error> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("photos.background");
+    let ordinary = || {
+        let mut all = pictures(0, 60..100, 0);
+        for kind in 1..8 {
+            for number in 0..40 {
+                all.push(format!("{kind}/{number}"), picture(kind, number, 0), vec![]);
+            }
+        }
+        all
+    };
+    let look = |seed| {
+        Defend::builder().teacher(teacher(seed)).look_at_background(
+            ordinary(),
+            "stripes",
+            &mut Silent,
+        )
+    };
+    let made = look(7)?;
+    made.save(&path)?;
+    let read = Background::load(&path)?;
+    assert_eq!(
+        (&read, read.photos(), read.source()),
+        (&made, 320, "stripes")
+    );
+
+    let with = |background: BackgroundSource| {
+        let builder = Defend::builder().teacher(teacher(7)).background(background);
+        builder.fit(pictures(0, 0..40, 0), &mut Silent)
+    };
+    let fitted = with(read.into())?;
+    let report = fitted.closed_form().unwrap();
+    assert_eq!(
+        (report.summary.background, report.background.as_deref()),
+        (320, Some("stripes"))
+    );
+    assert!(report.contrast_weight > 0.0);
+    let explained = scan(&fitted.detector, pictures(3, 0..2, 0), &mut Silent)?;
+    let explanation = explained.findings[0].novelty.explanation.clone().unwrap();
+    assert_eq!(explanation.contrast.unwrap().weight, report.contrast_weight);
+    // Eight bits a value change little against the photos themselves, and the model is one file.
+    let photos = with(BackgroundSource::Photos(
+        Arc::new(ordinary()),
+        "stripes".into(),
+    ))?;
+    let both = [&fitted, &photos].map(|f| scores(&f.detector, pictures(3, 0..6, 0)));
+    for (a, b) in both[0].iter().zip(&both[1]) {
+        assert!((a - b).abs() < 1e-9, "{a} {b}: both are rounded alike");
+    }
+    let model = folder.path().join("model.defend");
+    fitted.detector.save(&model)?;
+    let again = Detector::load(&model, &Device::Cpu)?;
+    assert_eq!(scores(&again, pictures(3, 0..6, 0)), both[0]);
+
+    // Another teacher's is refused by both names before any picture is read.
+    let error = with(look(8)?.into()).err().unwrap();
+    assert!(matches!(error, Error::OtherTeacher { .. }), "{error}");
+    let tuned = DefendConfig {
+        dense: Some(defend_core::dense::DenseConfig::default()),
+        ..DefendConfig::default()
+    };
+    let builder = Defend::builder()
+        .teacher(teacher(7))
+        .config(tuned)
+        .background(made);
+    let error = builder
+        .fit(pictures(0, 0..4, 0), &mut Silent)
+        .err()
+        .unwrap();
+    assert!(
+        matches!(
+            error,
+            Error::Config {
+                field: "background",
+                ..
+            }
+        ),
+        "{error}"
+    );
+
+    // A damaged file is named.
+    let whole = std::fs::read(&path).unwrap();
+    for cut in [0, 9, 200, whole.len() / 2, whole.len() - 1] {
+        std::fs::write(&path, &whole[..cut]).unwrap();
+        let error = Background::load(&path).unwrap_err().to_string();
+        assert!(error.contains("photos.background"), "{error}");
+    }
+    std::fs::write(&path, std::fs::read(&model).unwrap()).unwrap();
+    assert!(
+        Background::load(&path)
+            .unwrap_err()
+            .to_string()
+            .contains("no background")
+    );
+    Ok(())
+}
+
+/// A model without CLS attention, without tensors to save.
+struct Plain(Vit);
+
+impl Encoder for Plain {
+    fn spec(&self) -> &BackboneSpec {
+        self.0.spec()
+    }
+
+    fn intermediates(
+        &self,
+        images: &Tensor,
+        blocks: &[usize],
+    ) -> Result<Vec<Layer>, defend_core::vit::Error> {
+        self.0.intermediates(images, blocks)
+    }
+}
+
+#[test]
+fn an_encoder_is_enough() -> Result<(), Error> {
+    let builder = || Defend::builder().own_encoder(Arc::new(Plain(teacher(7))));
+    let detector = builder().fit(pictures(0, 0..30, 0), &mut Silent)?.detector;
+    let expected = scores(&fit(pictures(0, 0..30, 0)).detector, pictures(3, 0..4, 0));
+    assert_eq!(scores(&detector, pictures(3, 0..4, 0)), expected);
+    let folder = tempfile::tempdir().unwrap();
+    let saved = detector.save(folder.path().join("a.defend"));
+    assert!(matches!(saved, Err(Error::NotSavable { role: "teacher" })));
+    let masked = DefendConfig {
+        dense: None,
+        ..DefendConfig::masked()
+    };
+    let refused = builder()
+        .config(masked)
+        .fit(pictures(0, 0..4, 0), &mut Silent);
+    assert!(matches!(
+        refused.err(),
+        Some(Error::Config {
+            field: "student",
+            ..
+        })
+    ));
+    Ok(())
+}
+
+/// Gives NaN for dark pictures.
+struct Blind(Vit);
+
+impl Encoder for Blind {
+    fn spec(&self) -> &BackboneSpec {
+        self.0.spec()
+    }
+
+    fn intermediates(
+        &self,
+        images: &Tensor,
+        blocks: &[usize],
+    ) -> Result<Vec<Layer>, defend_core::vit::Error> {
+        let mut layers = self.0.intermediates(images, blocks)?;
+        let bright = images
+            .mean((1, 2, 3))?
+            .ge(-0.9)?
+            .to_dtype(defend_core::DType::F32)?;
+        for layer in &mut layers {
+            layer.cls = layer.cls.broadcast_div(&bright.unsqueeze(1)?)?;
+        }
+        Ok(layers)
+    }
+}
+
+#[test]
+fn features_that_are_not_finite_name_the_picture() -> Result<(), Error> {
+    let dark = |mut set: Memory| -> Memory {
+        set.push(String::from("dark"), RgbImage::new(32, 32), vec![]);
+        set
+    };
+    let builder = || Defend::builder().own_encoder(Arc::new(Blind(teacher(7))));
+    let error = builder()
+        .fit(dark(pictures(0, 0..5, 0)), &mut Silent)
+        .err()
+        .unwrap();
+    assert!(
+        matches!(&error, Error::NonFiniteFeatures { name } if name == "dark"),
+        "{error}"
+    );
+    let detector = builder().fit(pictures(0, 0..5, 0), &mut Silent)?.detector;
+    let error = scan(&detector, dark(pictures(0, 0..2, 0)), &mut Silent).unwrap_err();
+    assert!(
+        matches!(&error, Error::NonFiniteFeatures { name } if name == "dark"),
+        "{error}"
+    );
+    Ok(())
+}
+
+#[test]
+fn roles_of_the_other_student_are_refused() {
+    let refused = |builder: defend_core::DefendBuilder, name: &str| {
+        let error = builder
+            .fit(pictures(0, 0..4, 0), &mut Silent)
+            .err()
+            .unwrap();
+        assert!(
+            matches!(&error, Error::Config { field, .. } if *field == name),
+            "{error}"
+        );
+    };
+    let builder = || Defend::builder().teacher(teacher(7));
+    refused(builder().own_student(Arc::new(teacher(1))), "own_student");
+    refused(
+        builder().feature_folder("features", defend_core::vit::Precision::Full),
+        "feature_folder",
+    );
+    let masked = builder().config(DefendConfig {
+        dense: None,
+        ..DefendConfig::masked()
+    });
+    let photos = BackgroundSource::Photos(Arc::new(Memory::default()), String::new());
+    refused(masked.background(photos), "background");
+    let mut evidence = EvidenceConfig::default();
+    evidence.posterior.ridge = -1.0;
+    let wrong = builder().config(DefendConfig {
+        student: Student::ClosedForm(evidence),
+        ..DefendConfig::default()
+    });
+    let error = wrong.fit(pictures(0, 0..4, 0), &mut Silent).err().unwrap();
+    assert!(
+        error.to_string().contains("evidence.posterior.ridge"),
+        "{error}"
+    );
+}
+
+#[test]
+fn damaged_models_are_named() -> Result<(), Error> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.defend");
+    fit(pictures(0, 0..20, 0)).detector.save(&path)?;
+    let whole = std::fs::read(&path).unwrap();
+    let load = || {
+        Detector::load(&path, &Device::Cpu)
+            .err()
+            .expect("an error")
+            .to_string()
+    };
+    for cut in [0, 7, whole.len() / 2, whole.len() - 1] {
+        std::fs::write(&path, &whole[..cut]).unwrap();
+        assert!(load().contains("model.defend"));
+    }
+    std::fs::write(&path, &whole).unwrap();
+    let (_, header) = safetensors::SafeTensors::read_metadata(&whole).unwrap();
+    let tensors: HashMap<String, Tensor> = candle_core::safetensors::load(&path, &Device::Cpu)?;
+    let written = |change: &dyn Fn(&mut HashMap<String, Tensor>)| {
+        let mut tensors = tensors.clone();
+        change(&mut tensors);
+        std::fs::write(
+            &path,
+            safetensors::serialize(&tensors, header.metadata().clone()).unwrap(),
+        )
+        .unwrap();
+        load()
+    };
+    let gone = written(&|tensors| drop(tensors.remove("evidence.groups")));
+    assert!(gone.contains("groups"), "{gone}");
+    let other = written(&|tensors| {
+        let rows = tensors["evidence.normal.0"]
+            .narrow(0, 0, 3)
+            .unwrap()
+            .contiguous()
+            .unwrap();
+        tensors.insert("evidence.normal.0".into(), rows);
+    });
+    assert!(other.contains("model.defend"), "{other}");
+    let nan = written(&|tensors| {
+        let damaged = (&tensors["evidence.patches.0"] / 0.0).unwrap();
+        tensors.insert("evidence.patches.0".into(), damaged);
+    });
+    assert!(nan.contains("patches.0"), "{nan}");
+    Ok(())
+}
+
+#[test]
+fn a_tuned_teacher_can_have_the_closed_form_too() -> Result<(), Error> {
+    let config = DefendConfig {
+        dense: Some(defend_core::dense::DenseConfig {
+            epochs: 1,
+            batch: 8,
+            crop_size: 16,
+            trained_blocks: 1,
+            head_hidden: vec![16],
+            head_output: 8,
+            ..defend_core::dense::DenseConfig::default()
+        }),
+        ..DefendConfig::default()
+    };
+    let builder = Defend::builder().teacher(teacher(7)).config(config);
+    let photos = BackgroundSource::Photos(Arc::new(pictures(5, 0..30, 0)), "photos".into());
+    let fitted = builder
+        .background(photos)
+        .fit(pictures(0, 0..30, 0), &mut Silent)?;
+    assert!(fitted.dense.is_some());
+    assert_eq!(fitted.closed_form().unwrap().summary.background, 30);
+    let untouched = scores(&fit(pictures(0, 0..30, 0)).detector, pictures(3, 0..3, 0));
+    assert_ne!(scores(&fitted.detector, pictures(3, 0..3, 0)), untouched);
+    Ok(())
+}
