@@ -22,9 +22,9 @@ use defend_core::prelude::*;
 use defend_core::vit::{CacheConfig, TrainScope, Vit};
 use ndarray::ArrayView1;
 
-/// AUROC of the rule in PyTorch (`evidence.py` of the project's notes; its formulas are those of `tools/golden_evidence.py`).
-const HORSE: f64 = 0.0;
-const SHEEP: f64 = 0.0;
+/// AUROC of the same rule in PyTorch and f64, to three decimals: the formulas of `tools/golden_evidence.py` on timm's tokens.
+const HORSE: f64 = 0.987;
+const SHEEP: f64 = 0.978;
 
 /// One class of VOC's animals against the others.
 struct Animals {

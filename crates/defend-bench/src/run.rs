@@ -328,13 +328,11 @@ fn worst(
     let misses = order.iter().filter(|&&i| scores[i].abnormal);
     let alarms = order.iter().rev().filter(|&&i| !scores[i].abnormal);
     let kept = |&place: &usize| -> Result<Worst, Error> {
-        let map = match novelties.get(place).and_then(|n| n.map.clone()) {
-            Some(map) => Some(map),
-            None => {
-                let mut again = detector.score_with_maps(&pictures.images(&[place])?)?;
-                again.pop().and_then(|novelty| novelty.map)
-            }
-        };
+        let mut map = novelties.get(place).and_then(|n| n.map.clone());
+        if map.is_none() {
+            let mut again = detector.score_with_maps(&pictures.images(&[place])?)?;
+            map = again.pop().and_then(|novelty| novelty.map);
+        }
         Ok(Worst {
             place,
             grid: map.as_ref().map(|map| map.grid),

@@ -78,7 +78,7 @@ impl DefendBuilder {
     }
 
     /// A teacher of one's own. It stays as it is, so [`DefendConfig::dense`] has to be `None`, and without
-    /// [`Backbone::tensors`] such a detector cannot be saved.
+    /// [`Encoder::tensors`] such a detector cannot be saved.
     #[must_use]
     pub fn own_teacher(mut self, teacher: Arc<dyn Backbone>) -> Self {
         self.backbone = Some(Source::Own(teacher));

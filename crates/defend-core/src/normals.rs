@@ -66,7 +66,7 @@ impl<'a> Normals<'a> {
         let mut rows: Vec<usize> = images.to_vec();
         if patches.is_empty() {
             self.pass(images, true, Stage::Patches, observer, |embedded| {
-                patches.extend(embedded.patches)
+                patches.extend(embedded.patches);
             })?;
             rows = (0..images.len()).collect();
         }

@@ -119,7 +119,8 @@ pub fn scan(
     images: impl Dataset + 'static,
     observer: &mut dyn Observer,
 ) -> Result<Scan, Error> {
-    scan_all(detector, Arc::new(images), Maps::Free, observer)
+    let images: Arc<dyn Dataset> = Arc::new(images);
+    scan_all(detector, &images, Maps::Free, observer)
 }
 
 /// As [`scan()`], with a map in each finding where the detector has maps.
@@ -131,17 +132,18 @@ pub fn scan_with_maps(
     images: impl Dataset + 'static,
     observer: &mut dyn Observer,
 ) -> Result<Scan, Error> {
-    scan_all(detector, Arc::new(images), Maps::Wanted, observer)
+    let images: Arc<dyn Dataset> = Arc::new(images);
+    scan_all(detector, &images, Maps::Wanted, observer)
 }
 
 fn scan_all(
     detector: &dyn NoveltyDetector,
-    images: Arc<dyn Dataset>,
+    images: &Arc<dyn Dataset>,
     maps: Maps,
     observer: &mut dyn Observer,
 ) -> Result<Scan, Error> {
     let mut scan = Scan::default();
-    scan_each::<Error>(detector, &images, maps, observer, &mut |outcome| {
+    scan_each::<Error>(detector, images, maps, observer, &mut |outcome| {
         match outcome {
             Ok((finding, _)) => scan.findings.push(finding),
             Err(failure) => scan.skipped.push(Skipped::from(failure)),

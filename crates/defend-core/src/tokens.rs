@@ -102,13 +102,17 @@ fn values(tensor: &Tensor) -> Result<Vec<f32>, Error> {
 }
 
 fn matrix(tensor: &Tensor) -> Result<Array2<f32>, Error> {
-    Ok(Array2::from_shape_vec(tensor.dims2()?, values(tensor)?)
-        .map_err(|e| candle_core::Error::msg(e))?)
+    Ok(
+        Array2::from_shape_vec(tensor.dims2()?, values(tensor)?)
+            .map_err(candle_core::Error::msg)?,
+    )
 }
 
 pub(crate) fn cube(tensor: &Tensor) -> Result<Array3<f32>, Error> {
-    Ok(Array3::from_shape_vec(tensor.dims3()?, values(tensor)?)
-        .map_err(|e| candle_core::Error::msg(e))?)
+    Ok(
+        Array3::from_shape_vec(tensor.dims3()?, values(tensor)?)
+            .map_err(candle_core::Error::msg)?,
+    )
 }
 
 #[cfg(test)]

@@ -535,3 +535,23 @@ fn a_tuned_teacher_can_have_the_closed_form_too() -> Result<(), Error> {
     assert_ne!(scores(&fitted.detector, pictures(3, 0..3, 0)), untouched);
     Ok(())
 }
+
+/// The embedded backbone comes with ordinary photos.
+#[test]
+#[cfg(feature = "embedded")]
+fn the_embedded_backbone_has_a_background() -> Result<(), Error> {
+    let fitted = Defend::builder().fit(pictures(0, 0..12, 0), &mut Silent)?;
+    let report = fitted.closed_form().unwrap();
+    assert_eq!(report.summary.background, 1000);
+    assert_eq!(report.background.as_deref(), Some("imagenet-sample"));
+    // Another size has other tokens, and says that it goes without.
+    let config = DefendConfig {
+        image_size: Some(96),
+        ..DefendConfig::default()
+    };
+    let small = Defend::builder()
+        .config(config)
+        .fit(pictures(0, 0..3, 0), &mut Silent)?;
+    assert_eq!(small.closed_form().unwrap().background, None);
+    Ok(())
+}

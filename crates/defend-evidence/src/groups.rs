@@ -52,7 +52,7 @@ impl Groups {
 
 /// Groups of unit rows `[n, D]`: every row lies within `share` of the median pairwise squared distance of its group's leader.
 ///
-/// Up to [`MEDIAN_ROWS`] rows by greedy k-centre from the medoid, each row in the group of its nearest leader. Beyond, where
+/// Up to 4,000 rows by greedy k-centre from the medoid, each row in the group of its nearest leader. Beyond, where
 /// the matrix of all distances would not fit, rows are gone through in their order and lead a group of their own when no
 /// leader is near.
 pub fn leaders(rows: ArrayView2<'_, f64>, share: f64) -> Groups {
