@@ -7,6 +7,7 @@ use defend_data::Dataset;
 use defend_dense::{DenseObjective, DenseReport, DenseTuner, PrototypeObjective};
 use defend_distill::{DistillReport, Distiller, MaskPolicy};
 use defend_evidence::{ClosedForm, EvidenceConfig, Summary};
+use defend_metrics::Error::{Empty, TooFewForRate};
 use defend_metrics::FalseAlarmRate;
 use defend_nn::{Rng, TrainingStep};
 use defend_vit::{
@@ -114,13 +115,7 @@ impl Teacher {
         let available = match self {
             Self::Vit(vit) => vit.spec().architecture.depth,
             Self::Own(own) => own.spec().layers,
-            Self::Encoder(_) => {
-                return Err(Error::Config {
-                    field: "student",
-                    value: "masked".into(),
-                    expected: "closed-form for an encoder, which has no CLS attention and no layers to compare".into(),
-                });
-            }
+            Self::Encoder(_) => return Err(needs_backbone()),
         };
         if layers <= available {
             return Ok(());
@@ -150,11 +145,18 @@ impl Teacher {
         match self {
             Self::Vit(vit) => Ok(Arc::new(frozen(&vit, arithmetic)?.with_layers(layers)?)),
             Self::Own(own) => Ok(own),
-            encoder @ Self::Encoder(_) => match encoder.check_layers(layers) {
-                Err(error) => Err(error),
-                Ok(()) => Err(Error::NotSavable { role: "teacher" }),
-            },
+            Self::Encoder(_) => Err(needs_backbone()),
         }
+    }
+}
+
+/// A masked student was asked for with an encoder.
+fn needs_backbone() -> Error {
+    Error::Config {
+        field: "student",
+        value: "masked".into(),
+        expected: "closed-form for an encoder, which has no CLS attention and no layers to compare"
+            .into(),
     }
 }
 
@@ -247,9 +249,12 @@ impl DefendBuilder {
             None => map_scale_of(&detector, &stages.pictures)?,
         };
         if detector.evidence().is_some() {
-            // Too few images for the rate leave it without a threshold, which the caller sees.
             let rate = FalseAlarmRate::new(detector.config.false_alarm_rate)?;
-            let _ = detector.calibrate_on_left_out(rate);
+            match detector.calibrate_on_left_out(rate) {
+                // Too few images for the rate leave it without a threshold, which the caller sees.
+                Ok(_) | Err(Error::Metrics(TooFewForRate { .. } | Empty { .. })) => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(Fitted {
             detector,
