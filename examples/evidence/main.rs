@@ -248,7 +248,10 @@ fn large(images: usize, seed: u64) -> Result<()> {
     ensure!(images > 0, "--images: at least 1");
     let (normal, queries) = {
         let all = synthetic(images + 10 * BATCH, seed)?;
-        (all.rows(0..images), all.rows(images..images + 10 * BATCH))
+        (
+            rows(&all, 0..images),
+            rows(&all, images..images + 10 * BATCH),
+        )
     };
     let before = peak_memory()?;
     let start = Instant::now();
@@ -257,7 +260,7 @@ fn large(images: usize, seed: u64) -> Result<()> {
     let peak = peak_memory()?;
     let start = Instant::now();
     for batch in (0..queries.len()).step_by(BATCH) {
-        form.evaluate(&queries.rows(batch..batch + BATCH), None)?;
+        form.evaluate(&rows(&queries, batch..batch + BATCH), None)?;
     }
     let query = 1000.0 * start.elapsed().as_secs_f64() / queries.len() as f64;
     let summary = form.summary();
@@ -439,13 +442,6 @@ fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
 }
 
 /// Consecutive rows of embeddings.
-trait Rows {
-    /// The rows of this range.
-    fn rows(&self, range: Range<usize>) -> Self;
-}
-
-impl Rows for Embeddings {
-    fn rows(&self, range: Range<usize>) -> Self {
-        self.select(&range.collect::<Vec<usize>>())
-    }
+fn rows(embeddings: &Embeddings, range: Range<usize>) -> Embeddings {
+    embeddings.select(&range.collect::<Vec<usize>>())
 }

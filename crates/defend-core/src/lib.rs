@@ -1,20 +1,20 @@
 //! Novelty detection that knows what an object is: *does this picture show what I have called normal,
 //! even when other things are in it too?*
 //!
-//! The method of "Redefining Normal" (Salehi et al., ACCV 2024): a pretrained Vision Transformer is
-//! fine-tuned on normal images with a dense objective, a student learns to predict its features from
-//! part of each image, and an image is novel where the student fails.
+//! The method of "Redefining Normal" (Salehi et al., ACCV 2024): a student learns the features that a frozen, pretrained Vision
+//! Transformer has of normal images, and an image is novel where the student fails. By default the student is the
+//! closed form of an infinitely wide one ([`evidence`]), so that a fit takes seconds, has a threshold at once and explains its
+//! scores; [`Recipe::Paper`] is the paper's pipeline, in which the teacher is tuned and the student trained.
 //!
 //! ```no_run
 //! use defend_core::prelude::*;
 //!
 //! let mut bar = ProgressBar::new();
-//! let mut detector = Defend::builder()
+//! let detector = Defend::builder()
 //!     .backbone(Pretrained::hub("timm/vit_small_patch16_224.augreg_in21k_ft_in1k"))
 //!     .device(best_device())
 //!     .fit(ImageFolder::open("normal/")?, &mut bar)?
 //!     .detector;
-//! detector.calibrate(ImageFolder::open("held-out/")?, FalseAlarmRate::new(0.05)?, &mut bar)?;
 //! detector.save("dogs.defend")?;
 //!
 //! let detector = Detector::load("dogs.defend", &best_device())?;

@@ -5,7 +5,7 @@ use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
 use crate::contrast::{Contrast, unlike_normals};
-use crate::groups::{kernel_width, leaders, similarity};
+use crate::groups::{kernel_width, leaders, nearest_leaders, similarity};
 use crate::posterior::{ExactPosterior, Explained, LocalPosterior};
 use crate::{Embeddings, Error, EvidenceConfig, Groups, PatchMemory, PatchTokens, Standard};
 
@@ -174,9 +174,10 @@ impl ClosedForm {
             x = x.select(Axis(0), &leaders);
             groups = Groups::single(leaders.len());
         }
-        let width = kernel_width(x.view(), &groups, config.posterior.width).unwrap_or(LONE_WIDTH);
+        let nearest = nearest_leaders(x.view(), &groups, ALIKE_NEIGHBOURS);
+        let width = kernel_width(&nearest, config.posterior.width).unwrap_or(LONE_WIDTH);
+        let alike = similarity(&nearest);
         let judged = judged_rows(kept.len(), config.posterior.exact_images);
-        let alike = similarity(x.view(), &groups, ALIKE_NEIGHBOURS);
         let posterior = posterior(x, &groups, width, config)?;
         let left_out = match &posterior {
             Posterior::Exact(exact) => exact

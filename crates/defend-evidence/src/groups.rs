@@ -152,15 +152,12 @@ fn most_similar(block: ArrayView2<'_, f32>, led: &[f32], width: usize) -> Vec<(f
 }
 
 /// The kernel width of the posterior: `factor` over the median squared distance of a leader to the nearest other leader.
+/// `nearest`: of [`nearest_leaders`].
 ///
 /// `None` with fewer than two leaders, or when most of them lie on each other: there is no scale.
-pub fn kernel_width(rows: ArrayView2<'_, f64>, groups: &Groups, factor: f64) -> Option<f64> {
-    let nearest = nearest_leaders(rows, groups, 1)
-        .into_iter()
-        .filter_map(|near| near.first().copied());
-    let distances: Vec<f64> = nearest
-        .map(|similarity| (2.0 - 2.0 * similarity).max(0.0))
-        .collect();
+pub fn kernel_width(nearest: &[Vec<f64>], factor: f64) -> Option<f64> {
+    let similarities = nearest.iter().filter_map(|near| near.first());
+    let distances: Vec<f64> = similarities.map(|s| (2.0 - 2.0 * s).max(0.0)).collect();
     if distances.is_empty() {
         return None;
     }
@@ -168,16 +165,15 @@ pub fn kernel_width(rows: ArrayView2<'_, f64>, groups: &Groups, factor: f64) -> 
     width.is_finite().then_some(width)
 }
 
-/// How alike the images are: mean similarity of leaders to their `neighbours` nearest other leaders, 0 for a single one.
-pub fn similarity(rows: ArrayView2<'_, f64>, groups: &Groups, neighbours: usize) -> f64 {
-    let nearest = nearest_leaders(rows, groups, neighbours);
+/// How alike the images are: the mean of these similarities of [`nearest_leaders`], 0 for a single leader.
+pub fn similarity(nearest: &[Vec<f64>]) -> f64 {
     let count: usize = nearest.iter().map(Vec::len).sum();
     let sum: f64 = nearest.iter().flatten().sum();
     if count == 0 { 0.0 } else { sum / count as f64 }
 }
 
-/// Similarities of leaders to their `count` nearest other leaders, of at most [`MEDIAN_ROWS`] leaders.
-fn nearest_leaders(rows: ArrayView2<'_, f64>, groups: &Groups, count: usize) -> Vec<Vec<f64>> {
+/// Similarities of leaders to their `count` nearest other leaders, the nearest first; of at most 4,000 leaders, evenly spread.
+pub fn nearest_leaders(rows: ArrayView2<'_, f64>, groups: &Groups, count: usize) -> Vec<Vec<f64>> {
     let all = rows.select(Axis(0), &groups.leaders);
     let total = all.nrows();
     if total < 2 {
@@ -189,29 +185,22 @@ fn nearest_leaders(rows: ArrayView2<'_, f64>, groups: &Groups, count: usize) -> 
         (0..total).collect()
     };
     let count = count.min(total - 1);
+    let nearest = |(row, &own): (ndarray::ArrayView1<'_, f64>, &usize)| {
+        let others = row.iter().enumerate().filter(|(i, _)| *i != own);
+        let mut others: Vec<f64> = others.map(|(_, s)| *s).collect();
+        others.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a));
+        // A vector of its own: the other one has room for all leaders.
+        let mut nearest = others[..count].to_vec();
+        // The sum of a partial sort depends on its order.
+        nearest.sort_by(|a, b| b.total_cmp(a));
+        nearest
+    };
     asked
         .chunks(BLOCK)
         .flat_map(|some| {
             let similarities = product(all.select(Axis(0), some).view(), all.view());
-            let rows: Vec<Vec<f64>> = similarities
-                .axis_iter(Axis(0))
-                .into_par_iter()
-                .zip(some)
-                .map(|(row, &own)| {
-                    let mut others: Vec<f64> = row
-                        .iter()
-                        .enumerate()
-                        .filter(|(i, _)| *i != own)
-                        .map(|(_, s)| *s)
-                        .collect();
-                    others.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a));
-                    others.truncate(count);
-                    // The sum of a partial sort depends on its order.
-                    others.sort_by(|a, b| b.total_cmp(a));
-                    others
-                })
-                .collect();
-            rows
+            let rows = similarities.axis_iter(Axis(0)).into_par_iter();
+            rows.zip(some).map(nearest).collect::<Vec<_>>()
         })
         .collect()
 }
@@ -287,9 +276,10 @@ mod tests {
         let same = Array2::from_elem((5, 1), 1.0);
         let groups = leaders(same.view(), 0.2);
         assert_eq!((groups.len(), groups.of.as_slice()), (1, &[0; 5][..]));
-        assert_eq!(kernel_width(same.view(), &groups, 1.5), None);
-        assert_eq!(similarity(same.view(), &groups, 5), 0.0);
-        assert_eq!(kernel_width(same.view(), &Groups::single(5), 1.5), None);
+        let nearest = |groups: &Groups| nearest_leaders(same.view(), groups, 5);
+        assert_eq!(kernel_width(&nearest(&groups), 1.5), None);
+        assert_eq!(similarity(&nearest(&groups)), 0.0);
+        assert_eq!(kernel_width(&nearest(&Groups::single(5)), 1.5), None);
     }
 
     #[test]

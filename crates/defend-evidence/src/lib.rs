@@ -35,7 +35,7 @@ pub use config::{ContrastConfig, EvidenceConfig, PatchConfig, PosteriorConfig};
 pub use contrast::{Contrast, unlike_normals};
 pub use embeddings::Embeddings;
 pub use error::Error;
-pub use groups::{Groups, kernel_width, leaders, similarity};
+pub use groups::{Groups, kernel_width, leaders, nearest_leaders, similarity};
 pub use patches::{CoreSet, PatchDistances, PatchMemory, PatchTokens};
 pub use posterior::{ExactPosterior, Explained, LocalPosterior, NAMED_GROUPS};
 pub use standard::Standard;

@@ -4,10 +4,10 @@
 //! the bits of a result.
 
 use faer::linalg::matmul::matmul;
-use faer::linalg::solvers::DenseSolveCore;
+use faer::linalg::solvers::{DenseSolveCore, Solve};
 use faer::traits::ComplexField;
 use faer::{Accum, MatMut, MatRef, Par, Side};
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array1, Array2, ArrayView2, s};
 use rayon::prelude::*;
 
 use crate::Error;
@@ -118,6 +118,28 @@ pub(crate) fn inverse(matrix: &Array2<f64>, what: &'static str) -> Result<Array2
     }))
 }
 
+/// The solution `x` of `matrix x = right` for a symmetric positive definite matrix.
+///
+/// # Errors
+/// [`Error::Factorisation`] when it is not positive definite.
+pub(crate) fn solve(
+    matrix: &Array2<f64>,
+    right: &Array1<f64>,
+    what: &'static str,
+) -> Result<Array1<f64>, Error> {
+    let order = matrix.nrows();
+    let failed = || Error::Factorisation {
+        what,
+        images: order,
+    };
+    let (values, right) = (matrix.as_slice().ok_or_else(failed)?, right.to_vec());
+    let factors = MatRef::from_row_major_slice(values, order, order)
+        .llt(Side::Lower)
+        .map_err(|_| failed())?;
+    let solution = factors.solve(MatRef::from_column_major_slice(&right, order, 1));
+    Ok(Array1::from_shape_fn(order, |i| solution[(i, 0)]))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -180,6 +202,10 @@ mod tests {
         let spd = product(a.view(), a.view()) + Array2::<f64>::eye(50);
         let inverse = inverse(&spd, "kernel").unwrap();
         let difference = inverse.dot(&spd) - Array2::<f64>::eye(50);
+        assert!(difference.iter().all(|d| d.abs() < 1e-10));
+        let right = Array1::from_shape_fn(50, |i| (i as f64).cos());
+        let solution = solve(&spd, &right, "kernel").unwrap();
+        let difference = solution - inverse.dot(&right);
         assert!(difference.iter().all(|d| d.abs() < 1e-10));
         let asymmetric = &inverse - &inverse.t();
         assert!(asymmetric.iter().all(|d| *d == 0.0));

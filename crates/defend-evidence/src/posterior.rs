@@ -6,7 +6,7 @@
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 use rayon::prelude::*;
 
-use crate::linear::{inverse, kernel, product, squared_distances};
+use crate::linear::{inverse, kernel, product, solve, squared_distances};
 use crate::{Error, Groups};
 
 /// Variances are not taken to be less.
@@ -242,7 +242,7 @@ impl LocalPosterior {
             let k = distances.row(0).mapv(|d| (-self.width * d).exp());
             let mut matrix = kernel(points.view(), points.view(), self.width);
             matrix.diag_mut().mapv_inplace(|v| v + self.ridge);
-            let alpha = inverse(&matrix, "kernel")?.dot(&k);
+            let alpha = solve(&matrix, &k, "kernel")?;
             let nearest = distances.iter().copied().fold(f64::INFINITY, f64::min);
             let weights = near
                 .iter()
