@@ -346,3 +346,28 @@ impl Chunk {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_core_set_takes_one_of_each_heap() {
+        // Five heaps of 300 patches, far apart: five centres are one of each, whatever the number of projected channels.
+        let mut rng = Rng::seed(1);
+        let rows = Array2::from_shape_fn((1500, 12), |(i, j)| {
+            let noise = 0.01 * standard_normal(&mut rng) as f32;
+            noise + if i % 5 == j { 1.0 } else { 0.0 }
+        });
+        for width in [16, 17, 64] {
+            let mut chosen = core_set(rows.view(), 5, width, &mut Rng::seed(3));
+            for row in &mut chosen {
+                *row %= 5;
+            }
+            chosen.sort_unstable();
+            assert_eq!(chosen, [0, 1, 2, 3, 4], "{width} channels");
+        }
+        let all = core_set(rows.view(), 9999, 16, &mut Rng::seed(3));
+        assert_eq!(all.len(), 1500);
+    }
+}
