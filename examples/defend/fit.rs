@@ -74,13 +74,16 @@ pub(crate) fn summarize(fitted: &Fitted) {
     }
 }
 
+/// Fewer groups than this leave little to learn from.
+const FEW_GROUPS: usize = 20;
+
 fn describe(report: &ClosedFormReport) {
     let found = &report.summary;
     let (images, groups) = (thousands(found.images), thousands(found.groups));
     eprintln!("closed form: {images} images, {groups} groups of near copies");
-    if groups_are_few(found.groups) {
+    if found.groups < FEW_GROUPS {
         eprintln!(
-            "with fewer than 20 groups there is little to learn from: more different normal pictures help most"
+            "with fewer than {FEW_GROUPS} groups there is little to learn from: more different normal pictures help most"
         );
     }
     match &report.background {
@@ -98,10 +101,6 @@ fn describe(report: &ClosedFormReport) {
         "patches: weight {:.2}, since normal pictures are alike by {:.3}",
         report.patch_weight, found.alike
     );
-}
-
-fn groups_are_few(groups: usize) -> bool {
-    groups < 20
 }
 
 /// `1600` as `1,600`.

@@ -15,7 +15,8 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
-use crate::observer::{Event, Observer, Stage};
+use crate::normals::Normals;
+use crate::observer::{Observer, Stage};
 use crate::persist::write_atomically;
 use crate::scan::preprocess_of;
 use crate::tokens::{TokenBlocks, cube};
@@ -54,14 +55,18 @@ impl TeacherIdentity {
     /// # Errors
     /// [`Error::Vit`] for a teacher that does not show its tensors.
     pub(crate) fn of(teacher: &dyn Encoder, fit: Fit) -> Result<Self, Error> {
+        Ok(Self::with_weights(teacher, fit, weights_hash(teacher)?))
+    }
+
+    fn with_weights(teacher: &dyn Encoder, fit: Fit, weights: String) -> Self {
         let spec = teacher.spec();
-        Ok(Self {
+        Self {
             name: spec.name.clone(),
-            weights: weights_hash(teacher)?,
+            weights,
             image_size: spec.architecture.image_size,
             fit,
             blocks: TokenBlocks::of(spec.architecture.depth).last().to_vec(),
-        })
+        }
     }
 
     /// Whether tokens of the other teacher are comparable; names do not count.
@@ -157,45 +162,29 @@ impl Background {
             strict,
             observer,
         )?;
-        let (stage, total) = (Stage::Background, pictures.len());
-        observer.on(&Event::Started {
-            stage,
-            images: total as u64,
-        });
         let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
         let mut rng = Rng::stream(0, PATCH_STREAM);
-        let mut parts: Vec<Vec<Array2<f32>>> = Vec::new();
-        let mut patches = Vec::new();
-        let order: Vec<usize> = (0..total).collect();
-        pictures.announce(&order);
-        for batch in order.chunks(crate::fit::PASS_BATCH) {
-            let embedded = blocks.embed(teacher, &pictures.images(batch)?, false)?;
-            parts.resize(embedded.images.parts().len(), Vec::new());
-            for (all, part) in parts.iter_mut().zip(embedded.images.parts()) {
-                all.push(part.clone());
-            }
+        let (mut batches, mut patches) = (Vec::new(), Vec::new());
+        let all: Vec<usize> = (0..pictures.len()).collect();
+        let teacher_pass = Normals::new(teacher, &blocks, &pictures);
+        teacher_pass.pass(&all, false, Stage::Background, observer, |embedded| {
+            batches.push(embedded.images);
             if let Some(tokens) = embedded.last_patches {
                 for image in cube(&tokens)?.axis_iter(Axis(0)) {
                     let some = sample(&mut rng, image.nrows(), PATCHES_A_PHOTO.min(image.nrows()));
                     patches.push(image.select(Axis(0), &some.into_vec()));
                 }
             }
-            observer.on(&Event::Advanced {
-                images: batch.len() as u64,
-                loss: None,
-            });
-        }
-        observer.on(&Event::Finished { stage });
-        let joined = |rows: Vec<Array2<f32>>| -> Result<Quantized, Error> {
-            let views: Vec<_> = rows.iter().map(|rows| rows.view()).collect();
-            let all = ndarray::concatenate(Axis(0), &views).map_err(candle_core::Error::msg)?;
-            Ok(Quantized::of(&all))
-        };
+            Ok(())
+        })?;
+        let views: Vec<_> = patches.iter().map(|rows| rows.view()).collect();
+        let patches = ndarray::concatenate(Axis(0), &views).map_err(candle_core::Error::msg)?;
+        let images = Embeddings::joined(&batches)?;
         Ok(Self {
             teacher: identity,
             source,
-            parts: parts.into_iter().map(joined).collect::<Result<_, _>>()?,
-            patches: joined(patches)?,
+            parts: images.parts().iter().map(Quantized::of).collect(),
+            patches: Quantized::of(&patches),
         })
     }
 
@@ -446,15 +435,8 @@ impl Checked {
         match self.source {
             BackgroundSource::Ready(ready) => Ok(Some(*ready)),
             BackgroundSource::Photos(photos, source) => {
-                let spec = teacher.spec();
-                let identity = TeacherIdentity {
-                    name: spec.name.clone(),
-                    // Of a background that stays inside the fit.
-                    weights: String::new(),
-                    image_size: spec.architecture.image_size,
-                    fit,
-                    blocks: TokenBlocks::of(spec.architecture.depth).last().to_vec(),
-                };
+                // Of a background that stays inside the fit nobody asks for the weights.
+                let identity = TeacherIdentity::with_weights(teacher, fit, String::new());
                 Background::collect(
                     teacher,
                     identity,

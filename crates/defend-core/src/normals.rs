@@ -39,21 +39,14 @@ impl<'a> Normals<'a> {
     pub(crate) fn embeddings(&mut self, observer: &mut dyn Observer) -> Result<Embeddings, Error> {
         let keep = self.pictures.len() <= KEPT_PATCH_IMAGES;
         let all: Vec<usize> = (0..self.pictures.len()).collect();
-        let (mut parts, mut patches) = (Vec::new(), Vec::new());
+        let (mut batches, mut patches) = (Vec::new(), Vec::new());
         self.pass(&all, keep, Stage::Embed, observer, |embedded| {
-            parts.resize(embedded.images.parts().len(), Vec::new());
-            for (all, part) in parts.iter_mut().zip(embedded.images.parts()) {
-                all.push(part.clone());
-            }
+            batches.push(embedded.images);
             patches.extend(embedded.patches);
+            Ok(())
         })?;
         self.patches = patches;
-        let join = |rows: Vec<ndarray::Array2<f32>>| {
-            let views: Vec<_> = rows.iter().map(|rows| rows.view()).collect();
-            ndarray::concatenate(Axis(0), &views).map_err(candle_core::Error::msg)
-        };
-        let parts = parts.into_iter().map(join).collect::<Result<_, _>>()?;
-        Ok(Embeddings::new(parts)?)
+        Ok(Embeddings::joined(&batches)?)
     }
 
     /// Patch tokens of some images, in the order asked for.
@@ -67,6 +60,7 @@ impl<'a> Normals<'a> {
         if patches.is_empty() {
             self.pass(images, true, Stage::Patches, observer, |embedded| {
                 patches.extend(embedded.patches);
+                Ok(())
             })?;
             rows = (0..images.len()).collect();
         }
@@ -84,13 +78,14 @@ impl<'a> Normals<'a> {
         Ok(PatchTokens::new(blocks)?)
     }
 
-    fn pass(
+    /// Hands over what is taken of each batch; features that are not finite name their image.
+    pub(crate) fn pass(
         &self,
         images: &[usize],
         with_patches: bool,
         stage: Stage,
         observer: &mut dyn Observer,
-        mut on_batch: impl FnMut(Embedded),
+        mut on_batch: impl FnMut(Embedded) -> Result<(), Error>,
     ) -> Result<(), Error> {
         observer.on(&Event::Started {
             stage,
@@ -112,7 +107,7 @@ impl<'a> Normals<'a> {
                     }
                     other => other,
                 }
-            })?);
+            })?)?;
             observer.on(&Event::Advanced {
                 images: batch.len() as u64,
                 loss: None,

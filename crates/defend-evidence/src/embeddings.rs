@@ -1,6 +1,6 @@
 //! What stands for an image: a few vectors of a frozen network.
 
-use ndarray::{Array1, Array2, Axis, s};
+use ndarray::{Array1, Array2, Axis, concatenate, s};
 use std::cmp::Ordering;
 
 use crate::Error;
@@ -55,6 +55,28 @@ impl Embeddings {
                 });
             }
         }
+        Ok(Self { parts })
+    }
+
+    /// The images of some batches, one after the other.
+    ///
+    /// # Errors
+    /// [`Error::Empty`] without any batch, [`Error::Shape`] for batches of other widths than the first.
+    pub fn joined(batches: &[Self]) -> Result<Self, Error> {
+        let Some(first) = batches.first() else {
+            return Err(Error::Empty { what: "embeddings" });
+        };
+        for batch in batches {
+            first.check_widths(batch, "a batch of embeddings")?;
+        }
+        let join = |part: usize| {
+            let views: Vec<_> = batches
+                .iter()
+                .map(|batch| batch.parts[part].view())
+                .collect();
+            concatenate(Axis(0), &views).map_err(|_| Error::Empty { what: "embeddings" })
+        };
+        let parts = (0..first.parts.len()).map(join).collect::<Result<_, _>>()?;
         Ok(Self { parts })
     }
 
@@ -169,6 +191,25 @@ mod tests {
         assert_eq!(images.features(3).ncols(), 6);
         let nothing = Embeddings::new(vec![array![[0.0, 0.0]]]).unwrap();
         assert_eq!(nothing.features(1), array![[0.0, 0.0]]);
+    }
+
+    #[test]
+    fn batches_are_joined() {
+        let batch = |value: f32| {
+            Embeddings::new(vec![
+                array![[value], [value]],
+                array![[value, 1.0], [value, 2.0]],
+            ])
+        };
+        let (a, b) = (batch(1.0).unwrap(), batch(2.0).unwrap());
+        let both = Embeddings::joined(&[a.clone(), b.clone()]).unwrap();
+        assert_eq!((both.select(&[0, 1]), both.select(&[2, 3])), (a.clone(), b));
+        assert!(Embeddings::joined(&[]).is_err());
+        let other = Embeddings::new(vec![array![[1.0]]]).unwrap();
+        assert!(matches!(
+            Embeddings::joined(&[a, other]),
+            Err(Error::Shape { .. })
+        ));
     }
 
     #[test]

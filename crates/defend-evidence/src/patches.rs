@@ -171,9 +171,8 @@ impl PatchMemory {
         tokens: &PatchTokens,
         left_out: Option<&[usize]>,
     ) -> Result<Vec<PatchDistances>, Error> {
-        let widths = |sizes: Vec<usize>| sizes;
-        let expected = widths(self.blocks.iter().map(|b| b.patches.ncols()).collect());
-        let found = widths(tokens.blocks.iter().map(|b| b.len_of(Axis(2))).collect());
+        let expected: Vec<usize> = self.blocks.iter().map(|b| b.patches.ncols()).collect();
+        let found: Vec<usize> = tokens.blocks.iter().map(|b| b.len_of(Axis(2))).collect();
         if found != expected {
             return Err(Error::Shape {
                 what: "channels of the patch tokens".into(),

@@ -627,9 +627,8 @@ mod tests {
     use super::*;
     use crate::Architecture;
 
-    #[test]
-    fn intermediates_are_the_layers_of_the_features() -> Result<(), Error> {
-        let spec = BackboneSpec::new(Architecture {
+    fn small() -> BackboneSpec {
+        BackboneSpec::new(Architecture {
             image_size: 16,
             patch_size: 4,
             width: 24,
@@ -637,8 +636,12 @@ mod tests {
             heads: 3,
             mlp_width: 32,
             ..Architecture::vit_tiny()
-        });
-        let vit = Vit::random(spec, 0.0, &mut Rng::seed(4), &Device::Cpu)?.with_layers(4)?;
+        })
+    }
+
+    #[test]
+    fn intermediates_are_the_layers_of_the_features() -> Result<(), Error> {
+        let vit = Vit::random(small(), 0.0, &mut Rng::seed(4), &Device::Cpu)?.with_layers(4)?;
         let images = normal((3, 3, 16, 16), 1.0, &mut Rng::seed(5), &Device::Cpu)?;
         let (found, features) = (
             vit.intermediates(&images, &[0, 2, 3])?,
@@ -665,16 +668,7 @@ mod tests {
     /// Factors are drawn for each block in turn and meet their own block, whichever blocks run together.
     #[test]
     fn stochastic_depth_is_drawn_block_by_block() -> Result<(), Error> {
-        let spec = BackboneSpec::new(Architecture {
-            image_size: 16,
-            patch_size: 4,
-            width: 24,
-            depth: 4,
-            heads: 3,
-            mlp_width: 32,
-            ..Architecture::vit_tiny()
-        });
-        let vit = Vit::random(spec, 0.8, &mut Rng::seed(4), &Device::Cpu)?;
+        let vit = Vit::random(small(), 0.8, &mut Rng::seed(4), &Device::Cpu)?;
         let images = normal((5, 3, 16, 16), 1.0, &mut Rng::seed(5), &Device::Cpu)?;
         let (mut tokens, _) = vit.embed(&images, None)?;
         let rng = &mut Rng::seed(6);
