@@ -99,6 +99,9 @@ pub struct SystemEntry {
     /// Protocols and data sets that it runs on, such as `voc` or `one-vs-all`; everything without it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub only: Vec<String>,
+    /// Those of the benchmark's seeds that it runs with; all without it. For systems that take long.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub seeds: Vec<u64>,
     /// The system and its settings.
     #[serde(flatten)]
     pub system: SystemConfig,
@@ -118,6 +121,11 @@ impl SystemEntry {
                 .only
                 .iter()
                 .any(|name| name == data || name == protocol)
+    }
+
+    /// Whether it runs with a seed.
+    pub fn runs_with(&self, seed: u64) -> bool {
+        self.seeds.is_empty() || self.seeds.contains(&seed)
     }
 }
 
@@ -201,7 +209,18 @@ impl BenchConfig {
         unique(
             "systems",
             self.systems.iter().map(SystemEntry::name).collect(),
-        )
+        )?;
+        for system in &self.systems {
+            let unknown = system.seeds.iter().find(|seed| !self.seeds.contains(seed));
+            if let Some(seed) = unknown {
+                return Err(format!(
+                    "seed {seed} of system \"{}\" is none of the benchmark's seeds {:?}",
+                    system.name(),
+                    self.seeds
+                ));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -229,6 +248,7 @@ mod tests {
         kind = "patch-core"
         share = 0.01
         only = ["cameras"]
+        seeds = [0]
     "#;
 
     fn read(text: &str) -> Result<BenchConfig, Error> {
@@ -251,6 +271,8 @@ mod tests {
         assert_eq!(config.systems[1].name(), "PatchCore");
         assert!(config.systems[1].runs_on("cameras", "one-vs-all"));
         assert!(!config.systems[1].runs_on("voc", "one-vs-all"));
+        assert!(config.systems[1].runs_with(0) && !config.systems[1].runs_with(1));
+        assert!(config.systems[0].runs_with(1));
     }
 
     #[cfg(feature = "hub")]
@@ -275,6 +297,7 @@ mod tests {
         fails("kind = \"patch-core\"", "kind = \"csi\"", "csi");
         fails("output", "outputs", "outputs");
         fails("share = 0.01", "shares = 0.01", "shares");
+        fails("seeds = [0]", "seeds = [3]", "seed 3 of system \"PatchCore\"");
         fails(
             "kind = \"patch-core\"\n        share = 0.01",
             "kind = \"defend\"\n        recipe = \"paper\"",

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use defend_core::metrics::{Auroc, Experiment as Sample, compare, mean_interval};
+use defend_core::metrics::{Auroc, Experiment as Sample, Interval, compare, mean_interval};
 use ndarray::Array1;
 
 use crate::page::write_page;
@@ -14,6 +14,8 @@ use crate::{Error, Record, Table};
 const RESAMPLES: usize = 1000;
 /// Confidence of the intervals.
 const CONFIDENCE: f64 = 0.95;
+/// Seed of the bootstrap.
+const BOOTSTRAP_SEED: u64 = 0;
 /// Where no run is.
 const NONE: &str = "–";
 
@@ -149,12 +151,13 @@ impl<'a> Group<'a> {
         found.copied()
     }
 
-    /// The first seed's record of every system.
+    /// Every system's record of the first seed that it ran with.
     pub(crate) fn of_experiment(&self, experiment: &str) -> impl Iterator<Item = &'a Record> {
-        let experiment = experiment.to_owned();
-        let seed = self.seeds.first().copied().unwrap_or(0);
         let systems = self.systems.iter();
-        systems.filter_map(move |system| self.find(system, &experiment, seed))
+        systems.filter_map(move |system| {
+            let mut seeds = self.seeds.iter();
+            seeds.find_map(|&seed| self.find(system, experiment, seed))
+        })
     }
 
     /// Every experiment's record of a system and a seed; `None` when one is missing.
@@ -165,11 +168,14 @@ impl<'a> Group<'a> {
             .collect()
     }
 
-    /// Mean AUROC over experiments and seeds, where all are there.
+    /// Mean AUROC over experiments and the seeds with which it ran in all of them.
     fn mean(&self, system: &str) -> Option<f64> {
-        let all = self.seeds.iter().map(|&seed| self.whole(system, seed));
-        let all: Vec<&Record> = all.collect::<Option<Vec<_>>>()?.concat();
-        Some(all.iter().map(|r| r.figures.auroc).sum::<f64>() / all.len() as f64)
+        let all = self.seeds.iter();
+        let all: Vec<&Record> = all
+            .filter_map(|&seed| self.whole(system, seed))
+            .flatten()
+            .collect();
+        (!all.is_empty()).then(|| all.iter().map(|r| r.figures.auroc).sum::<f64>() / all.len() as f64)
     }
 
     /// Systems by experiments, with the mean, its interval, and the comparison with the first system.
@@ -208,8 +214,8 @@ impl<'a> Group<'a> {
             title: format!("{}, {}", self.data, self.protocol),
             note: format!(
                 "AUROC in %, {backbone}, {} seed(s), {}–{} training and {images} test images an experiment. Intervals: \
-                 stratified bootstrap over test images ({RESAMPLES}), experiments taken as independent; differences \
-                 and p-values are paired, of the first seed.",
+                 stratified bootstrap over test images ({RESAMPLES}), the same for all seeds, experiments taken \
+                 as independent; differences and p-values are paired.",
                 self.seeds.len(),
                 train.iter().min().unwrap_or(&0),
                 train.iter().max().unwrap_or(&0),
@@ -242,64 +248,56 @@ impl<'a> Group<'a> {
         }
     }
 
-    /// Mean and interval over the experiments; bounds are means over the seeds.
-    fn interval(&self, system: &str) -> Result<String, Error> {
-        let (mut sums, mut count) = ([0.0; 3], 0.0);
-        for &seed in &self.seeds {
-            let Some(records) = self.whole(system, seed) else {
-                return Ok(NONE.into());
-            };
-            let scores: Vec<_> = records.iter().map(|record| values(record)).collect();
-            let samples: Vec<Sample<'_>> = scores
-                .iter()
-                .map(|(scores, abnormal)| Sample {
-                    scores: scores.view(),
-                    abnormal: abnormal.view(),
-                })
-                .collect();
-            let found = mean_interval(&Auroc, &samples, RESAMPLES, CONFIDENCE, seed)?;
-            for (sum, value) in sums.iter_mut().zip([found.estimate, found.low, found.high]) {
-                *sum += value;
-            }
-            count += 1.0;
-        }
-        let [estimate, low, high] = sums.map(|sum| percent(sum / count));
-        Ok(format!("{estimate} [{low}, {high}]"))
+    /// The seeds with which a system ran in every experiment.
+    fn seeds_of(&self, system: &str) -> Vec<u64> {
+        let seeds = self.seeds.iter().copied();
+        seeds
+            .filter(|&seed| self.whole(system, seed).is_some())
+            .collect()
     }
 
-    /// Difference to the first system and its p-value; [`Record::read_all`] lets only runs on the same pictures into a group.
+    /// A system's scores in every experiment, one run a seed; `None` without a seed, or when a run is missing.
+    fn scores(&self, system: &str, seeds: &[u64]) -> Option<Vec<Scores>> {
+        let experiment = |experiment: &&str| {
+            let records = seeds.iter().map(|&s| self.find(system, experiment, s));
+            Scores::of(&records.collect::<Option<Vec<_>>>()?)
+        };
+        self.experiments.iter().map(experiment).collect()
+    }
+
+    /// Mean over experiments and seeds with its interval.
+    fn interval(&self, system: &str) -> Result<String, Error> {
+        let Some(scores) = self.scores(system, &self.seeds_of(system)) else {
+            return Ok(NONE.into());
+        };
+        let samples: Vec<Sample<'_>> = scores.iter().map(Scores::sample).collect();
+        let found = mean_interval(&Auroc, &samples, RESAMPLES, CONFIDENCE, BOOTSTRAP_SEED)?;
+        Ok(bounds(&found))
+    }
+
+    /// Difference to the first system over the seeds of both, and its p-value; [`Record::read_all`] lets only runs on the
+    /// same pictures into a group.
     fn comparison(&self, system: &str) -> Result<[String; 2], Error> {
-        let none = || [NONE.to_owned(), NONE.to_owned()];
-        let (Some(&first), Some(&seed)) = (self.systems.first(), self.seeds.first()) else {
-            return Ok(none());
+        let scores = self.systems.first().and_then(|&first| {
+            let mut seeds = self.seeds_of(first);
+            seeds.retain(|seed| self.whole(system, *seed).is_some());
+            let other = (system != first).then_some(first)?;
+            Some((self.scores(system, &seeds)?, self.scores(other, &seeds)?))
+        });
+        let Some((own, first)) = scores else {
+            return Ok([NONE, NONE].map(String::from));
         };
-        let (Some(own), Some(others)) = (self.whole(system, seed), self.whole(first, seed)) else {
-            return Ok(none());
-        };
-        if system == first {
-            return Ok(none());
-        }
-        let own: Vec<_> = own.iter().map(|record| values(record)).collect();
-        let others: Vec<_> = others.iter().map(|record| values(record)).collect();
-        let pairs: Vec<_> = own
-            .iter()
-            .zip(&others)
-            .map(|((scores, abnormal), (other, _))| {
-                let sample = Sample {
-                    scores: scores.view(),
-                    abnormal: abnormal.view(),
-                };
-                (sample, other.view())
-            })
-            .collect();
-        let found = compare(&Auroc, &pairs, RESAMPLES, CONFIDENCE, seed)?;
-        let difference = found.difference;
-        let [estimate, low, high] =
-            [difference.estimate, difference.low, difference.high].map(percent);
-        Ok([
-            format!("{estimate} [{low}, {high}]"),
-            format!("{:.3}", found.p_value),
-        ])
+        let own: Vec<Sample<'_>> = own.iter().map(Scores::sample).collect();
+        let first: Vec<Sample<'_>> = first.iter().map(Scores::sample).collect();
+        let found = compare(
+            &Auroc,
+            &own,
+            &first,
+            RESAMPLES,
+            CONFIDENCE,
+            BOOTSTRAP_SEED,
+        )?;
+        Ok([bounds(&found.difference), format!("{:.3}", found.p_value)])
     }
 
     /// Image and pixel figures, where pixels were scored.
@@ -394,10 +392,33 @@ fn summaries(groups: &[Group<'_>]) -> Vec<Table> {
     protocols.iter().map(table).collect()
 }
 
-fn values(record: &Record) -> (Array1<f64>, Array1<bool>) {
-    let scores = record.scores.iter();
-    let abnormal = scores.clone().map(|scored| scored.abnormal).collect();
-    (scores.map(|scored| scored.score).collect(), abnormal)
+/// Scores of a system in one experiment: a run a seed, on the same test images.
+struct Scores {
+    runs: Vec<Array1<f64>>,
+    abnormal: Array1<bool>,
+}
+
+impl Scores {
+    fn of(records: &[&Record]) -> Option<Self> {
+        let run = |record: &&Record| record.scores.iter().map(|scored| scored.score).collect();
+        let truth = records.first()?.scores.iter();
+        Some(Self {
+            runs: records.iter().map(run).collect(),
+            abnormal: truth.map(|scored| scored.abnormal).collect(),
+        })
+    }
+
+    fn sample(&self) -> Sample<'_> {
+        Sample {
+            runs: self.runs.iter().map(|run| run.view()).collect(),
+            abnormal: self.abnormal.view(),
+        }
+    }
+}
+
+fn bounds(found: &Interval) -> String {
+    let [estimate, low, high] = [found.estimate, found.low, found.high].map(percent);
+    format!("{estimate} [{low}, {high}]")
 }
 
 fn percent(share: f64) -> String {

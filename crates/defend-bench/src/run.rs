@@ -85,10 +85,12 @@ pub fn run(
         for protocol in &data.protocols {
             let experiments = protocol.experiments(&data.name, &*halves.train)?.len();
             let systems = config.systems.iter();
-            let systems = systems
-                .filter(|s| s.runs_on(&data.name, protocol.name()))
-                .count();
-            bench.total += experiments * systems * config.seeds.len();
+            let systems = systems.filter(|s| s.runs_on(&data.name, protocol.name()));
+            let seeds = config.seeds.iter();
+            let runs: usize = systems
+                .map(|s| seeds.clone().filter(|seed| s.runs_with(**seed)).count())
+                .sum();
+            bench.total += experiments * runs;
         }
     }
     let mut place = 0;
@@ -166,7 +168,8 @@ impl Bench<'_> {
                 for (system_place, system) in
                     systems.filter(|(_, s)| s.runs_on(&data.name, protocol.name()))
                 {
-                    for (&seed, split) in self.config.seeds.iter().zip(&splits) {
+                    let seeds = self.config.seeds.iter().zip(&splits);
+                    for (&seed, split) in seeds.filter(|(seed, _)| system.runs_with(**seed)) {
                         let key = RunKey {
                             data: data.name.clone(),
                             protocol: protocol.name().into(),

@@ -7,12 +7,41 @@ use rand::RngExt;
 use crate::{Error, Interval, Metric, quantile};
 
 /// The scores of one system in one experiment.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Experiment<'a> {
-    /// Scores, larger for more novel.
-    pub scores: ArrayView1<'a, f64>,
+    /// Scores of each run, larger for more novel: one a seed or training sample, all on the same test images.
+    pub runs: Vec<ArrayView1<'a, f64>>,
     /// The truth, `true` for novel.
     pub abnormal: ArrayView1<'a, bool>,
+}
+
+impl Experiment<'_> {
+    /// Mean of the metric over the runs.
+    fn mean(
+        &self,
+        mut evaluate: impl FnMut(ArrayView1<'_, f64>) -> Result<f64, Error>,
+    ) -> Result<f64, Error> {
+        let mut sum = 0.0;
+        for run in &self.runs {
+            sum += evaluate(*run)?;
+        }
+        Ok(sum / self.runs.len() as f64)
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        if self.runs.is_empty() {
+            return Err(Error::Empty { what: "runs" });
+        }
+        match self.runs.iter().find(|r| r.len() != self.abnormal.len()) {
+            Some(run) => Err(Error::Length {
+                left_name: "scores",
+                left: run.len(),
+                right_name: "labels",
+                right: self.abnormal.len(),
+            }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// How much better one system is than another on the same images.
@@ -24,12 +53,14 @@ pub struct Comparison {
     pub p_value: f64,
 }
 
-/// Mean of `metric` over experiments with its stratified percentile-bootstrap interval.
+/// Mean of `metric` over experiments and their runs with its stratified percentile-bootstrap interval.
 ///
-/// In each of the `resamples` the normal and the abnormal images of every experiment are drawn with replacement,
-/// independently between experiments: where they share images, the interval is somewhat too narrow or too wide.
+/// In each of the `resamples` the normal and the abnormal test images of every experiment are drawn with replacement, the
+/// same for all its runs, and independently between experiments: where these share images, the interval is somewhat too
+/// narrow or too wide. The runs themselves are not drawn: the interval says what other test images would change, not what
+/// other training samples would.
 /// # Errors
-/// As [`bootstrap_interval`](crate::bootstrap_interval); [`Error::Empty`] without experiments.
+/// As [`bootstrap_interval`](crate::bootstrap_interval); [`Error::Empty`] without experiments or runs.
 pub fn mean_interval(
     metric: &dyn Metric,
     experiments: &[Experiment<'_>],
@@ -37,10 +68,10 @@ pub fn mean_interval(
     confidence: f64,
     seed: u64,
 ) -> Result<Interval, Error> {
-    check(resamples, confidence, experiments.len())?;
+    check(resamples, confidence, experiments)?;
     let mut estimate = 0.0;
     for experiment in experiments {
-        estimate += metric.evaluate(experiment.scores, experiment.abnormal)?;
+        estimate += experiment.mean(|run| metric.evaluate(run, experiment.abnormal))?;
     }
     let mut rng = Rng::seed(seed);
     let mut draws: Vec<Draw> = experiments.iter().map(|e| Draw::new(e.abnormal)).collect();
@@ -49,7 +80,7 @@ pub fn mean_interval(
         let mut sum = 0.0;
         for (draw, experiment) in draws.iter_mut().zip(experiments) {
             draw.again(&mut rng);
-            sum += draw.evaluate(metric, experiment.scores)?;
+            sum += experiment.mean(|run| draw.evaluate(metric, run))?;
         }
         values.push(sum / experiments.len() as f64);
     }
@@ -60,42 +91,52 @@ pub fn mean_interval(
     ))
 }
 
-/// Compares two systems on the same experiments: `pairs` holds the first and the second system's scores of each.
+/// Compares two systems on the same experiments, in the same order; each may have runs of its own number.
 ///
-/// The bootstrap draws the same images for both, so that what is hard for both cancels out. The p-value is twice the
-/// smaller share of resamples on one side of zero, at least `2 / (resamples + 1)`.
+/// The bootstrap draws the same test images for both and for all runs, so that what is hard for both cancels out. The p-value
+/// is twice the smaller share of resamples on one side of zero, at least `2 / (resamples + 1)`.
 /// # Errors
-/// As [`mean_interval`]; [`Error::Length`] when a pair's images differ in number.
+/// As [`mean_interval`]; [`Error::Length`] when the experiments or a pair's images differ in number.
 pub fn compare(
     metric: &dyn Metric,
-    pairs: &[(Experiment<'_>, ArrayView1<'_, f64>)],
+    first: &[Experiment<'_>],
+    second: &[Experiment<'_>],
     resamples: usize,
     confidence: f64,
     seed: u64,
 ) -> Result<Comparison, Error> {
-    check(resamples, confidence, pairs.len())?;
+    check(resamples, confidence, first)?;
+    check(resamples, confidence, second)?;
+    let equal = |what, left, right| match left == right {
+        true => Ok(()),
+        false => Err(Error::Length {
+            left_name: what,
+            left,
+            right_name: "those of the second",
+            right,
+        }),
+    };
+    equal("experiments of the first system", first.len(), second.len())?;
     let mut estimate = 0.0;
-    for (first, second) in pairs {
-        if first.scores.len() != second.len() {
-            return Err(Error::Length {
-                left_name: "scores of the first system",
-                left: first.scores.len(),
-                right_name: "scores of the second",
-                right: second.len(),
-            });
-        }
-        estimate += metric.evaluate(first.scores, first.abnormal)?
-            - metric.evaluate(*second, first.abnormal)?;
+    for (first, second) in first.iter().zip(second) {
+        equal(
+            "images of the first system",
+            first.abnormal.len(),
+            second.abnormal.len(),
+        )?;
+        estimate += first.mean(|run| metric.evaluate(run, first.abnormal))?
+            - second.mean(|run| metric.evaluate(run, first.abnormal))?;
     }
-    let count = pairs.len() as f64;
+    let count = first.len() as f64;
     let mut rng = Rng::seed(seed);
-    let mut draws: Vec<Draw> = pairs.iter().map(|(e, _)| Draw::new(e.abnormal)).collect();
+    let mut draws: Vec<Draw> = first.iter().map(|e| Draw::new(e.abnormal)).collect();
     let mut values = Vec::with_capacity(resamples);
     for _ in 0..resamples {
         let mut sum = 0.0;
-        for (draw, (first, second)) in draws.iter_mut().zip(pairs) {
+        for (draw, (first, second)) in draws.iter_mut().zip(first.iter().zip(second)) {
             draw.again(&mut rng);
-            sum += draw.evaluate(metric, first.scores)? - draw.evaluate(metric, *second)?;
+            sum += first.mean(|run| draw.evaluate(metric, run))?
+                - second.mean(|run| draw.evaluate(metric, run))?;
         }
         values.push(sum / count);
     }
@@ -109,14 +150,18 @@ pub fn compare(
     })
 }
 
-fn check(resamples: usize, confidence: f64, experiments: usize) -> Result<(), Error> {
+fn check(
+    resamples: usize,
+    confidence: f64,
+    experiments: &[Experiment<'_>],
+) -> Result<(), Error> {
     quantile::check_resamples(resamples, confidence)?;
-    if experiments == 0 {
+    if experiments.is_empty() {
         return Err(Error::Empty {
             what: "experiments",
         });
     }
-    Ok(())
+    experiments.iter().try_for_each(Experiment::check)
 }
 
 fn interval(estimate: f64, mut values: Vec<f64>, confidence: f64) -> Interval {
@@ -179,36 +224,54 @@ mod tests {
         (scores, abnormal)
     }
 
+    fn experiment<'a>(runs: &[&'a Array1<f64>], abnormal: &'a Array1<bool>) -> Experiment<'a> {
+        Experiment {
+            runs: runs.iter().map(|run| run.view()).collect(),
+            abnormal: abnormal.view(),
+        }
+    }
+
+    fn width(interval: Interval) -> f64 {
+        interval.high - interval.low
+    }
+
     #[test]
     fn one_experiment_is_the_plain_bootstrap() {
         let (scores, abnormal) = scores(0.3, 1);
-        let experiment = Experiment {
-            scores: scores.view(),
-            abnormal: abnormal.view(),
-        };
-        let one = mean_interval(&Auroc, &[experiment], 400, 0.9, 5).unwrap();
+        let experiment = experiment(&[&scores], &abnormal);
+        let one = mean_interval(&Auroc, &[experiment.clone()], 400, 0.9, 5).unwrap();
         let plain =
             bootstrap_interval(&Auroc, scores.view(), abnormal.view(), 400, 0.9, 5).unwrap();
         assert_eq!(one.estimate, plain.estimate);
         assert!((one.low - plain.low).abs() < 0.01 && (one.high - plain.high).abs() < 0.01);
-        let more = mean_interval(&Auroc, &[experiment; 4], 400, 0.9, 5).unwrap();
-        let width = |i: Interval| i.high - i.low;
+        let more = vec![experiment; 4];
+        let more = mean_interval(&Auroc, &more, 400, 0.9, 5).unwrap();
         // The mean of four independent experiments has half the spread.
         assert!(width(more) < 0.65 * width(one), "{more:?} {one:?}");
+    }
+
+    #[test]
+    fn runs_on_the_same_images_are_no_new_images() {
+        let (scores, abnormal) = scores(0.3, 1);
+        let interval = |runs: &[&Array1<f64>]| {
+            mean_interval(&Auroc, &[experiment(runs, &abnormal)], 400, 0.9, 5).unwrap()
+        };
+        assert_eq!(interval(&[&scores, &scores]), interval(&[&scores]));
+        let other = scores.mapv(|s| -s);
+        let mean = interval(&[&scores, &other]);
+        assert!((mean.estimate - 0.5).abs() < 1e-12, "{mean:?}");
+        assert!(width(mean) < 1e-9, "{mean:?}");
     }
 
     #[test]
     fn a_clear_difference_is_significant_and_none_is_not() {
         let (better, abnormal) = scores(0.5, 1);
         let (worse, _) = scores(0.1, 1);
-        let pair = |first, second| {
-            let experiment = Experiment {
-                scores: first,
-                abnormal: abnormal.view(),
-            };
-            compare(&Auroc, &[(experiment, second)], 400, 0.95, 3).unwrap()
+        let pair = |first: &[&Array1<f64>], second: &[&Array1<f64>]| {
+            let [first, second] = [first, second].map(|runs| [experiment(runs, &abnormal)]);
+            compare(&Auroc, &first, &second, 400, 0.95, 3).unwrap()
         };
-        let found = pair(better.view(), worse.view());
+        let found = pair(&[&better], &[&worse]);
         let expected = auroc(better.view(), abnormal.view()).unwrap()
             - auroc(worse.view(), abnormal.view()).unwrap();
         assert!((found.difference.estimate - expected).abs() < 1e-12);
@@ -216,28 +279,29 @@ mod tests {
             found.difference.low > 0.0 && found.p_value < 0.01,
             "{found:?}"
         );
-        let same = pair(better.view(), better.view());
+        let same = pair(&[&better], &[&better]);
         assert_eq!((same.p_value, same.difference.estimate), (1.0, 0.0));
-        let turned = pair(worse.view(), better.view());
+        let turned = pair(&[&worse], &[&better]);
         assert!(turned.difference.high < 0.0 && turned.p_value < 0.01);
+        // Of two runs one is as the other system: half the difference.
+        let half = pair(&[&better, &worse], &[&worse]);
+        assert!((2.0 * half.difference.estimate - expected).abs() < 1e-12);
     }
 
     #[test]
     fn refuses_what_has_no_meaning() {
         let (scores, abnormal) = scores(0.3, 1);
-        assert!(matches!(
-            mean_interval(&Auroc, &[], 100, 0.9, 0),
-            Err(Error::Empty { .. })
-        ));
-        let experiment = Experiment {
-            scores: scores.view(),
-            abnormal: abnormal.view(),
-        };
-        let short = scores.slice(ndarray::s![..10]);
-        assert!(matches!(
-            compare(&Auroc, &[(experiment, short)], 100, 0.9, 0),
-            Err(Error::Length { .. })
-        ));
-        assert!(mean_interval(&Auroc, &[experiment], 5, 0.9, 0).is_err());
+        let empty = |result: Result<Interval, Error>| matches!(result, Err(Error::Empty { .. }));
+        assert!(empty(mean_interval(&Auroc, &[], 100, 0.9, 0)));
+        let none = [experiment(&[], &abnormal)];
+        assert!(empty(mean_interval(&Auroc, &none, 100, 0.9, 0)));
+        let whole = [experiment(&[&scores], &abnormal)];
+        assert!(mean_interval(&Auroc, &whole, 5, 0.9, 0).is_err());
+        let short = scores.slice(ndarray::s![..10]).to_owned();
+        let few = abnormal.slice(ndarray::s![..10]).to_owned();
+        for second in [experiment(&[&short], &abnormal), experiment(&[&short], &few)] {
+            let found = compare(&Auroc, &whole, &[second], 100, 0.9, 0);
+            assert!(matches!(found, Err(Error::Length { .. })), "{found:?}");
+        }
     }
 }
