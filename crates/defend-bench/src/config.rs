@@ -297,7 +297,11 @@ mod tests {
         fails("kind = \"patch-core\"", "kind = \"csi\"", "csi");
         fails("output", "outputs", "outputs");
         fails("share = 0.01", "shares = 0.01", "shares");
-        fails("seeds = [0]", "seeds = [3]", "seed 3 of system \"PatchCore\"");
+        fails(
+            "seeds = [0]",
+            "seeds = [3]",
+            "seed 3 of system \"PatchCore\"",
+        );
         fails(
             "kind = \"patch-core\"\n        share = 0.01",
             "kind = \"defend\"\n        recipe = \"paper\"",

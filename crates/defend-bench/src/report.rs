@@ -175,7 +175,8 @@ impl<'a> Group<'a> {
             .filter_map(|&seed| self.whole(system, seed))
             .flatten()
             .collect();
-        (!all.is_empty()).then(|| all.iter().map(|r| r.figures.auroc).sum::<f64>() / all.len() as f64)
+        (!all.is_empty())
+            .then(|| all.iter().map(|r| r.figures.auroc).sum::<f64>() / all.len() as f64)
     }
 
     /// Systems by experiments, with the mean, its interval, and the comparison with the first system.
@@ -289,14 +290,7 @@ impl<'a> Group<'a> {
         };
         let own: Vec<Sample<'_>> = own.iter().map(Scores::sample).collect();
         let first: Vec<Sample<'_>> = first.iter().map(Scores::sample).collect();
-        let found = compare(
-            &Auroc,
-            &own,
-            &first,
-            RESAMPLES,
-            CONFIDENCE,
-            BOOTSTRAP_SEED,
-        )?;
+        let found = compare(&Auroc, &own, &first, RESAMPLES, CONFIDENCE, BOOTSTRAP_SEED)?;
         Ok([bounds(&found.difference), format!("{:.3}", found.p_value)])
     }
 

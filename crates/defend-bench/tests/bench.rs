@@ -209,7 +209,10 @@ fn one_report_of_two_benchmarks_on_copies_of_the_pictures() {
         for folder in [&first, &second] {
             make(folder.path());
         }
-        let only = CONFIG.replace("kind = \"mean-cls\"\nonly = [\"one-vs-all\"]\nseeds = [1]", "");
+        let only = CONFIG.replace(
+            "kind = \"mean-cls\"\nonly = [\"one-vs-all\"]\nseeds = [1]",
+            "",
+        );
         let only = only.replace("[[systems]]\n\n", "");
         let first_config = read(
             first.path(),

@@ -203,8 +203,12 @@ impl Background {
         &self.teacher
     }
 
-    /// The tokens as the closed form takes them.
-    pub(crate) fn embeddings(&self) -> Result<Embeddings, Error> {
+    /// The photos' tokens as the closed form takes them: CLS tokens of the last two blocks and the mean patch token, each
+    /// `[photos, D]`, for [`ClosedForm::fit`](defend_evidence::ClosedForm::fit).
+    ///
+    /// # Errors
+    /// [`Error::Evidence`] for tokens that are no finite numbers.
+    pub fn embeddings(&self) -> Result<Embeddings, Error> {
         Ok(Embeddings::new(
             self.parts.iter().map(Quantized::restored).collect(),
         )?)

@@ -12,6 +12,13 @@ use rayon::prelude::*;
 
 use crate::Error;
 
+/// Runs a closure marked `#[inline(always)]`, and what is inlined into it, compiled for the widest vector unit that this
+/// processor has. (Passed to `Arch::dispatch` itself, a closure would become a function of its own, and not be compiled so.)
+#[inline(always)]
+pub(crate) fn vectorised<R>(body: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(body)
+}
+
 /// Rows of a product that a thread computes at a time: few of a batch of images, so that each thread gets some, and more of
 /// a large product, so that the right side is packed less often.
 fn task_rows(rows: usize) -> usize {

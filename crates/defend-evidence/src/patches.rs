@@ -1,12 +1,13 @@
 //! Is some small part unlike anything normal? The distance of each patch to the nearest of a memory.
 
+use std::cmp::Reverse;
+
 use defend_random::{Rng, standard_normal};
-use ndarray::{Array2, Array3, ArrayView2, Axis, s};
-use pulp::Arch;
+use ndarray::{Array2, Array3, ArrayView1, ArrayView2, Axis, s};
 use rand::seq::index::sample;
 use rayon::prelude::*;
 
-use crate::linear::product;
+use crate::linear::{product, vectorised};
 use crate::{Error, PatchConfig};
 
 /// Distances are not taken to be less before the logarithm.
@@ -202,28 +203,34 @@ impl PatchMemory {
 
 /// `1 - cosine` of each patch to the nearest of the core set that is not of the group `own`.
 fn nearest(patches: ArrayView2<'_, f32>, core: &CoreSet, own: Option<usize>) -> Vec<f32> {
-    let similarities = product(patches, core.patches.view());
-    let largest = |row: ndarray::ArrayView1<'_, f32>| match own {
-        // A maximum of eight lanes: the compiler keeps the order of a single one.
-        None => row.as_slice().map_or(f32::NEG_INFINITY, |row| {
-            Arch::new().dispatch(|| largest_of(row))
-        }),
-        Some(own) => {
-            let others = row
-                .iter()
-                .zip(&core.groups)
-                .filter(|(_, group)| **group != own);
-            // Nothing else is known: as far as can be.
-            others.map(|(s, _)| *s).fold(-1.0, f32::max)
+    let mut similarities = product(patches, core.patches.view());
+    if let Some(own) = own {
+        for mut column in similarities
+            .columns_mut()
+            .into_iter()
+            .zip(&core.groups)
+            .filter_map(|(column, group)| (*group == own).then_some(column))
+        {
+            // As far as can be: where there is no other, nothing else is known.
+            column.fill(-1.0);
         }
-    };
+    }
     similarities
         .rows()
         .into_iter()
-        .map(|row| 1.0 - largest(row))
+        .map(|row| {
+            let largest = row.as_slice().map(|row| {
+                vectorised(
+                    #[inline(always)]
+                    || largest_of(row),
+                )
+            });
+            1.0 - largest.unwrap_or(f32::NEG_INFINITY)
+        })
         .collect()
 }
 
+/// The largest value, lane by lane: the compiler keeps the order of a single one.
 #[inline(always)]
 fn largest_of(values: &[f32]) -> f32 {
     const LANES: usize = 32;
@@ -253,11 +260,11 @@ fn worst_of(mut distances: Vec<f32>, count: usize) -> f64 {
         / count as f64
 }
 
-/// Candidates whose distances to a new centre are computed together: their values stay in the nearest cache.
-const CHUNK: usize = 512;
+/// Candidates that a thread takes at a time.
+const CHUNK: usize = 1024;
 
 /// Numbers of `size` of the rows `[R, D]` that cover all: each next one is the farthest from those before (greedy k-centre),
-/// compared in a random projection to `width` channels.
+/// compared in a random projection to `width` channels of eight bits: 60,000 candidates then stay in the processor's cache.
 fn core_set(rows: ArrayView2<'_, f32>, size: usize, width: usize, rng: &mut Rng) -> Vec<usize> {
     let (count, channels) = rows.dim();
     let size = size.min(count);
@@ -268,82 +275,132 @@ fn core_set(rows: ArrayView2<'_, f32>, size: usize, width: usize, rng: &mut Rng)
     // Transposed, as `product` wants its right side.
     let projection =
         Array2::from_shape_simple_fn((width, channels), || (standard_normal(rng) * scale) as f32);
-    let projected = product(rows, projection.view());
-    let mut chunks: Vec<Chunk> = projected
+    farthest_first(&eight_bits(&product(rows, projection.view())), size)
+}
+
+/// Values on one scale in `-127..=127`.
+fn eight_bits(rows: &Array2<f32>) -> Array2<i8> {
+    let largest = rows.iter().fold(0f32, |top, v| top.max(v.abs()));
+    let scale = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+    rows.mapv(|v| (v * scale).round() as i8)
+}
+
+/// Greedy k-centre from the first row on; fewer than `size` when all others are equal to one of them.
+fn farthest_first(rows: &Array2<i8>, size: usize) -> Vec<usize> {
+    let mut chunks: Vec<Candidates<'_>> = rows
         .axis_chunks_iter(Axis(0), CHUNK)
-        .map(|rows| Chunk::new(&rows))
+        .map(Candidates::new)
         .collect();
-    let arch = Arch::new();
-    let mut chosen = Vec::with_capacity(size);
+    let mut chosen: Vec<usize> = Vec::with_capacity(size);
     let mut next = 0;
     while chosen.len() < size {
         chosen.push(next);
-        let centre = projected.row(next).to_vec();
+        let centre = rows.row(next);
+        let apart = vectorised(
+            #[inline(always)]
+            || distances(rows, &chosen, centre),
+        );
         let farthest = chunks
             .par_iter_mut()
             .with_min_len(8)
             .enumerate()
-            .map(|(i, chunk)| {
-                let (distance, row) = arch.dispatch(|| chunk.approach(&centre));
-                (distance, i * CHUNK + row)
+            .filter_map(|(i, chunk)| {
+                let (distance, row) = vectorised(
+                    #[inline(always)]
+                    || chunk.approach(centre, &apart),
+                )?;
+                // The lower number of equals, whatever the order of the threads.
+                Some((distance, Reverse(i * CHUNK + row)))
             })
-            // The lower number of equals, whatever the order of the threads.
-            .reduce(
-                || (f32::NEG_INFINITY, usize::MAX),
-                |a, b| {
-                    if b.0 > a.0 || (b.0 == a.0 && b.1 < a.1) {
-                        b
-                    } else {
-                        a
-                    }
-                },
-            );
-        next = farthest.1;
+            .max();
+        match farthest {
+            Some((distance, Reverse(row))) if distance > 0 => next = row,
+            // Every candidate is as one of the chosen.
+            _ => break,
+        }
     }
     chosen
 }
 
-/// Some candidates, channel by channel, and their squared distances to the nearest centre.
-struct Chunk {
-    /// `[width][candidates]`.
-    channels: Vec<[f32; CHUNK]>,
-    nearest: [f32; CHUNK],
-    filled: usize,
+/// Squared distances of a row to some others.
+#[inline(always)]
+fn distances(rows: &Array2<i8>, others: &[usize], row: ArrayView1<'_, i8>) -> Vec<u32> {
+    let mut found = Vec::with_capacity(others.len());
+    for &other in others {
+        found.push(squared_distance(row, rows.row(other)));
+    }
+    found
 }
 
-impl Chunk {
-    fn new(rows: &ArrayView2<'_, f32>) -> Self {
-        let mut channels = vec![[0.0; CHUNK]; rows.ncols()];
-        for (i, row) in rows.rows().into_iter().enumerate() {
-            for (channel, value) in channels.iter_mut().zip(row) {
-                channel[i] = *value;
-            }
-        }
+/// Some candidates, and the nearest centre of each.
+struct Candidates<'a> {
+    rows: ArrayView2<'a, i8>,
+    /// Squared distance to the nearest centre.
+    nearest: Vec<u32>,
+    /// The place of that centre among the chosen.
+    centre: Vec<u32>,
+}
+
+impl<'a> Candidates<'a> {
+    fn new(rows: ArrayView2<'a, i8>) -> Self {
         Self {
-            channels,
-            nearest: [f32::INFINITY; CHUNK],
-            filled: rows.nrows(),
+            nearest: vec![u32::MAX; rows.nrows()],
+            centre: vec![0; rows.nrows()],
+            rows,
         }
     }
 
-    /// Takes a new centre into account; the largest distance that is left, and its candidate.
+    /// Takes a new centre into account, `apart` from every chosen one and itself by these squared distances; the largest
+    /// distance that is left, and its candidate.
+    ///
+    /// A candidate whose centre is at least twice as far from the new one as from it cannot be nearer to the new one
+    /// (triangle inequality): most are passed over without a look at their channels.
     #[inline(always)]
-    fn approach(&mut self, centre: &[f32]) -> (f32, usize) {
-        let mut distances = [0f32; CHUNK];
-        for (channel, value) in self.channels.iter().zip(centre) {
-            for (distance, x) in distances.iter_mut().zip(channel) {
-                let difference = x - value;
-                *distance += difference * difference;
+    fn approach(&mut self, centre: ArrayView1<'_, i8>, apart: &[u32]) -> Option<(u32, usize)> {
+        let place = apart.len().saturating_sub(1) as u32;
+        let mut farthest: Option<(u32, usize)> = None;
+        let known = self.nearest.iter_mut().zip(&mut self.centre);
+        for (i, ((near, own), row)) in known.zip(self.rows.rows()).enumerate() {
+            if near.saturating_mul(4) > apart[*own as usize] {
+                let distance = squared_distance(row, centre);
+                if distance < *near {
+                    (*near, *own) = (distance, place);
+                }
+            }
+            if farthest.is_none_or(|(distance, _)| *near > distance) {
+                farthest = Some((*near, i));
             }
         }
-        for (near, distance) in self.nearest.iter_mut().zip(&distances) {
-            *near = if *distance < *near { *distance } else { *near };
-        }
-        let candidates = self.nearest.iter().take(self.filled).enumerate();
-        candidates.fold((f32::NEG_INFINITY, 0), |best, (i, d)| {
-            if *d > best.0 { (*d, i) } else { best }
-        })
+        farthest
     }
+}
+
+/// Channels whose squares are added side by side.
+const LANES: usize = 32;
+
+/// Squared distance of two rows of the same length, at most 66,000 channels.
+#[inline(always)]
+fn squared_distance(a: ArrayView1<'_, i8>, b: ArrayView1<'_, i8>) -> u32 {
+    let square = |(a, b): (&i8, &i8)| {
+        let difference = i16::from(*a) - i16::from(*b);
+        i32::from(difference) * i32::from(difference)
+    };
+    let sum: i32 = match (a.to_slice(), b.to_slice()) {
+        (Some(a), Some(b)) => {
+            let mut lanes = [0i32; LANES];
+            let (a, a_rest) = a.as_chunks::<LANES>();
+            let (b, b_rest) = b.as_chunks::<LANES>();
+            for (a, b) in a.iter().zip(b) {
+                for (lane, pair) in lanes.iter_mut().zip(a.iter().zip(b)) {
+                    *lane += square(pair);
+                }
+            }
+            let rest: i32 = a_rest.iter().zip(b_rest).map(square).sum();
+            lanes.iter().sum::<i32>() + rest
+        }
+        _ => a.iter().zip(b).map(square).sum(),
+    };
+    sum as u32
 }
 
 #[cfg(test)]
@@ -368,5 +425,44 @@ mod tests {
         }
         let all = core_set(rows.view(), 9999, 16, &mut Rng::seed(3));
         assert_eq!(all.len(), 1500);
+    }
+
+    #[test]
+    fn passing_over_candidates_changes_no_choice() {
+        let mut rng = Rng::seed(7);
+        // Heaps of different sizes and widths, so that candidates are passed over and looked at.
+        let rows = Array2::from_shape_fn((3000, 40), |(i, j)| {
+            let heap = (i * i) % 17;
+            let centre = ((heap * 31 + j * 7) % 11) as f32;
+            centre + (0.1 + heap as f32 / 10.0) * standard_normal(&mut rng) as f32
+        });
+        let rows = eight_bits(&rows);
+        let squared = |a: usize, b: usize| -> u32 {
+            let pairs = rows.row(a).into_iter().zip(rows.row(b));
+            let differences = pairs.map(|(a, b)| i32::from(*a) - i32::from(*b));
+            differences.map(|d| (d * d) as u32).sum()
+        };
+        let mut nearest = vec![u32::MAX; rows.nrows()];
+        let mut expected: Vec<usize> = vec![0];
+        while expected.len() < 400 {
+            let centre = expected[expected.len() - 1];
+            for (row, near) in nearest.iter_mut().enumerate() {
+                *near = squared(row, centre).min(*near);
+            }
+            let largest = nearest.iter().max().unwrap();
+            expected.extend(nearest.iter().position(|d| d == largest));
+        }
+        assert_eq!(farthest_first(&rows, 400), expected);
+    }
+
+    #[test]
+    fn eight_bits_keep_the_extremes_and_survive_zeros() {
+        let rows = Array2::from_shape_vec((1, 4), vec![-2.0, 1.0, 0.0, 0.005]).unwrap();
+        assert_eq!(
+            eight_bits(&rows).into_raw_vec_and_offset().0,
+            [-127, 64, 0, 0]
+        );
+        let zeros = eight_bits(&Array2::zeros((3, 2)));
+        assert_eq!(farthest_first(&zeros, 2), [0], "all are as the first");
     }
 }

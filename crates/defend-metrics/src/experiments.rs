@@ -150,11 +150,7 @@ pub fn compare(
     })
 }
 
-fn check(
-    resamples: usize,
-    confidence: f64,
-    experiments: &[Experiment<'_>],
-) -> Result<(), Error> {
+fn check(resamples: usize, confidence: f64, experiments: &[Experiment<'_>]) -> Result<(), Error> {
     quantile::check_resamples(resamples, confidence)?;
     if experiments.is_empty() {
         return Err(Error::Empty {
@@ -299,7 +295,10 @@ mod tests {
         assert!(mean_interval(&Auroc, &whole, 5, 0.9, 0).is_err());
         let short = scores.slice(ndarray::s![..10]).to_owned();
         let few = abnormal.slice(ndarray::s![..10]).to_owned();
-        for second in [experiment(&[&short], &abnormal), experiment(&[&short], &few)] {
+        for second in [
+            experiment(&[&short], &abnormal),
+            experiment(&[&short], &few),
+        ] {
             let found = compare(&Auroc, &whole, &[second], 100, 0.9, 0);
             assert!(matches!(found, Err(Error::Length { .. })), "{found:?}");
         }
