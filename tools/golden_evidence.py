@@ -73,6 +73,50 @@ def contrast(x, groups, background, query):
     return -left_out, -(torch.exp(-CONTRAST_WIDTH * squared_distances(query, both)) @ alpha)
 
 
+def ridge_contrast(x, groups, negatives, weights):
+    """Kernel ridge regression of x (+1) against weighed negatives (-1): alpha, all rows, left-out values of x and of the negatives."""
+    both, n, m = torch.cat([x, negatives]), len(x), len(negatives)
+    y = torch.cat([torch.ones(n), -torch.ones(m)]).double()
+    weight = torch.cat([torch.full((n,), 0.5 / n, dtype=torch.double), 0.5 * weights / weights.sum()]) * (n + m)
+    inverse = torch.linalg.inv(torch.exp(-CONTRAST_WIDTH * squared_distances(both, both)) + CONTRAST_RIDGE * torch.diag(1 / weight))
+    alpha = inverse @ y
+    left_out = y - alpha / inverse.diagonal()
+    for rows, block in blocks_without_group(inverse[:n, :n], groups):
+        left_out[rows] = y[rows] - block @ alpha[rows]
+    return alpha, both, -left_out[:n], -left_out[n:]
+
+
+def known(x, groups, abnormal, query):
+    """What known abnormal images add, for left-out normal images and for queries."""
+    alpha, both, left, _ = ridge_contrast(x, groups, abnormal, torch.ones(len(abnormal), dtype=torch.double))
+    score = -(torch.exp(-CONTRAST_WIDTH * squared_distances(query, both)) @ alpha)
+    return [(z - 1).clamp_min(0) for z in standard(left, score)]
+
+
+def q_values(p, share):
+    m = len(p)
+    order, q, lowest = p.argsort(stable=True), torch.empty(m, dtype=torch.double), 1.0
+    for rank in range(m - 1, -1, -1):
+        lowest = min(lowest, float(p[order[rank]]) * m * share / (rank + 1))
+        q[order[rank]] = lowest
+    return q
+
+
+def together(x, groups, queries, left, score, expected=None):
+    """p-values, share of normal images, weight and new scores of images that are scored together."""
+    n, m = len(left), len(score)
+    p = (1 + n - torch.searchsorted(left.sort().values, score.contiguous())).double() / (n + 1)
+    share = min(1.0, float(2 * (p > 0.5).double().mean()) + 1 / m)
+    noise = 2 * (1 / m + 1 / n) ** 0.5
+    weight = min(1.0, max(0.0, (1 - share - noise) / 0.1)) if expected is None else 1.0
+    q = q_values(p, share if expected is None else min(share, 1 - expected))
+    kept = (1 - q > 0.02).nonzero().flatten()
+    alpha, both, own, of_kept = ridge_contrast(x, groups, queries[kept], 1 - q[kept])
+    z = -(torch.exp(-CONTRAST_WIDTH * squared_distances(queries, both)) @ alpha)
+    z[kept] = of_kept
+    return p, share, weight, score + weight * standard(own, z)[1]
+
+
 def worst_patches(cores, owners, groups, x, q):
     """x, q: unit patch tokens of each block, [images, patches, channels]."""
     left, score = 0, 0
@@ -122,6 +166,18 @@ def build(name, spread, near, seed, out):
     worst = worst_patches(cores, owners, groups, mx, mq)
     pieces = [standard(left, score), standard(*against), standard(*worst)]
     total = [p + weights[0] * c + weights[1] * w for p, c, w in zip(*pieces)]
+    # Without patches: known abnormal images, and a folder that is scored together, among the left-out values of leaders.
+    plain = [p + weights[0] * c for p, c in zip(*pieces[:2])]
+    first = torch.stack([(groups == group).nonzero()[0, 0] if int(chosen[group]) >= len(x) else chosen[group] for group in range(len(chosen))])
+    abnormal = images(7, spread, gen, other)
+    added = known(x, groups, phi(abnormal), q)
+    folder = [torch.cat(p) for p in zip(images(50, spread, gen, centre), images(45, 2 * spread, gen, other))]
+    f = phi(folder)
+    scores = standard(left, posterior(x, groups, g, f)[1])[1]
+    scores = scores + weights[0] * standard(against[0], contrast(flat[0], groups, flat[1], phi(folder[:2]))[1])[1]
+    p, share, weight, rescored = together(x, groups, f, plain[0][first], scores)
+    forced = together(x, groups, f, plain[0][first], scores, 0.3)
+    print(name, "together: share of normal images %.3f weight %.3f" % (share, weight))
     print(name, "groups", len(chosen), "width %.3f accepted %.4f alike %.4f weights" % (g, accepted, alike), weights)
     out.update({f"{name}.{k}": v.contiguous() for k, v in {
         **{f"train.{i}": part for i, part in enumerate(train)},
@@ -138,6 +194,12 @@ def build(name, spread, near, seed, out):
         "contrast.left_out": against[0], "contrast": against[1],
         "worst.left_out": worst[0], "worst": worst[1],
         "sum.left_out": total[0], "sum": total[1],
+        **{f"abnormal.{i}": part for i, part in enumerate(abnormal)},
+        "known.left_out": added[0], "known": added[1],
+        "plain": plain[1], "folder.scores": scores,
+        **{f"folder.{i}": part for i, part in enumerate(folder)},
+        "together.p": p, "together.numbers": torch.tensor([share, weight], dtype=torch.double),
+        "together": rescored, "together.forced": forced[3],
     }.items()})
 
 

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::contrast::{Contrast, unlike_normals};
 use crate::groups::{kernel_width, leaders, nearest_leaders, similarity};
+use crate::known::Known;
 use crate::posterior::{ExactPosterior, Explained, LocalPosterior};
 use crate::{Embeddings, Error, EvidenceConfig, Groups, PatchMemory, PatchTokens, Standard};
 
@@ -64,6 +65,8 @@ pub struct Judgement {
     pub contrast: Option<Weighed>,
     /// Is some small part unlike anything normal? `None` where that has no weight.
     pub patches: Option<Weighed>,
+    /// Is it like a known abnormal image? 0 or more; `None` where none are known.
+    pub known: Option<Weighed>,
     /// The kept images that explain it most, leaders of their groups, with their share, largest first.
     pub explained_by: Vec<(usize, f64)>,
     /// Distance of each patch to the nearest normal one, where patches were given.
@@ -133,9 +136,12 @@ pub struct ClosedForm {
     pub(crate) contrast: Option<WeighedContrast>,
     pub(crate) patch_weight: f64,
     pub(crate) patches: Option<WeighedPatches>,
-    /// Kept images with left-out values, and their sums so far.
+    pub(crate) known: Option<Known>,
+    /// Kept images with left-out values, and their sums without patches; no sums once loaded.
     judged: Vec<usize>,
     sums: Vec<f64>,
+    /// The sum's left-out values without known abnormal images, one a group.
+    pub(crate) unaided: Vec<f64>,
     pub(crate) left_out: Vec<f64>,
 }
 
@@ -211,15 +217,18 @@ impl ClosedForm {
             contrast: None,
             patch_weight: patch_weight(alike, config),
             patches: None,
+            known: None,
             sums: Vec::new(),
             judged,
+            unaided: Vec::new(),
             left_out: Vec::new(),
         };
         form.sums = left_out.iter().map(|value| form.scale.z(*value)).collect();
         if let (Some(background), true) = (background, config.contrast.enabled) {
             form.contrast_with(background, &left_out)?;
         }
-        form.left_out = form.one_a_group(&form.sums, &form.judged);
+        form.unaided = form.one_a_group(&form.sums, &form.judged);
+        form.left_out.clone_from(&form.unaided);
         Ok(form)
     }
 
@@ -252,11 +261,12 @@ impl ClosedForm {
             normal.view(),
             &groups,
             ordinary.view(),
+            None,
             config.width,
             config.ridge,
         )?;
-        let scale = Standard::of(&values);
-        for (sum, value) in self.sums.iter_mut().zip(values) {
+        let scale = Standard::of(&values.normal);
+        for (sum, value) in self.sums.iter_mut().zip(values.normal) {
             *sum += weight * scale.z(value);
         }
         self.contrast = Some(WeighedContrast {
@@ -404,9 +414,10 @@ impl ClosedForm {
                     Some(sum_of(image)? + self.patch_weight * scale.z(*value))
                 })
                 .collect();
-            self.left_out = self.one_a_group(&sums, &images);
+            self.unaided = self.one_a_group(&sums, &images);
         }
         self.patches = Some(WeighedPatches { memory, scale });
+        self.settle();
         Ok(distances.into_iter().map(|d| d.map).collect())
     }
 
@@ -425,19 +436,28 @@ impl ClosedForm {
             .collect())
     }
 
-    /// The first value of each group.
+    /// A value of each group.
     fn one_a_group(&self, values: &[f64], images: &[usize]) -> Vec<f64> {
+        let places = self.places_of_groups(images);
+        places
+            .iter()
+            .filter_map(|&i| values.get(i))
+            .copied()
+            .collect()
+    }
+
+    /// The places of one image of each group: of its leader where it is there, else of another.
+    fn places_of_groups(&self, images: &[usize]) -> Vec<usize> {
         let mut seen = vec![false; self.groups.len()];
-        let mut leading = Vec::new();
+        let mut places = Vec::new();
         let leads = |image: usize| {
             self.groups
                 .of
                 .get(image)
                 .is_some_and(|&g| self.groups.leaders.get(g) == Some(&image))
         };
-        // The leader where it has a value, else another of the group.
         for first in [true, false] {
-            for (value, &image) in values.iter().zip(images) {
+            for (place, &image) in images.iter().enumerate() {
                 let Some(group) = self.groups.of.get(image) else {
                     continue;
                 };
@@ -446,11 +466,99 @@ impl ClosedForm {
                 };
                 if !*seen && (leads(image) || !first) {
                     *seen = true;
-                    leading.push(*value);
+                    places.push(place);
                 }
             }
         }
-        leading
+        places
+    }
+
+    /// The kept image of each left-out value.
+    pub(crate) fn left_out_images(&self) -> Vec<usize> {
+        let images = if self.patch_weight > 0.0 && self.patches.is_some() {
+            self.patch_images()
+        } else {
+            self.judged.clone()
+        };
+        let places = self.places_of_groups(&images);
+        places
+            .iter()
+            .filter_map(|&i| images.get(i))
+            .copied()
+            .collect()
+    }
+
+    /// Kept images with left-out values, all of them where there are none.
+    pub(crate) fn judged(&self) -> Vec<usize> {
+        if self.judged.is_empty() {
+            (0..self.normal.len()).collect()
+        } else {
+            self.judged.clone()
+        }
+    }
+
+    /// Learns what some abnormal images look like, beside those that are known already. A new image is then also asked whether
+    /// it is like one of them, which speaks against it and never for it: see [`KnownConfig`](crate::KnownConfig). Left-out
+    /// values change too.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for other widths, [`Error::AlsoNormal`] for an image whose embeddings are those of a normal one;
+    /// nothing changes then.
+    pub fn learn_abnormal(&mut self, abnormal: &Embeddings) -> Result<(), Error> {
+        self.normal
+            .check_widths(abnormal, "the abnormal embeddings")?;
+        if let Some(image) = first_equal(abnormal, &self.normal)? {
+            return Err(Error::AlsoNormal { image });
+        }
+        let known = self.known.as_ref().map(|known| known.abnormal.clone());
+        let all: Vec<Embeddings> = known.into_iter().chain([abnormal.clone()]).collect();
+        let all = Embeddings::joined(&all)?;
+        let all = all.select(&distinct(&all));
+        if all.is_empty() {
+            return Ok(());
+        }
+        let rows = self.judged();
+        let groups = within(&self.groups, &rows);
+        let known = Known::fit(
+            &self.normal.select(&rows),
+            &groups,
+            all,
+            rows,
+            self.config.known,
+        )?;
+        self.known = Some(known);
+        self.settle();
+        Ok(())
+    }
+
+    /// What explains kept images when their own groups are left out: leaders with their share, largest first.
+    pub(crate) fn explained_by_others(
+        &self,
+        rows: &[usize],
+    ) -> Result<Vec<Vec<(usize, f64)>>, Error> {
+        let shares = match &self.posterior {
+            Posterior::Exact(exact) => exact.left_out_shares(&self.groups, rows)?,
+            Posterior::Local(local) => local.left_out_shares(rows)?,
+        };
+        let leader = |(group, share)| Some((*self.groups.leaders.get(group)?, share));
+        let named = |shares: Vec<(usize, f64)>| shares.into_iter().filter_map(leader).collect();
+        Ok(shares.into_iter().map(named).collect())
+    }
+
+    /// Number of known abnormal images.
+    pub fn known_abnormal(&self) -> usize {
+        self.known.as_ref().map_or(0, |known| known.abnormal.len())
+    }
+
+    /// Brings the left-out values up to date.
+    pub(crate) fn settle(&mut self) {
+        self.left_out.clone_from(&self.unaided);
+        let images = self.left_out_images();
+        if let Some(known) = &self.known {
+            for (value, image) in self.left_out.iter_mut().zip(images) {
+                *value += known.of_normal(image, self.config.known.margin);
+            }
+        }
     }
 
     /// Judges images. With a patch memory, `patches` of the same images are needed where [`ClosedForm::patch_weight`] is not
@@ -497,6 +605,9 @@ impl ClosedForm {
             };
             values.into_iter().map(of).collect::<Vec<_>>()
         });
+        let known = self.known.as_ref().map(|known| {
+            known.evaluate(images.features(usize::MAX).view(), self.config.known.margin)
+        });
         let judgements = explained.into_iter().enumerate().map(|(i, explained)| {
             let posterior = Weighed {
                 z: self.scale.z(explained.log_variance),
@@ -512,7 +623,8 @@ impl ClosedForm {
                     z: scale.z(distances.log_worst),
                     weight: self.patch_weight,
                 });
-            let pieces = [Some(posterior), contrast, patches];
+            let known = known.as_ref().and_then(|all| all.get(i)).copied();
+            let pieces = [Some(posterior), contrast, patches, known];
             let leader = |(group, share)| Some((*self.groups.leaders.get(group)?, share));
             Judgement {
                 score: pieces
@@ -523,6 +635,7 @@ impl ClosedForm {
                 posterior,
                 contrast,
                 patches,
+                known,
                 explained_by: explained.shares.into_iter().filter_map(leader).collect(),
                 map: found.map(|(distances, _)| distances.map.clone()),
             }
@@ -537,8 +650,13 @@ impl ClosedForm {
         (normal, groups): (Embeddings, Groups),
         scale: Standard,
         patch_weight: f64,
-        left_out: Vec<f64>,
+        unaided: Vec<f64>,
     ) -> Result<Self, Error> {
+        let judged = if summary.left_out == 0 {
+            Vec::new()
+        } else {
+            judged_rows(normal.len(), config.posterior.exact_images)
+        };
         Ok(Self {
             posterior: posterior(normal.features(usize::MAX), &groups, summary.width, &config)?,
             config,
@@ -550,9 +668,11 @@ impl ClosedForm {
             contrast: None,
             patch_weight,
             patches: None,
-            judged: Vec::new(),
+            known: None,
+            judged,
             sums: Vec::new(),
-            left_out,
+            left_out: unaided.clone(),
+            unaided,
         })
     }
 }
@@ -581,6 +701,18 @@ fn patch_weight(alike: f64, config: &EvidenceConfig) -> f64 {
     settings.weight * ((alike - settings.alike_from) / settings.alike_over).clamp(0.0, 1.0)
 }
 
+/// The first of some images whose values are those of one of the others.
+fn first_equal(images: &Embeddings, others: &Embeddings) -> Result<Option<usize>, Error> {
+    let all = Embeddings::joined(&[images.clone(), others.clone()])?;
+    let order = all.by_value();
+    let runs = order.chunk_by(|a, b| all.compare(*a, *b).is_eq());
+    let of_both = runs.filter_map(|run| {
+        let image = *run.iter().min()?;
+        (image < images.len() && *run.iter().max()? >= images.len()).then_some(image)
+    });
+    Ok(of_both.min())
+}
+
 /// Numbers of images of which no two are equal, in an order that depends on their values alone.
 fn distinct(images: &Embeddings) -> Vec<usize> {
     let mut order = images.by_value();
@@ -599,7 +731,7 @@ fn judged_rows(rows: usize, exact: usize) -> Vec<usize> {
 }
 
 /// At most `count` of some numbers, evenly spread.
-fn spread(numbers: &[usize], count: usize) -> Vec<usize> {
+pub(crate) fn spread(numbers: &[usize], count: usize) -> Vec<usize> {
     let total = numbers.len();
     if total <= count {
         return numbers.to_vec();
@@ -608,7 +740,7 @@ fn spread(numbers: &[usize], count: usize) -> Vec<usize> {
 }
 
 /// The groups of some rows, ascending.
-fn within(groups: &Groups, rows: &[usize]) -> Groups {
+pub(crate) fn within(groups: &Groups, rows: &[usize]) -> Groups {
     let mut number = vec![usize::MAX; groups.len()];
     let mut some = Groups {
         leaders: Vec::new(),

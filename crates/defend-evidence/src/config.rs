@@ -16,6 +16,10 @@ pub struct EvidenceConfig {
     pub contrast: ContrastConfig,
     /// Settings of the patch memory.
     pub patches: PatchConfig,
+    /// Settings of the contrast with known abnormal images.
+    pub known: KnownConfig,
+    /// Settings of the contrast with the images that are scored together.
+    pub together: TogetherConfig,
 }
 
 impl Default for EvidenceConfig {
@@ -25,6 +29,8 @@ impl Default for EvidenceConfig {
             posterior: PosteriorConfig::default(),
             contrast: ContrastConfig::default(),
             patches: PatchConfig::default(),
+            known: KnownConfig::default(),
+            together: TogetherConfig::default(),
         }
     }
 }
@@ -88,6 +94,60 @@ impl Default for ContrastConfig {
     }
 }
 
+/// Settings of the contrast with known abnormal images: is the image like one of them?
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct KnownConfig {
+    /// Kernel's width.
+    pub width: f64,
+    /// Ridge of the regression, on weights that sum to the number of images.
+    pub ridge: f64,
+    /// Deviations of the normal images' left-out values from which it speaks against an image. It never speaks for one: a
+    /// kind of abnormal image that was never shown looks normal beside those that were.
+    pub margin: f64,
+}
+
+impl Default for KnownConfig {
+    fn default() -> Self {
+        Self {
+            width: 1.0,
+            ridge: 1.0,
+            margin: 1.0,
+        }
+    }
+}
+
+/// Settings of the contrast with the images that are scored together: what do the abnormal ones among them look like?
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TogetherConfig {
+    /// Kernel's width.
+    pub width: f64,
+    /// Ridge of the regression, on weights that sum to the number of images.
+    pub ridge: f64,
+    /// Images are contrasted with from this probability on of being abnormal (one less the q-value).
+    pub least: f64,
+    /// How many of them at most, an even sample of more.
+    pub images: usize,
+    /// Deviations of the estimated share of abnormal images above which it is more than noise.
+    pub noise: f64,
+    /// Share beyond that at which the contrast has its whole weight, 1.
+    pub full_share: f64,
+}
+
+impl Default for TogetherConfig {
+    fn default() -> Self {
+        Self {
+            width: 1.0,
+            ridge: 1.0,
+            least: 0.02,
+            images: 2000,
+            noise: 2.0,
+            full_share: 0.1,
+        }
+    }
+}
+
 /// Settings of the patch memory: is some small part unlike anything normal?
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -135,6 +195,7 @@ impl EvidenceConfig {
     /// [`Error::Config`] that names the field.
     pub fn validate(&self) -> Result<(), Error> {
         let (p, c, m) = (&self.posterior, &self.contrast, &self.patches);
+        let (k, t) = (&self.known, &self.together);
         let positive = [
             ("evidence.posterior.width", p.width),
             ("evidence.posterior.ridge", p.ridge),
@@ -142,6 +203,11 @@ impl EvidenceConfig {
             ("evidence.contrast.ridge", c.ridge),
             ("evidence.contrast.full_share", c.full_share),
             ("evidence.patches.alike_over", m.alike_over),
+            ("evidence.known.width", k.width),
+            ("evidence.known.ridge", k.ridge),
+            ("evidence.together.width", t.width),
+            ("evidence.together.ridge", t.ridge),
+            ("evidence.together.full_share", t.full_share),
         ];
         for (field, value) in positive {
             check(
@@ -154,6 +220,8 @@ impl EvidenceConfig {
         let not_negative = [
             ("evidence.contrast.weight", c.weight),
             ("evidence.patches.weight", m.weight),
+            ("evidence.known.margin", k.margin),
+            ("evidence.together.noise", t.noise),
         ];
         for (field, value) in not_negative {
             check(
@@ -166,6 +234,7 @@ impl EvidenceConfig {
         let shares = [
             ("evidence.group_share", self.group_share),
             ("evidence.contrast.dropped", c.dropped),
+            ("evidence.together.least", t.least),
         ];
         for (field, value) in shares {
             check(field, value, (0.0..1.0).contains(&value), "a share in 0..1")?;
@@ -186,6 +255,7 @@ impl EvidenceConfig {
             ("evidence.patches.images", m.images),
             ("evidence.patches.worst", m.worst),
             ("evidence.patches.core_for_maps", m.core_for_maps),
+            ("evidence.together.images", t.images),
         ];
         for (field, count) in counts {
             check(field, count, count > 0, "at least 1")?;

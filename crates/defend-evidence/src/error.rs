@@ -30,6 +30,14 @@ pub enum Error {
         /// Shape that would fit.
         expected: Vec<usize>,
     },
+    /// An image was given as abnormal that is among the normal ones.
+    #[error(
+        "image {image} of the abnormal ones is also a normal one: forget it there first, or leave it out here"
+    )]
+    AlsoNormal {
+        /// Its number among the abnormal ones.
+        image: usize,
+    },
     /// A value is NaN or infinite.
     #[error("{what} of image {image} holds NaN or infinite values")]
     NotFinite {

@@ -10,6 +10,9 @@
 //! 2. [`Contrast`]: is it more like them than like images in general, where the posterior finds that this matters?
 //! 3. [`PatchMemory`]: is some small part unlike anything normal, where normal images are so alike that this decides?
 //!
+//! Who knows more can say more: [`ClosedForm::learn_abnormal`] takes known abnormal images, [`ClosedForm::together`] what many
+//! images say of each other, and [`ClosedForm::suspects`] names normal images that the others do not explain.
+//!
 //! [`Groups`] make near copies count once. [`ClosedForm`] is the sum. Everything works on `ndarray` matrices, of images or
 //! of anything else: see [`Embeddings`].
 
@@ -24,15 +27,20 @@ mod contrast;
 mod embeddings;
 mod error;
 mod groups;
+mod known;
 mod linear;
 mod patches;
 mod posterior;
 mod standard;
 mod state;
+mod suspects;
+mod together;
 
 pub use closed_form::{ClosedForm, Judgement, Summary, Weighed};
-pub use config::{ContrastConfig, EvidenceConfig, PatchConfig, PosteriorConfig};
-pub use contrast::{Contrast, unlike_normals};
+pub use config::{
+    ContrastConfig, EvidenceConfig, KnownConfig, PatchConfig, PosteriorConfig, TogetherConfig,
+};
+pub use contrast::{Contrast, LeftOut, unlike_normals};
 pub use embeddings::Embeddings;
 pub use error::Error;
 pub use groups::{Groups, kernel_width, leaders, nearest_leaders, similarity};
@@ -40,6 +48,8 @@ pub use patches::{CoreSet, PatchDistances, PatchMemory, PatchTokens};
 pub use posterior::{ExactPosterior, Explained, LocalPosterior, NAMED_GROUPS};
 pub use standard::Standard;
 pub use state::{State, StateArray, StateHeader};
+pub use suspects::Suspect;
+pub use together::{Share, Together};
 
 /// The README's example runs.
 #[cfg(doctest)]

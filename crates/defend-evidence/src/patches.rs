@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 
 use defend_random::{Rng, standard_normal};
-use ndarray::{Array2, Array3, ArrayView1, ArrayView2, Axis, s};
+use ndarray::{Array2, Array3, ArrayView2, Axis, s};
 use rand::seq::index::sample;
 use rayon::prelude::*;
 
@@ -125,7 +125,7 @@ impl PatchMemory {
         Self { blocks, worst }
     }
 
-    /// Chooses `size` patches of each block by greedy k-centre; `groups`: of each image.
+    /// Chooses `size` patches of each block by greedy k-centre in a random projection; `groups`: of each image.
     pub fn choose(
         tokens: &PatchTokens,
         groups: &[usize],
@@ -133,21 +133,33 @@ impl PatchMemory {
         config: &PatchConfig,
         rng: &mut Rng,
     ) -> Self {
-        let blocks = tokens.blocks.iter().map(|block| {
-            let (images, patches, channels) = block.dim();
-            let total = images * patches;
-            let candidates: Vec<usize> =
-                sample(rng, total, config.candidates.min(total)).into_vec();
-            let row = |i: usize| block.slice(s![i / patches, i % patches, ..]);
-            let mut rows = Array2::zeros((candidates.len(), channels));
-            for (mut target, &candidate) in rows.rows_mut().into_iter().zip(&candidates) {
-                target.assign(&row(candidate));
-            }
-            let chosen = core_set(rows.view(), size, config.projected, rng);
+        // Random numbers in the order of the blocks; then a block on each thread.
+        let drawn: Vec<_> = tokens
+            .blocks
+            .iter()
+            .map(|block| {
+                let (images, patches, channels) = block.dim();
+                let total = images * patches;
+                let candidates = sample(rng, total, config.candidates.min(total)).into_vec();
+                let mut rows = Array2::zeros((candidates.len(), channels));
+                for (mut target, &i) in rows.rows_mut().into_iter().zip(&candidates) {
+                    target.assign(&block.slice(s![i / patches, i % patches, ..]));
+                }
+                let projected = (size < candidates.len())
+                    .then(|| eight_bits(&project(rows.view(), config.projected, rng)));
+                let images: Vec<usize> = candidates.iter().map(|i| i / patches).collect();
+                (rows, images, projected)
+            })
+            .collect();
+        let blocks = drawn.into_par_iter().map(|(rows, images, projected)| {
+            let chosen = match projected {
+                Some(projected) => farthest_first(&projected, size),
+                None => (0..images.len()).collect(),
+            };
             CoreSet {
                 groups: chosen
                     .iter()
-                    .filter_map(|&i| groups.get(candidates[i] / patches).copied())
+                    .filter_map(|&i| groups.get(images[i]).copied())
                     .collect(),
                 patches: rows.select(Axis(0), &chosen),
             }
@@ -262,144 +274,137 @@ fn worst_of(mut distances: Vec<f32>, count: usize) -> f64 {
 
 /// Candidates that a thread takes at a time.
 const CHUNK: usize = 1024;
+/// Channels that are compared without a loop, as many as the default projects to.
+const LANES: usize = 64;
 
-/// Numbers of `size` of the rows `[R, D]` that cover all: each next one is the farthest from those before (greedy k-centre),
-/// compared in a random projection to `width` channels of eight bits: 60,000 candidates then stay in the processor's cache.
-fn core_set(rows: ArrayView2<'_, f32>, size: usize, width: usize, rng: &mut Rng) -> Vec<usize> {
-    let (count, channels) = rows.dim();
-    let size = size.min(count);
-    if size == count {
-        return (0..count).collect();
-    }
+/// A random projection of the rows `[R, D]` to `width` channels, which keeps distances about as they are.
+fn project(rows: ArrayView2<'_, f32>, width: usize, rng: &mut Rng) -> Array2<f32> {
     let scale = 1.0 / (width as f64).sqrt();
     // Transposed, as `product` wants its right side.
-    let projection =
-        Array2::from_shape_simple_fn((width, channels), || (standard_normal(rng) * scale) as f32);
-    farthest_first(&eight_bits(&product(rows, projection.view())), size)
+    let shape = (width, rows.ncols());
+    let projection = Array2::from_shape_simple_fn(shape, || (standard_normal(rng) * scale) as f32);
+    product(rows, projection.view())
 }
 
-/// Values on one scale in `-127..=127`.
+/// Values on one scale in `-127..=127`: 60,000 candidates of 64 channels stay in the processor's cache.
 fn eight_bits(rows: &Array2<f32>) -> Array2<i8> {
     let largest = rows.iter().fold(0f32, |top, v| top.max(v.abs()));
     let scale = if largest > 0.0 { 127.0 / largest } else { 0.0 };
     rows.mapv(|v| (v * scale).round() as i8)
 }
 
-/// Greedy k-centre from the first row on; fewer than `size` when all others are equal to one of them.
+/// Numbers of `size` of the rows that cover all: from the first on, each next one is the farthest from those before (greedy
+/// k-centre); fewer than `size` when all others are equal to one of them.
 fn farthest_first(rows: &Array2<i8>, size: usize) -> Vec<usize> {
-    let mut chunks: Vec<Candidates<'_>> = rows
-        .axis_chunks_iter(Axis(0), CHUNK)
-        .map(Candidates::new)
+    let width = rows.ncols().max(1);
+    let Some(values) = rows.as_slice() else {
+        return farthest_first(&rows.as_standard_layout().into_owned(), size);
+    };
+    let row = |i: usize| &values[i * width..(i + 1) * width];
+    let mut chunks: Vec<Candidates<'_>> = values
+        .chunks(CHUNK * width)
+        .map(|rows| Candidates::new(rows, width))
         .collect();
     let mut chosen: Vec<usize> = Vec::with_capacity(size);
     let mut next = 0;
     while chosen.len() < size {
         chosen.push(next);
-        let centre = rows.row(next);
-        let apart = vectorised(
-            #[inline(always)]
-            || distances(rows, &chosen, centre),
-        );
+        let centre = row(next);
+        let mut quarters = vec![0; chosen.len()];
+        for (quarter, &other) in quarters.iter_mut().zip(&chosen) {
+            *quarter = squared_distance(centre, row(other)) / 4;
+        }
         let farthest = chunks
             .par_iter_mut()
             .with_min_len(8)
             .enumerate()
-            .filter_map(|(i, chunk)| {
-                let (distance, row) = vectorised(
+            .map(|(i, chunk)| {
+                let largest = vectorised(
                     #[inline(always)]
-                    || chunk.approach(centre, &apart),
-                )?;
+                    || chunk.approach(centre, &quarters),
+                );
                 // The lower number of equals, whatever the order of the threads.
-                Some((distance, Reverse(i * CHUNK + row)))
+                (largest, Reverse(i))
             })
             .max();
+        let farthest = farthest.and_then(|(largest, Reverse(i))| {
+            // Where the largest distance is none, every candidate is as one of the chosen.
+            let nearest = &chunks.get(i).filter(|_| largest > 0)?.nearest;
+            Some(i * CHUNK + nearest.iter().position(|d| *d == largest)?)
+        });
         match farthest {
-            Some((distance, Reverse(row))) if distance > 0 => next = row,
-            // Every candidate is as one of the chosen.
-            _ => break,
+            Some(row) => next = row,
+            None => break,
         }
     }
     chosen
 }
 
-/// Squared distances of a row to some others.
-#[inline(always)]
-fn distances(rows: &Array2<i8>, others: &[usize], row: ArrayView1<'_, i8>) -> Vec<u32> {
-    let mut found = Vec::with_capacity(others.len());
-    for &other in others {
-        found.push(squared_distance(row, rows.row(other)));
-    }
-    found
-}
-
 /// Some candidates, and the nearest centre of each.
 struct Candidates<'a> {
-    rows: ArrayView2<'a, i8>,
+    /// `[candidates, width]`.
+    rows: &'a [i8],
+    width: usize,
     /// Squared distance to the nearest centre.
     nearest: Vec<u32>,
     /// The place of that centre among the chosen.
     centre: Vec<u32>,
+    /// Room for the numbers of candidates that are to be looked at.
+    looked_at: Vec<u32>,
 }
 
 impl<'a> Candidates<'a> {
-    fn new(rows: ArrayView2<'a, i8>) -> Self {
+    fn new(rows: &'a [i8], width: usize) -> Self {
+        let count = rows.len() / width;
         Self {
-            nearest: vec![u32::MAX; rows.nrows()],
-            centre: vec![0; rows.nrows()],
             rows,
+            width,
+            nearest: vec![u32::MAX; count],
+            centre: vec![0; count],
+            looked_at: vec![0; count],
         }
     }
 
-    /// Takes a new centre into account, `apart` from every chosen one and itself by these squared distances; the largest
-    /// distance that is left, and its candidate.
+    /// Takes a new centre into account, given a quarter of its squared distance to every chosen one, itself included; the
+    /// largest distance that is left.
     ///
     /// A candidate whose centre is at least twice as far from the new one as from it cannot be nearer to the new one
     /// (triangle inequality): most are passed over without a look at their channels.
     #[inline(always)]
-    fn approach(&mut self, centre: ArrayView1<'_, i8>, apart: &[u32]) -> Option<(u32, usize)> {
-        let place = apart.len().saturating_sub(1) as u32;
-        let mut farthest: Option<(u32, usize)> = None;
-        let known = self.nearest.iter_mut().zip(&mut self.centre);
-        for (i, ((near, own), row)) in known.zip(self.rows.rows()).enumerate() {
-            if near.saturating_mul(4) > apart[*own as usize] {
-                let distance = squared_distance(row, centre);
-                if distance < *near {
-                    (*near, *own) = (distance, place);
-                }
-            }
-            if farthest.is_none_or(|(distance, _)| *near > distance) {
-                farthest = Some((*near, i));
+    fn approach(&mut self, centre: &[i8], quarters: &[u32]) -> u32 {
+        let place = quarters.len().saturating_sub(1) as u32;
+        // Without a branch: which ones they are cannot be guessed.
+        let mut count = 0;
+        for (i, (near, own)) in self.nearest.iter().zip(&self.centre).enumerate() {
+            self.looked_at[count] = i as u32;
+            let quarter = quarters.get(*own as usize).copied().unwrap_or(0);
+            count += usize::from(*near > quarter);
+        }
+        for &i in &self.looked_at[..count] {
+            let i = i as usize;
+            let row = &self.rows[i * self.width..(i + 1) * self.width];
+            let distance = squared_distance(row, centre);
+            if distance < self.nearest[i] {
+                (self.nearest[i], self.centre[i]) = (distance, place);
             }
         }
-        farthest
+        self.nearest.iter().copied().fold(0, u32::max)
     }
 }
 
-/// Channels whose squares are added side by side.
-const LANES: usize = 32;
-
-/// Squared distance of two rows of the same length, at most 66,000 channels.
+/// Squared distance of two rows of the same length, at most 30,000 channels.
 #[inline(always)]
-fn squared_distance(a: ArrayView1<'_, i8>, b: ArrayView1<'_, i8>) -> u32 {
+fn squared_distance(a: &[i8], b: &[i8]) -> u32 {
     let square = |(a, b): (&i8, &i8)| {
         let difference = i16::from(*a) - i16::from(*b);
         i32::from(difference) * i32::from(difference)
     };
-    let sum: i32 = match (a.to_slice(), b.to_slice()) {
-        (Some(a), Some(b)) => {
-            let mut lanes = [0i32; LANES];
-            let (a, a_rest) = a.as_chunks::<LANES>();
-            let (b, b_rest) = b.as_chunks::<LANES>();
-            for (a, b) in a.iter().zip(b) {
-                for (lane, pair) in lanes.iter_mut().zip(a.iter().zip(b)) {
-                    *lane += square(pair);
-                }
-            }
-            let rest: i32 = a_rest.iter().zip(b_rest).map(square).sum();
-            lanes.iter().sum::<i32>() + rest
-        }
-        _ => a.iter().zip(b).map(square).sum(),
-    };
+    let (a, a_rest) = a.as_chunks::<LANES>();
+    let (b, b_rest) = b.as_chunks::<LANES>();
+    let mut sum: i32 = a_rest.iter().zip(b_rest).map(square).sum();
+    for (a, b) in a.iter().zip(b) {
+        sum += a.iter().zip(b).map(square).sum::<i32>();
+    }
     sum as u32
 }
 
@@ -411,20 +416,35 @@ mod tests {
     fn a_core_set_takes_one_of_each_heap() {
         // Five heaps of 300 patches, far apart: five centres are one of each, whatever the number of projected channels.
         let mut rng = Rng::seed(1);
-        let rows = Array2::from_shape_fn((1500, 12), |(i, j)| {
+        let rows = Array3::from_shape_fn((150, 10, 12), |(image, patch, j)| {
             let noise = 0.01 * standard_normal(&mut rng) as f32;
-            noise + if i % 5 == j { 1.0 } else { 0.0 }
+            noise
+                + if (image * 10 + patch) % 5 == j {
+                    1.0
+                } else {
+                    0.0
+                }
         });
+        let tokens = PatchTokens::new(vec![rows.clone(), rows]).unwrap();
+        let groups: Vec<usize> = (0..150).collect();
+        let choose = |size, projected| {
+            let config = PatchConfig {
+                projected,
+                ..PatchConfig::default()
+            };
+            PatchMemory::choose(&tokens, &groups, size, &config, &mut Rng::seed(3))
+        };
         for width in [16, 17, 64] {
-            let mut chosen = core_set(rows.view(), 5, width, &mut Rng::seed(3));
-            for row in &mut chosen {
-                *row %= 5;
+            for core in choose(5, width).blocks() {
+                let heap = |row: ndarray::ArrayView1<'_, f32>| row.iter().position(|v| *v > 0.5);
+                let mut heaps: Vec<_> = core.patches.rows().into_iter().filter_map(heap).collect();
+                heaps.sort_unstable();
+                assert_eq!(heaps, [0, 1, 2, 3, 4], "{width} channels");
+                assert_eq!(core.groups.len(), 5);
             }
-            chosen.sort_unstable();
-            assert_eq!(chosen, [0, 1, 2, 3, 4], "{width} channels");
         }
-        let all = core_set(rows.view(), 9999, 16, &mut Rng::seed(3));
-        assert_eq!(all.len(), 1500);
+        let all = choose(9999, 16);
+        assert!(all.blocks().iter().all(|core| core.patches.nrows() == 1500));
     }
 
     #[test]

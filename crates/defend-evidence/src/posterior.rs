@@ -115,6 +115,44 @@ impl ExactPosterior {
         Ok(Some(values))
     }
 
+    /// Which other groups explain some of the rows when their own groups are left out, as [`Explained::shares`]. No refit: the
+    /// others' coefficients are `-([M^-1]_GG)^-1 [M^-1]_Go`.
+    ///
+    /// # Errors
+    /// [`Error::Factorisation`], as for [`ExactPosterior::fit`].
+    pub fn left_out_shares(
+        &self,
+        groups: &Groups,
+        rows: &[usize],
+    ) -> Result<Vec<Vec<(usize, f64)>>, Error> {
+        let members = groups.members();
+        let one = |&row: &usize| -> Result<Vec<(usize, f64)>, Error> {
+            let group = self.group_of.get(row).copied().unwrap_or_default();
+            let own = members.get(group).map(Vec::as_slice).unwrap_or_default();
+            let Some(place) = own.iter().position(|member| *member == row) else {
+                return Ok(Vec::new());
+            };
+            let block = block_inverse(&self.inverse, own)?;
+            let distances = squared_distances(
+                self.points.slice(ndarray::s![row..=row, ..]),
+                self.points.view(),
+            );
+            let others = (0..self.points.nrows()).filter(|&i| self.group_of[i] != group);
+            let weight = |i: usize| {
+                let column = own.iter().enumerate();
+                let alpha: f64 = column
+                    .map(|(j, member)| -block[[place, j]] * self.inverse[[*member, i]])
+                    .sum();
+                (
+                    self.group_of[i],
+                    (-self.width * distances[[0, i]]).exp() * alpha,
+                )
+            };
+            Ok(shares(others.map(weight), self.groups))
+        };
+        rows.par_iter().map(one).collect()
+    }
+
     /// Judges unit rows `[B, D]`.
     pub fn evaluate(&self, queries: ArrayView2<'_, f64>) -> Vec<Explained> {
         let distances = squared_distances(queries, self.points.view());
@@ -206,13 +244,26 @@ impl LocalPosterior {
     /// # Errors
     /// [`Error::Factorisation`] for rows that are far from unit length.
     pub fn left_out(&self, rows: &[usize]) -> Result<Vec<f64>, Error> {
-        let mut values = Vec::with_capacity(rows.len());
+        let judged = self.judge_own(rows)?;
+        Ok(judged.into_iter().map(|e| e.log_variance).collect())
+    }
+
+    /// Which other rows explain some of its own, each with itself left out, as [`Explained::shares`].
+    ///
+    /// # Errors
+    /// [`Error::Factorisation`] for rows that are far from unit length.
+    pub fn left_out_shares(&self, rows: &[usize]) -> Result<Vec<Vec<(usize, f64)>>, Error> {
+        let judged = self.judge_own(rows)?;
+        Ok(judged.into_iter().map(|e| e.shares).collect())
+    }
+
+    fn judge_own(&self, rows: &[usize]) -> Result<Vec<Explained>, Error> {
+        let mut judged = Vec::with_capacity(rows.len());
         for some in rows.chunks(QUERIES) {
             let own: Vec<Option<usize>> = some.iter().map(|row| Some(*row)).collect();
-            let judged = self.judge(self.points.select(Axis(0), some).view(), &own)?;
-            values.extend(judged.into_iter().map(|e| e.log_variance));
+            judged.extend(self.judge(self.points.select(Axis(0), some).view(), &own)?);
         }
-        Ok(values)
+        Ok(judged)
     }
 
     /// Judges unit rows `[B, D]`.

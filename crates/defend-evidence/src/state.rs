@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::closed_form::{WeighedContrast, WeighedPatches};
 use crate::contrast::Contrast;
+use crate::known::Known;
 use crate::patches::CoreSet;
 use crate::{
     ClosedForm, Embeddings, Error, EvidenceConfig, Groups, PatchMemory, Standard, Summary,
@@ -22,6 +23,8 @@ pub struct StateHeader {
     contrast: Option<PieceHeader>,
     patch_weight: f64,
     patches: Option<Standard>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    known: Option<Standard>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -67,10 +70,21 @@ impl ClosedForm {
         }
         add("groups".into(), indices(&self.groups.of));
         add("leaders".into(), indices(&self.groups.leaders));
-        add(
-            "left_out".into(),
-            StateArray::Numbers(self.left_out.clone()),
-        );
+        add("left_out".into(), StateArray::Numbers(self.unaided.clone()));
+        if let Some(known) = &self.known {
+            for (i, part) in known.abnormal.parts().iter().enumerate() {
+                add(format!("abnormal.{i}"), StateArray::Matrix(part.clone()));
+            }
+            add("known.rows".into(), indices(&known.normal_rows));
+            add(
+                "known".into(),
+                StateArray::Numbers(known.contrast.coefficients().to_vec()),
+            );
+            add(
+                "known.left_out".into(),
+                StateArray::Numbers(known.left_out.clone()),
+            );
+        }
         if let Some(weighed) = &self.contrast {
             for (i, part) in weighed
                 .ordinary
@@ -111,6 +125,7 @@ impl ClosedForm {
                 }),
                 patch_weight: self.patch_weight,
                 patches: self.patches.as_ref().map(|p| p.scale),
+                known: self.known.as_ref().map(|k| k.scale),
             },
             arrays,
         }
@@ -141,6 +156,7 @@ impl ClosedForm {
             Some(header.scale),
             header.contrast.map(|c| c.scale),
             header.patches,
+            header.known,
         ];
         let numbers = [header.summary.width, header.patch_weight];
         if !(scales.into_iter().flatten().all(finite) && numbers.iter().all(|n| n.is_finite())) {
@@ -188,6 +204,31 @@ impl ClosedForm {
             let memory = PatchMemory::new(blocks, form.config.patches.worst);
             form.patches = Some(WeighedPatches { memory, scale });
         }
+        if let Some(scale) = header.known {
+            let config = form.config.known;
+            let abnormal = arrays.embeddings("abnormal")?;
+            let normal_rows = arrays.indices("known.rows", usize::MAX)?;
+            let known_rows = normal_rows.iter().all(|row| *row < form.normal.len());
+            if !(known_rows && normal_rows.is_sorted()) {
+                return Err(fault("known.rows do not fit the images".into()));
+            }
+            let normal = form.normal.select(&normal_rows).features(usize::MAX);
+            let other = abnormal.features(usize::MAX);
+            let points = ndarray::concatenate(ndarray::Axis(0), &[normal.view(), other.view()])
+                .map_err(|_| fault("abnormal images have another width".into()))?;
+            let coefficients = Array1::from(arrays.numbers("known", points.nrows())?);
+            form.known = Some(Known {
+                abnormal,
+                contrast: Contrast::from_parts(points, coefficients, config.width),
+                scale,
+                left_out: arrays.numbers("known.left_out", normal_rows.len())?,
+                normal_rows,
+            });
+        }
+        if form.left_out_images().len() != form.unaided.len() {
+            return Err(fault("left-out values do not fit the groups".into()));
+        }
+        form.settle();
         match arrays.0.into_keys().next() {
             Some(name) => Err(fault(format!("\"{name}\" belongs to no part of it"))),
             None => Ok(form),

@@ -143,9 +143,10 @@ fn contrast_and_left_out_values() {
         let kept = unlike_normals(x.view(), b.view(), 0.1);
         assert_eq!(kept.len(), 270);
         let b = b.select(ndarray::Axis(0), &kept);
-        let (contrast, left_out) = Contrast::fit(x.view(), &groups, b.view(), 1.0, 1.0).unwrap();
+        let (contrast, left_out) =
+            Contrast::fit(x.view(), &groups, b.view(), None, 1.0, 1.0).unwrap();
         close(
-            &left_out,
+            &left_out.normal,
             &set.numbers("contrast.left_out"),
             1e-6,
             "left-out contrast",
@@ -259,5 +260,64 @@ fn gates_and_sum() {
         expected.sort_by(f64::total_cmp);
         found.sort_by(f64::total_cmp);
         self::close(&found, &expected, 1e-6, "left-out sums");
+    }
+}
+
+#[test]
+fn known_abnormal_images_and_a_folder_scored_together() {
+    for name in SETS {
+        let set = Set::read(name);
+        let (train, ordinary) = (embeddings(&set, "train"), embeddings(&set, "ordinary"));
+        let mut form =
+            ClosedForm::fit(&train, Some(&ordinary), &EvidenceConfig::default()).unwrap();
+        let folder = embeddings(&set, "folder");
+        let scores = set.numbers("folder.scores");
+        let alone: Vec<f64> = (form.evaluate(&folder, None).unwrap().iter())
+            .map(|j| j.score)
+            .collect();
+        close(&alone, &scores, 1e-6, "scores one by one");
+        let together = form.together(&folder, &scores, None).unwrap();
+        close(
+            &together.p_values,
+            &set.numbers("together.p"),
+            1e-12,
+            "p-values",
+        );
+        let found = [1.0 - together.abnormal.estimate, together.weight];
+        close(
+            &found,
+            &set.numbers("together.numbers"),
+            1e-9,
+            "share and weight",
+        );
+        close(&together.scores, &set.numbers("together"), 1e-6, "together");
+        let forced = form.together(&folder, &scores, Some(0.3)).unwrap();
+        close(
+            &forced.scores,
+            &set.numbers("together.forced"),
+            1e-6,
+            "expected share",
+        );
+
+        let before = form.left_out().to_vec();
+        form.learn_abnormal(&embeddings(&set, "abnormal")).unwrap();
+        let judged = form.evaluate(&embeddings(&set, "test"), None).unwrap();
+        let known: Vec<f64> = judged.iter().map(|j| j.known.unwrap().z).collect();
+        close(&known, &set.numbers("known"), 1e-6, "known");
+        let mut expected: Vec<f64> = set
+            .indices("leaders")
+            .into_iter()
+            .map(|image| set.numbers("known.left_out")[image])
+            .collect();
+        let mut found: Vec<f64> = form
+            .left_out()
+            .iter()
+            .zip(&before)
+            .map(|(a, b)| a - b)
+            .collect();
+        expected.sort_by(f64::total_cmp);
+        found.sort_by(f64::total_cmp);
+        close(&found, &expected, 1e-6, "left-out known");
+        assert!(expected.last().unwrap() > &0.0);
     }
 }

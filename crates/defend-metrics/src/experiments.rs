@@ -107,14 +107,16 @@ pub fn compare(
 ) -> Result<Comparison, Error> {
     check(resamples, confidence, first)?;
     check(resamples, confidence, second)?;
-    let equal = |what, left, right| match left == right {
-        true => Ok(()),
-        false => Err(Error::Length {
+    let equal = |what, left, right| {
+        if left == right {
+            return Ok(());
+        }
+        Err(Error::Length {
             left_name: what,
             left,
             right_name: "those of the second",
             right,
-        }),
+        })
     };
     equal("experiments of the first system", first.len(), second.len())?;
     let mut estimate = 0.0;

@@ -389,7 +389,8 @@ fn keys(images: &Tensor) -> Result<Vec<Key>, Error> {
 }
 
 fn hash_values(hasher: &mut blake3::Hasher, values: &[f32]) {
-    let mut bytes = [0; 4096];
+    // Many chunks at a time are what the hash is fast for.
+    let mut bytes = vec![0; 1 << 16];
     for part in values.chunks(bytes.len() / 4) {
         for (slot, value) in bytes.chunks_exact_mut(4).zip(part) {
             slot.copy_from_slice(&value.to_le_bytes());

@@ -1,0 +1,64 @@
+//! Is the image like one that is known to be abnormal? The contrast of the normal images with a few of them.
+
+use ndarray::ArrayView2;
+
+use crate::{Contrast, Embeddings, Error, Groups, KnownConfig, Standard, Weighed};
+
+/// The contrast with known abnormal images.
+#[derive(Debug, Clone)]
+pub(crate) struct Known {
+    pub(crate) abnormal: Embeddings,
+    pub(crate) contrast: Contrast,
+    pub(crate) scale: Standard,
+    /// Kept normal images that it was fitted on, ascending, and their left-out values.
+    pub(crate) normal_rows: Vec<usize>,
+    pub(crate) left_out: Vec<f64>,
+}
+
+impl Known {
+    /// `normal`: the images `normal_rows`, by `groups`.
+    pub(crate) fn fit(
+        normal: &Embeddings,
+        groups: &Groups,
+        abnormal: Embeddings,
+        normal_rows: Vec<usize>,
+        config: KnownConfig,
+    ) -> Result<Self, Error> {
+        let (contrast, left_out) = Contrast::fit(
+            normal.features(usize::MAX).view(),
+            groups,
+            abnormal.features(usize::MAX).view(),
+            None,
+            config.width,
+            config.ridge,
+        )?;
+        Ok(Self {
+            abnormal,
+            contrast,
+            scale: Standard::of(&left_out.normal),
+            normal_rows,
+            left_out: left_out.normal,
+        })
+    }
+
+    /// What speaks against images, unit rows `[B, D]`: deviations beyond `margin`, or nothing.
+    pub(crate) fn evaluate(&self, images: ArrayView2<'_, f64>, margin: f64) -> Vec<Weighed> {
+        let values = self.contrast.evaluate(images);
+        let of = |value| Weighed {
+            z: self.against(value, margin),
+            weight: 1.0,
+        };
+        values.into_iter().map(of).collect()
+    }
+
+    /// The same of a normal image that it was fitted on, left out.
+    pub(crate) fn of_normal(&self, image: usize, margin: f64) -> f64 {
+        let place = self.normal_rows.binary_search(&image).ok();
+        let value = place.and_then(|place| self.left_out.get(place));
+        value.map_or(0.0, |value| self.against(*value, margin))
+    }
+
+    fn against(&self, value: f64, margin: f64) -> f64 {
+        (self.scale.z(value) - margin).max(0.0)
+    }
+}
