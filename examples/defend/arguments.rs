@@ -21,6 +21,12 @@ pub(crate) enum Command {
     Fit(Fit),
     /// Looks at ordinary photos with a backbone and writes what fits contrast with.
     Background(Background),
+    /// Adds known abnormal pictures to a model.
+    Extend(Extend),
+    /// Names the normal pictures that the others do not explain, of a model or of a folder.
+    Suspects(Suspects),
+    /// Scores a folder as a whole: many abnormal pictures tell what abnormal ones look like.
+    Sort(Sort),
     /// Chooses a model's threshold from held-out normal pictures.
     Calibrate(Calibrate),
     /// Prints a line for each picture: score, verdict, path.
@@ -79,6 +85,13 @@ pub(crate) struct Fit {
     /// anything. Without it, the one that ships with the embedded backbone, and none for another backbone.
     #[arg(long)]
     pub(crate) background: Option<PathBuf>,
+    /// Folder of known abnormal pictures: a few of them help a lot, also against kinds that are not among them. May be given
+    /// several times.
+    #[arg(long)]
+    pub(crate) abnormal: Vec<PathBuf>,
+    /// Leaves this many of the oddest normal pictures out, each with its near copies: see `defend suspects`.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) drop_suspects: usize,
     /// Seed of every random choice; overrides the settings.
     #[arg(long)]
     pub(crate) seed: Option<u64>,
@@ -110,6 +123,67 @@ pub(crate) struct Background {
     /// Side that pictures are resized to, pixels; what the backbone was trained at without it.
     #[arg(long)]
     pub(crate) image_size: Option<usize>,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Extend {
+    /// Model file.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// Folder of known abnormal pictures. May be given several times.
+    #[arg(long, required = true)]
+    pub(crate) abnormal: Vec<PathBuf>,
+    /// Model file to write; by default the model is replaced.
+    #[arg(long)]
+    pub(crate) out: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Suspects {
+    /// Model file, whose normal pictures are looked at.
+    #[arg(long, required_unless_present = "normal", conflicts_with = "normal")]
+    pub(crate) model: Option<PathBuf>,
+    /// Folder of pictures, of which most are of one sort, in place of a model. May be given several times.
+    #[arg(long)]
+    pub(crate) normal: Vec<PathBuf>,
+    /// Pretrained weights, as for `defend fit`, with --normal.
+    #[arg(long, conflicts_with = "model")]
+    pub(crate) backbone: Option<String>,
+    /// How many are named.
+    #[arg(long, default_value_t = 20)]
+    pub(crate) count: usize,
+    /// How the lines look.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Sort {
+    /// Model file.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// Share of abnormal pictures, between 0 and 1, where it is known: they are then compared with each other in any case. By
+    /// default only where more of them seem abnormal than noise would make look so.
+    #[arg(long)]
+    pub(crate) expect_abnormal: Option<f64>,
+    /// Folder whose sub-folders normal, novel and unsure get the pictures; the originals stay where they are.
+    #[arg(long)]
+    pub(crate) into: Option<PathBuf>,
+    /// Puts links there instead of copies.
+    #[arg(long, requires = "into")]
+    pub(crate) link: bool,
+    /// How the lines look.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
+    /// Pictures and folders of pictures.
+    #[arg(required = true)]
+    pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) common: Common,
 }
@@ -228,9 +302,10 @@ pub(crate) struct Common {
 
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum Format {
-    /// `score<TAB>verdict<TAB>path`.
+    /// `score<TAB>verdict<TAB>path`; of `suspects` `score<TAB>path<TAB>nearest`.
     Text,
-    /// A header, then `path,score,verdict,posterior,contrast,patches,nearest,error`; the pieces as weight times z.
+    /// A header, then comma-separated values; of `score` `path,score,verdict,posterior,contrast,patches,known,nearest,error`, the
+    /// pieces as weight times z.
     Csv,
     /// A JSON object a line.
     Json,

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use anyhow::Result;
+use defend_core::evidence::ClosedForm;
 use defend_core::vit::Precision;
 use defend_core::{ClosedFormReport, Defend, Fitted, ProgressBar, StudentReport};
 
@@ -25,6 +26,10 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
     if let Some(path) = &arguments.background {
         builder = builder.background(background::source(path, arguments.common.strict)?);
     }
+    if !arguments.abnormal.is_empty() {
+        builder = builder.abnormal(find(&arguments.abnormal, arguments.common.strict)?.dataset());
+    }
+    builder = builder.drop_suspects(arguments.drop_suspects);
     if let Some(folder) = &arguments.features {
         builder = builder.feature_folder(folder, Precision::Full);
     }
@@ -62,6 +67,11 @@ pub(crate) fn summarize(fitted: &Fitted) {
         StudentReport::Masked(report) => losses("masked distillation", &report.losses),
         StudentReport::ClosedForm(report) => describe(report),
     }
+    if let Some(known) = fitted.detector.evidence().map(ClosedForm::known_abnormal)
+        && known > 0
+    {
+        eprintln!("{known} known abnormal pictures");
+    }
     match fitted.detector.calibration() {
         None => eprintln!("no threshold yet: see defend calibrate"),
         Some(calibration) => eprintln!(
@@ -81,6 +91,9 @@ fn describe(report: &ClosedFormReport) {
     let found = &report.summary;
     let (images, groups) = (thousands(found.images), thousands(found.groups));
     eprintln!("closed form: {images} images, {groups} groups of near copies");
+    for name in &report.dropped {
+        eprintln!("left out as a suspect: {name}");
+    }
     if found.groups < FEW_GROUPS {
         eprintln!(
             "with fewer than {FEW_GROUPS} groups there is little to learn from: more different normal pictures help most"

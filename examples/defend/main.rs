@@ -8,10 +8,14 @@ mod bench;
 mod calibrate;
 mod demo;
 mod evaluate;
+mod extend;
 mod fit;
 mod maps;
 mod pictures;
 mod score;
+mod sort;
+mod suspects;
+mod table;
 
 use std::process::ExitCode;
 
@@ -40,6 +44,9 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Fit(arguments) => fit::run(&arguments),
         Command::Background(arguments) => background::run(&arguments),
+        Command::Extend(arguments) => extend::run(&arguments),
+        Command::Suspects(arguments) => suspects::run(&arguments),
+        Command::Sort(arguments) => sort::run(&arguments),
         Command::Calibrate(arguments) => calibrate::run(&arguments),
         Command::Score(arguments) => score::run(&arguments),
         Command::Evaluate(arguments) => evaluate::run(&arguments),

@@ -1,15 +1,16 @@
 //! `defend score`
 
-use std::io::{IsTerminal, Write, stdout};
+use std::io::{IsTerminal, stdout};
 
 use anyhow::{Context, Result};
 use defend_core::evidence::Weighed;
 use defend_core::{Explanation, Finding, Maps, Outcome, ProgressBar, Verdict};
 use serde::Serialize;
 
-use crate::arguments::{Format, Score};
+use crate::arguments::Score;
 use crate::maps::MapFolder;
 use crate::pictures::{find, scan_all};
+use crate::table::Table;
 
 pub(crate) fn run(arguments: &Score) -> Result<()> {
     let detector = arguments.common.load(&arguments.model)?;
@@ -27,7 +28,7 @@ pub(crate) fn run(arguments: &Score) -> Result<()> {
     } else {
         ProgressBar::new()
     };
-    let mut lines = Lines::new(arguments.format, stdout().lock());
+    let mut table = Table::new(arguments.format, stdout().lock());
     let dataset = found.dataset();
     scan_all(
         &detector,
@@ -40,7 +41,8 @@ pub(crate) fn run(arguments: &Score) -> Result<()> {
         arguments.common.strict,
         &mut bar,
         &mut |outcome| {
-            lines.write(&outcome)?;
+            let record = Record::of(&outcome);
+            table.row(&text(&record), &record)?;
             let (Some(maps), Ok((finding, resized))) = (&mut maps, outcome) else {
                 return Ok(());
             };
@@ -61,6 +63,7 @@ struct Record<'a> {
     posterior: Option<f64>,
     contrast: Option<f64>,
     patches: Option<f64>,
+    known: Option<f64>,
     /// The normal picture that explains it most.
     nearest: Option<&'a str>,
     error: Option<String>,
@@ -85,6 +88,7 @@ impl<'a> Record<'a> {
                 posterior: part(|e| Some(e.posterior)),
                 contrast: part(|e| e.contrast),
                 patches: part(|e| e.patches),
+                known: part(|e| e.known),
                 nearest: explanation.and_then(|e| e.nearest.first().map(|near| near.name.as_str())),
                 error: None,
             },
@@ -95,6 +99,7 @@ impl<'a> Record<'a> {
                 posterior: None,
                 contrast: None,
                 patches: None,
+                known: None,
                 nearest: None,
                 error: Some(failure.error.to_string()),
             },
@@ -102,42 +107,13 @@ impl<'a> Record<'a> {
     }
 }
 
-/// Writes a line an image, at once: a run that is cut short has said what it knew.
-enum Lines<W: Write> {
-    Text(W),
-    Csv(Box<csv::Writer<W>>),
-    Json(W),
-}
-
-impl<W: Write> Lines<W> {
-    fn new(format: Format, out: W) -> Self {
-        match format {
-            Format::Text => Self::Text(out),
-            Format::Csv => Self::Csv(Box::new(csv::Writer::from_writer(out))),
-            Format::Json => Self::Json(out),
-        }
-    }
-
-    fn write(&mut self, outcome: &Outcome) -> Result<()> {
-        let record = Record::of(outcome);
-        match self {
-            Self::Text(out) => match (record.score, record.verdict) {
-                (Some(score), Some(verdict)) => {
-                    writeln!(out, "{score:.6}\t{}\t{}", word(verdict), record.path)?;
-                }
-                (Some(score), None) => writeln!(out, "{score:.6}\t-\t{}", record.path)?,
-                (None, _) => writeln!(out, "-\tunreadable\t{}", record.path)?,
-            },
-            Self::Csv(out) => {
-                out.serialize(record)?;
-                out.flush()?;
-            }
-            Self::Json(out) => {
-                serde_json::to_writer(&mut *out, &record)?;
-                writeln!(out)?;
-            }
-        }
-        Ok(())
+/// `score<TAB>verdict<TAB>path`
+fn text(record: &Record<'_>) -> String {
+    let path = record.path;
+    match (record.score, record.verdict) {
+        (Some(score), Some(verdict)) => format!("{score:.6}\t{}\t{path}", word(verdict)),
+        (Some(score), None) => format!("{score:.6}\t-\t{path}"),
+        (None, _) => format!("-\tunreadable\t{path}"),
     }
 }
 
@@ -151,6 +127,7 @@ fn word(verdict: Verdict) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arguments::Format;
     use defend_core::Novelty;
     use defend_core::data::{Error, Failure, RgbImage};
 
@@ -173,10 +150,12 @@ mod tests {
             },
         };
         let mut bytes = Vec::new();
-        let mut lines = Lines::new(format, &mut bytes);
-        lines.write(&Ok((good, RgbImage::new(1, 1)))).unwrap();
-        lines.write(&Err(bad)).unwrap();
-        drop(lines);
+        let mut table = Table::new(format, &mut bytes);
+        for outcome in [Ok((good, RgbImage::new(1, 1))), Err(bad)] {
+            let record = Record::of(&outcome);
+            table.row(&text(&record), &record).unwrap();
+        }
+        drop(table);
         String::from_utf8(bytes).unwrap()
     }
 
@@ -190,10 +169,10 @@ mod tests {
         let mut csv = csv.lines();
         assert_eq!(
             csv.next(),
-            Some("path,score,verdict,posterior,contrast,patches,nearest,error")
+            Some("path,score,verdict,posterior,contrast,patches,known,nearest,error")
         );
-        assert_eq!(csv.next(), Some("\"a, \"\"b\"\".jpg\",0.25,novel,,,,,"));
-        assert!(csv.next().unwrap().starts_with("c.jpg,,,,,,,"));
+        assert_eq!(csv.next(), Some("\"a, \"\"b\"\".jpg\",0.25,novel,,,,,,"));
+        assert!(csv.next().unwrap().starts_with("c.jpg,,,,,,,,"));
         let json = lines(Format::Json);
         let rows: Vec<serde_json::Value> = json
             .lines()

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::Device;
+use defend_data::Dataset;
 use defend_dense::DenseObjective;
 use defend_distill::{DistillObjective, MaskPolicy, Score};
 use defend_vit::{Backbone, Encoder, Precision, Pretrained, Trainable, Vit};
@@ -31,6 +32,8 @@ impl Defend {
             score: None,
             features: None,
             background: BackgroundSource::default(),
+            abnormal: None,
+            drop_suspects: 0,
         }
     }
 }
@@ -58,6 +61,8 @@ pub struct DefendBuilder {
     pub(crate) objective: Option<Arc<dyn DistillObjective>>,
     pub(crate) score: Option<Arc<dyn Score>>,
     pub(crate) background: BackgroundSource,
+    pub(crate) abnormal: Option<Arc<dyn Dataset>>,
+    pub(crate) drop_suspects: usize,
     pub(crate) features: Option<(PathBuf, Precision)>,
 }
 
@@ -98,6 +103,21 @@ impl DefendBuilder {
     #[must_use]
     pub fn background(mut self, background: impl Into<BackgroundSource>) -> Self {
         self.background = background.into();
+        self
+    }
+
+    /// Known abnormal images, for the closed form: see [`Detector::learn_abnormal`](crate::Detector::learn_abnormal).
+    #[must_use]
+    pub fn abnormal(mut self, images: impl Dataset + 'static) -> Self {
+        self.abnormal = Some(Arc::new(images));
+        self
+    }
+
+    /// Leaves the `count` oddest groups of normal images out, for the closed form: those that
+    /// [`Detector::suspects`](crate::Detector::suspects) names. For folders that are known to hold some images that do not belong.
+    #[must_use]
+    pub fn drop_suspects(mut self, count: usize) -> Self {
+        self.drop_suspects = count;
         self
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use defend_evidence::ClosedForm;
+use defend_evidence::{ClosedForm, Embeddings};
 use defend_vit::{Encoder, Grid};
 
 use crate::novelty::{Explanation, NearestNormal};
@@ -20,8 +20,12 @@ pub(crate) struct ClosedFormStudent {
 }
 
 impl ClosedFormStudent {
-    /// Scores without verdicts.
-    pub(crate) fn score(&self, images: &Tensor, with_maps: bool) -> Result<Vec<Novelty>, Error> {
+    /// Scores without verdicts, and the embeddings behind them.
+    pub(crate) fn score(
+        &self,
+        images: &Tensor,
+        with_maps: bool,
+    ) -> Result<(Vec<Novelty>, Embeddings), Error> {
         let needed = self.evidence.memory().is_some() && self.evidence.patch_weight() > 0.0;
         let embedded = self
             .blocks
@@ -41,6 +45,7 @@ impl ClosedFormStudent {
                 posterior: judgement.posterior,
                 contrast: judgement.contrast,
                 patches: judgement.patches,
+                known: judgement.known,
                 nearest: judgement
                     .explained_by
                     .into_iter()
@@ -48,7 +53,7 @@ impl ClosedFormStudent {
                     .collect(),
             }),
         });
-        Ok(novelties.collect())
+        Ok((novelties.collect(), embedded.images))
     }
 
     fn nearest(&self, (image, share): (usize, f64)) -> Option<NearestNormal> {

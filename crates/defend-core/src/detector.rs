@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 use defend_data::{Dataset, Preprocess};
 use defend_distill::{Aggregation, Score};
-use defend_evidence::ClosedForm;
+use defend_evidence::{ClosedForm, Embeddings};
 use defend_metrics::{FalseAlarmRate, Threshold, threshold_for};
 use defend_vit::{Backbone, Encoder};
 use ndarray::ArrayView1;
@@ -226,7 +226,19 @@ impl Detector {
         Ok(self)
     }
 
-    fn checked_score(&self, images: &Tensor, with_maps: bool) -> Result<Vec<Novelty>, Error> {
+    /// Scores with verdicts, and the embeddings behind them in the closed form.
+    pub(crate) fn judge(
+        &self,
+        images: &Tensor,
+    ) -> Result<(Vec<Novelty>, Option<Embeddings>), Error> {
+        self.checked_score(images, false)
+    }
+
+    fn checked_score(
+        &self,
+        images: &Tensor,
+        with_maps: bool,
+    ) -> Result<(Vec<Novelty>, Option<Embeddings>), Error> {
         let size = self.preprocess.size;
         // The backbones take any size, but their distances at another one say nothing.
         if !matches!(images.dims(), &[_, 3, h, w] if h == size as usize && w == size as usize) {
@@ -235,10 +247,13 @@ impl Detector {
                 size,
             });
         }
-        let mut novelties = match (&self.student, &self.config.student) {
-            (StudentStage::ClosedForm(closed), _) => closed.score(images, with_maps)?,
+        let (mut novelties, embeddings) = match (&self.student, &self.config.student) {
+            (StudentStage::ClosedForm(closed), _) => {
+                let (novelties, embeddings) = closed.score(images, with_maps)?;
+                (novelties, Some(embeddings))
+            }
             (StudentStage::Masked(masked), Student::Masked(config)) => {
-                masked.score(images, config)?
+                (masked.score(images, config)?, None)
             }
             (StudentStage::Masked(_), Student::ClosedForm(_)) => return Err(not_masked("student")),
         };
@@ -252,7 +267,7 @@ impl Detector {
                 });
             }
         }
-        Ok(novelties)
+        Ok((novelties, embeddings))
     }
 }
 
@@ -278,10 +293,10 @@ impl NoveltyDetector for Detector {
     }
 
     fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {
-        self.checked_score(images, false)
+        Ok(self.checked_score(images, false)?.0)
     }
 
     fn score_with_maps(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {
-        self.checked_score(images, true)
+        Ok(self.checked_score(images, true)?.0)
     }
 }

@@ -76,6 +76,12 @@ pub enum Error {
         /// The teacher of the fit.
         teacher: String,
     },
+    /// An image was given as abnormal that the detector was fitted on as normal.
+    #[error("{name} is one of the normal images that were fitted on, expected an abnormal one")]
+    AlsoNormal {
+        /// Name of the image.
+        name: String,
+    },
     /// The teacher's features of an image are not finite.
     #[error(
         "the teacher's features of {name} are not finite: its weights or the image are damaged"

@@ -74,6 +74,8 @@ pub struct ClosedFormReport {
     pub patch_weight: f64,
     /// Where the ordinary photos are from; `None` without any: the contrast is off, and a background would switch it on.
     pub background: Option<String>,
+    /// Images that were left out as suspects.
+    pub dropped: Vec<String>,
 }
 
 impl Fitted {
@@ -165,6 +167,7 @@ struct Stages<'a> {
     config: DefendConfig,
     device: Device,
     pictures: Pictures,
+    drop_suspects: usize,
     observer: &'a mut dyn Observer,
 }
 
@@ -182,7 +185,7 @@ impl DefendBuilder {
         self.config.validate()?;
         self.check_roles()?;
         let (config, device, strict) = (self.config.clone(), self.device.clone(), self.strict);
-        let embedded = self.backbone.is_none();
+        let (embedded, abnormal) = (self.backbone.is_none(), self.abnormal.take());
         let teacher = load_teacher(self.backbone.take(), &config, &device)?;
         if let Student::Masked(masked) = &config.student {
             teacher.check_layers(masked.distill.layers)?;
@@ -202,11 +205,12 @@ impl DefendBuilder {
             strict,
             observer,
         )?;
-        let (images, skipped) = (pictures.len(), pictures.skipped().to_vec());
+        let (images, mut skipped) = (pictures.len(), pictures.skipped().to_vec());
         let mut stages = Stages {
             config: config.clone(),
             device: device.clone(),
             pictures,
+            drop_suspects: self.drop_suspects,
             observer,
         };
         let dense = stages.tune(&teacher, self.dense.take())?;
@@ -255,6 +259,10 @@ impl DefendBuilder {
                 Ok(_) | Err(Error::Metrics(TooFewForRate { .. } | Empty { .. })) => {}
                 Err(error) => return Err(error),
             }
+        }
+        if let Some(abnormal) = abnormal {
+            let learnt = detector.learn_abnormal_of(&abnormal, strict, stages.observer)?;
+            skipped.extend(learnt.skipped);
         }
         Ok(Fitted {
             detector,
@@ -322,10 +330,12 @@ impl DefendBuilder {
                     self.background,
                     BackgroundSource::Ready(_) | BackgroundSource::Photos(..)
                 );
-                (
-                    given.then_some("background"),
-                    "the closed form, which compares with it",
-                )
+                let closed = [
+                    ("background", given),
+                    ("abnormal", self.abnormal.is_some()),
+                    ("drop_suspects", self.drop_suspects > 0),
+                ];
+                (unused(&closed), "the closed form, which works with it")
             }
         };
         let (field, expected) = match field {
@@ -383,31 +393,56 @@ impl Stages<'_> {
         let mut normals = Normals::new(&*teacher, &blocks, &self.pictures);
         let images = normals.embeddings(self.observer)?;
         let ordinary = background.map(Background::embeddings).transpose()?;
-        let mut evidence = ClosedForm::fit(&images, ordinary.as_ref(), config)?;
-        let wanted: Vec<usize> = evidence
-            .patch_images()
-            .iter()
-            .filter_map(|&row| evidence.kept().get(row).copied())
-            .collect();
-        let patches = normals.patches(&wanted, self.observer)?;
-        let mut rng = Rng::stream(self.config.seed, stream::PATCHES);
-        let maps = evidence.remember(&patches, &mut rng)?;
+        // Places of the images that are fitted on, among all.
+        let mut used: Vec<usize> = (0..images.len()).collect();
+        let mut dropped = Vec::new();
+        let seed = self.config.seed;
+        // The closed form, the place of each kept image among all, and maps of left-out images.
+        let mut fit = |used: &[usize]| -> Result<_, Error> {
+            let mut evidence = ClosedForm::fit(&images.select(used), ordinary.as_ref(), config)?;
+            let kept = evidence.kept().iter();
+            let kept: Vec<usize> = kept.filter_map(|&i| used.get(i).copied()).collect();
+            let wanted = evidence.patch_images();
+            let wanted: Vec<usize> = wanted
+                .into_iter()
+                .filter_map(|row| kept.get(row).copied())
+                .collect();
+            let patches = normals.patches(&wanted, self.observer)?;
+            let mut rng = Rng::stream(seed, stream::PATCHES);
+            let maps = evidence.remember(&patches, &mut rng)?;
+            Ok((evidence, kept, maps))
+        };
+        let mut fitted = fit(&used)?;
+        if self.drop_suspects > 0 {
+            let odd = fitted.0.images_of_suspects(&images, self.drop_suspects)?;
+            if odd.len() == images.len() {
+                return Err(Error::Config {
+                    field: "drop_suspects",
+                    value: self.drop_suspects.to_string(),
+                    expected: format!(
+                        "fewer than the {} groups of images",
+                        fitted.0.groups().len()
+                    ),
+                });
+            }
+            dropped = odd.iter().map(|&i| self.pictures.name(i)).collect();
+            used.retain(|image| odd.binary_search(image).is_err());
+            fitted = fit(&used)?;
+        }
+        let (evidence, kept, maps) = fitted;
         let grid = teacher.spec().architecture.grid();
         let maps: Vec<PatchMap> = maps
             .into_iter()
             .map(|values| PatchMap { grid, values })
             .collect();
         let scale = MapScale::of(&maps.iter().collect::<Vec<_>>(), 2.0);
-        let names = evidence
-            .kept()
-            .iter()
-            .map(|&i| self.pictures.name(i))
-            .collect();
+        let names = kept.iter().map(|&i| self.pictures.name(i)).collect();
         let report = ClosedFormReport {
             summary: *evidence.summary(),
             contrast_weight: evidence.contrast_weight(),
             patch_weight: evidence.patch_weight(),
             background: background.map(|background| background.source().to_owned()),
+            dropped,
         };
         let student = ClosedFormStudent {
             teacher,

@@ -37,6 +37,7 @@ mod detector;
 mod device;
 mod error;
 mod fit;
+mod known;
 mod map;
 mod masked;
 mod normals;
@@ -48,6 +49,8 @@ mod pictures;
 #[cfg(feature = "progress")]
 mod progress;
 mod scan;
+mod sort;
+mod suspects;
 mod tokens;
 
 pub use background::{Background, BackgroundSource, TeacherIdentity};
@@ -57,6 +60,7 @@ pub use detector::{Calibration, CalibrationSource, Detector, NoveltyDetector};
 pub use device::best_device;
 pub use error::Error;
 pub use fit::{ClosedFormReport, Fitted, StudentReport};
+pub use known::Learnt;
 pub use map::{MapScale, PatchMap};
 pub use novelty::{Explanation, NearestNormal, Novelty, Verdict};
 pub use observer::{Event, Observer, Silent, Stage};
@@ -67,6 +71,9 @@ pub use progress::ProgressBar;
 pub use scan::{
     Finding, Maps, Outcome, Scan, Skipped, preprocess_of, scan, scan_each, scan_with_maps,
 };
+
+pub use sort::{Place, Sorted, SortedFinding, sort};
+pub use suspects::SuspectImage;
 
 pub use defend_data as data;
 pub use defend_dense as dense;

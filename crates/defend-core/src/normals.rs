@@ -51,19 +51,23 @@ impl<'a> Normals<'a> {
 
     /// Patch tokens of some images, in the order asked for.
     pub(crate) fn patches(
-        &mut self,
+        &self,
         images: &[usize],
         observer: &mut dyn Observer,
     ) -> Result<PatchTokens, Error> {
-        let mut patches = std::mem::take(&mut self.patches);
-        let mut rows: Vec<usize> = images.to_vec();
-        if patches.is_empty() {
+        let (mut again, mut rows) = (Vec::new(), images.to_vec());
+        if self.patches.is_empty() {
             self.pass(images, true, Stage::Patches, observer, |embedded| {
-                patches.extend(embedded.patches);
+                again.extend(embedded.patches);
                 Ok(())
             })?;
             rows = (0..images.len()).collect();
         }
+        let patches = if self.patches.is_empty() {
+            &again
+        } else {
+            &self.patches
+        };
         let blocks = patches.first().map_or(0, |tokens| tokens.blocks().len());
         let join = |block: usize| -> Result<Array3<f32>, Error> {
             let of_image = |&row: &usize| {

@@ -51,6 +51,8 @@ pub struct Explanation {
     pub contrast: Option<Weighed>,
     /// Is some small part unlike anything normal? `None` where that has no weight.
     pub patches: Option<Weighed>,
+    /// Is it like a known abnormal image? 0 or more; `None` where none are known.
+    pub known: Option<Weighed>,
     /// The normal images that explain it most, one of each group of near copies.
     pub nearest: Vec<NearestNormal>,
 }

@@ -20,6 +20,14 @@ pub struct Groups {
 }
 
 impl Groups {
+    /// Rows of the same group as a row, itself included.
+    pub fn of_same(&self, row: usize) -> impl Iterator<Item = usize> {
+        let group = self.of.get(row).copied();
+        let rows = self.of.iter().enumerate();
+        rows.filter(move |(_, of)| Some(**of) == group)
+            .map(|(row, _)| row)
+    }
+
     /// Every row a group of its own.
     pub fn single(rows: usize) -> Self {
         Self {

@@ -1,6 +1,10 @@
 //! Normal images that the others do not explain.
 
-use crate::ClosedForm;
+use crate::linear::product;
+use crate::{ClosedForm, Embeddings, Error};
+
+/// Images that are looked at together: bounds the memory for their similarities.
+const ROWS: usize = 1024;
 
 /// A group of normal images that the others do not explain.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,8 +24,8 @@ impl ClosedForm {
     /// many whose patches count, only the part that has left-out values is looked at.
     ///
     /// # Errors
-    /// [`Error::Factorisation`](crate::Error::Factorisation), as of a fit.
-    pub fn suspects(&self, count: usize) -> Result<Vec<Suspect>, crate::Error> {
+    /// [`Error::Factorisation`], as of a fit.
+    pub fn suspects(&self, count: usize) -> Result<Vec<Suspect>, Error> {
         let images = self.left_out_images();
         let mut order: Vec<(usize, f64)> = images
             .into_iter()
@@ -40,5 +44,40 @@ impl ClosedForm {
             nearest,
         };
         Ok(suspects.map(suspect).collect())
+    }
+
+    /// Which of the `images` belong to the `count` first suspects, ascending: those whose nearest kept image is in one of their
+    /// groups.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for other widths, and as [`ClosedForm::suspects`].
+    pub fn images_of_suspects(
+        &self,
+        images: &Embeddings,
+        count: usize,
+    ) -> Result<Vec<usize>, Error> {
+        self.normal.check_widths(images, "the embeddings")?;
+        let mut odd = vec![false; self.groups.len()];
+        for suspect in self.suspects(count)? {
+            let group = self.groups.of.get(suspect.image);
+            if let Some(odd) = group.and_then(|&group| odd.get_mut(group)) {
+                *odd = true;
+            }
+        }
+        let kept = self.normal.features(usize::MAX);
+        let all: Vec<usize> = (0..images.len()).collect();
+        let mut found = Vec::new();
+        for some in all.chunks(ROWS) {
+            let similarities =
+                product(images.select(some).features(usize::MAX).view(), kept.view());
+            for (row, &image) in similarities.rows().into_iter().zip(some) {
+                let nearest = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+                let group = nearest.and_then(|(nearest, _)| self.groups.of.get(nearest));
+                if group.is_some_and(|&group| odd.get(group) == Some(&true)) {
+                    found.push(image);
+                }
+            }
+        }
+        Ok(found)
     }
 }

@@ -18,6 +18,8 @@ pub struct Together {
     /// Conformal p-value of each image's own score among the left-out values, in `0..=1`: before the images were compared with
     /// each other, since the new scores have no null distribution.
     pub p_values: Vec<f64>,
+    /// The normal images' left-out scores on the scale of `scores`, one a group.
+    pub left_out: Vec<f64>,
     /// Weight of the contrast with the images, `0..=1`.
     pub weight: f64,
     /// Share of the images that is abnormal, estimated from the p-values (Storey).
@@ -97,41 +99,45 @@ impl ClosedForm {
         }
         let mut together = Together {
             scores: scores.to_vec(),
+            left_out: self.left_out.clone(),
             p_values,
             weight,
             abnormal,
         };
         if weight > 0.0 {
             let likely = spread(&likely, config.images);
-            for (score, z) in
-                together
-                    .scores
-                    .iter_mut()
-                    .zip(self.against(images, &likely, &probabilities)?)
-            {
+            let rows = self.judged();
+            let (normal, of_images) = self.against(&rows, images, &likely, &probabilities)?;
+            for (score, z) in together.scores.iter_mut().zip(of_images) {
                 *score += weight * z;
+            }
+            for (score, image) in together.left_out.iter_mut().zip(self.left_out_images()) {
+                let place = rows.binary_search(&image).ok();
+                let z = place.and_then(|place| normal.get(place));
+                *score += weight * z.copied().unwrap_or(0.0);
             }
         }
         Ok(together)
     }
 
-    /// z of the images in the contrast of the normal ones with those that are `likely` abnormal.
+    /// z of the normal images `rows`, left out, and of the images in the contrast of the normal ones with those that are
+    /// `likely` abnormal.
     fn against(
         &self,
+        rows: &[usize],
         images: &Embeddings,
         likely: &[usize],
         probabilities: &[f64],
-    ) -> Result<Vec<f64>, Error> {
+    ) -> Result<(Vec<f64>, Vec<f64>), Error> {
         let config = self.config.together;
-        let rows = self.judged();
         let weights: Vec<f64> = likely
             .iter()
             .filter_map(|&i| probabilities.get(i))
             .copied()
             .collect();
         let (contrast, left_out) = Contrast::fit(
-            self.normal.select(&rows).features(usize::MAX).view(),
-            &within(&self.groups, &rows),
+            self.normal.select(rows).features(usize::MAX).view(),
+            &within(&self.groups, rows),
             images.select(likely).features(usize::MAX).view(),
             Some(&weights),
             config.width,
@@ -148,7 +154,8 @@ impl ClosedForm {
                 *value = own;
             }
         }
-        Ok(values.into_iter().map(|value| scale.z(value)).collect())
+        let z = |values: Vec<f64>| values.into_iter().map(|value| scale.z(value)).collect();
+        Ok((z(left_out.normal), z(values)))
     }
 }
 

@@ -1,0 +1,163 @@
+//! Scoring a folder as a whole.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Device, Tensor};
+use defend_data::{Dataset, Preprocess};
+use defend_evidence::{Embeddings, Share};
+use defend_metrics::{FalseAlarmRate, threshold_for};
+use ndarray::ArrayView1;
+use serde::{Deserialize, Serialize};
+
+use crate::detector::StudentStage;
+use crate::known::needs_closed_form;
+use crate::{
+    Detector, Error, Finding, Maps, Novelty, NoveltyDetector, Observer, Skipped, Verdict, scan_each,
+};
+
+/// Where an image belongs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Place {
+    /// Normal alone and together with the others.
+    Normal,
+    /// Novel alone and together with the others.
+    Novel,
+    /// One of the two says so: worth a look.
+    Unsure,
+}
+
+/// What was found in an image of a folder.
+#[derive(Debug, Clone)]
+pub struct SortedFinding {
+    /// What the image alone says.
+    pub alone: Finding,
+    /// Score together with the others, larger for more novel.
+    pub score: f64,
+    /// Share of the normal images' left-out scores that are at least as large as the score alone, in `0..=1`: of normal
+    /// images, no more than about a share p has a p-value below p.
+    pub p_value: f64,
+    /// `None` without a threshold.
+    pub place: Option<Place>,
+}
+
+/// A folder scored as a whole.
+#[derive(Debug, Clone)]
+pub struct Sorted {
+    /// One finding a readable image, in the data set's order.
+    pub findings: Vec<SortedFinding>,
+    /// Images that could not be read.
+    pub skipped: Vec<Skipped>,
+    /// Estimated share of abnormal images.
+    pub abnormal: Share,
+    /// Weight of what the images say of each other, `0..=1`; 0 where few seem abnormal: the scores are then those of the
+    /// images alone.
+    pub weight: f64,
+}
+
+/// Scores all images of a data set, then again by what they have in common: many abnormal images tell what abnormal ones look
+/// like. `expected`: the share of abnormal images, in `0..1`, where the caller knows it and wants the images compared in any case.
+///
+/// Memory grows with the images, about 3 KB each.
+///
+/// # Errors
+/// [`Error::Config`] for a masked student or an expected share out of range; as [`scan`](crate::scan()).
+pub fn sort(
+    detector: &Detector,
+    images: impl Dataset + 'static,
+    expected: Option<f64>,
+    observer: &mut dyn Observer,
+) -> Result<Sorted, Error> {
+    let StudentStage::ClosedForm(closed) = &detector.student else {
+        return Err(needs_closed_form());
+    };
+    let images: Arc<dyn Dataset> = Arc::new(images);
+    let collector = Collector {
+        detector,
+        embeddings: Mutex::new(Vec::new()),
+    };
+    let (mut findings, mut skipped) = (Vec::new(), Vec::new());
+    scan_each::<Error>(&collector, &images, Maps::Free, observer, &mut |outcome| {
+        match outcome {
+            Ok((mut finding, _)) => {
+                finding.novelty.map = None;
+                findings.push(finding);
+            }
+            Err(failure) => skipped.push(Skipped::from(failure)),
+        }
+        Ok(())
+    })?;
+    if findings.is_empty() {
+        return Err(Error::NoImages {
+            tried: images.len(),
+            first: skipped
+                .first()
+                .map_or_else(|| "there are none".into(), Skipped::to_string),
+        });
+    }
+    let embeddings = collector.embeddings.into_inner();
+    let embeddings = Embeddings::joined(&embeddings.unwrap_or_else(PoisonError::into_inner))?;
+    let scores: Vec<f64> = findings.iter().map(|f| f.novelty.score).collect();
+    let together = closed.evidence.together(&embeddings, &scores, expected)?;
+    let threshold = detector.calibration().and_then(|calibration| {
+        let rate = FalseAlarmRate::new(calibration.false_alarm_rate).ok()?;
+        threshold_for(ArrayView1::from(&together.left_out), rate).ok()
+    });
+    let place = |alone: Verdict, score: f64| {
+        // Where nothing was compared there is nothing to differ in.
+        let together = match threshold {
+            Some(threshold) if together.weight > 0.0 => threshold.is_novel(score),
+            _ => alone == Verdict::Novel,
+        };
+        match (alone, together) {
+            (Verdict::Normal, false) => Place::Normal,
+            (Verdict::Novel, true) => Place::Novel,
+            _ => Place::Unsure,
+        }
+    };
+    let values = together.scores.iter().zip(&together.p_values);
+    let sorted = findings.into_iter().zip(values);
+    Ok(Sorted {
+        findings: sorted
+            .map(|(alone, (&score, &p_value))| SortedFinding {
+                place: alone.novelty.verdict.map(|verdict| place(verdict, score)),
+                alone,
+                score,
+                p_value,
+            })
+            .collect(),
+        skipped,
+        abnormal: together.abnormal,
+        weight: together.weight,
+    })
+}
+
+/// Keeps the embeddings of what is scored.
+struct Collector<'a> {
+    detector: &'a Detector,
+    embeddings: Mutex<Vec<Embeddings>>,
+}
+
+impl NoveltyDetector for Collector<'_> {
+    fn preprocess(&self) -> &Preprocess {
+        self.detector.preprocess()
+    }
+
+    fn device(&self) -> &Device {
+        self.detector.device()
+    }
+
+    fn batch(&self) -> usize {
+        self.detector.batch()
+    }
+
+    fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {
+        let (novelties, embeddings) = self.detector.judge(images)?;
+        let mut kept = self
+            .embeddings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        kept.extend(embeddings);
+        Ok(novelties)
+    }
+}

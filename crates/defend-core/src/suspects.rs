@@ -1,0 +1,51 @@
+//! Normal images that the others do not explain.
+
+use crate::detector::StudentStage;
+use crate::known::needs_closed_form;
+use crate::{Detector, Error, NearestNormal};
+
+/// A normal image that the others do not explain, and what is nearest to it among them.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct SuspectImage {
+    /// Its name in the data set of the fit; it stands for a group of near copies.
+    pub name: String,
+    /// What it scores when its group is left out, larger for odder.
+    pub score: f64,
+    /// Share of all groups that score at least as much.
+    pub rank: f64,
+    /// Images of its group that were kept, itself included.
+    pub copies: usize,
+    /// The other normal images that explain it most.
+    pub nearest: Vec<NearestNormal>,
+}
+
+impl Detector {
+    /// The `count` oddest normal images, each for its group of near copies: what does not belong in the folder, if anything. Known
+    /// abnormal images do not matter here.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a masked student.
+    pub fn suspects(&self, count: usize) -> Result<Vec<SuspectImage>, Error> {
+        let StudentStage::ClosedForm(closed) = &self.student else {
+            return Err(needs_closed_form());
+        };
+        let name = |row: usize| closed.names.get(row).cloned().unwrap_or_default();
+        let groups = closed.evidence.groups();
+        let suspects = closed.evidence.suspects(count)?.into_iter();
+        let named = |suspect: defend_evidence::Suspect| SuspectImage {
+            name: name(suspect.image),
+            score: suspect.score,
+            rank: suspect.rank,
+            copies: groups.of_same(suspect.image).count(),
+            nearest: suspect
+                .nearest
+                .into_iter()
+                .map(|(row, share)| NearestNormal {
+                    name: name(row),
+                    share,
+                })
+                .collect(),
+        };
+        Ok(suspects.map(named).collect())
+    }
+}

@@ -1,0 +1,231 @@
+//! Known abnormal images, suspects, and folders that are scored as a whole, on a small random backbone.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests may panic"
+)]
+
+use defend_core::data::{Memory, RgbImage};
+use defend_core::nn::Rng;
+use defend_core::prelude::*;
+use defend_core::vit::{Architecture, BackboneSpec, Vit};
+use defend_core::{DefendBuilder, Error, Place, Recipe, sort};
+
+fn teacher() -> Vit {
+    let spec = BackboneSpec::new(Architecture {
+        image_size: 32,
+        patch_size: 8,
+        width: 24,
+        depth: 3,
+        heads: 2,
+        mlp_width: 48,
+        ..Architecture::vit_tiny()
+    });
+    Vit::random(spec, 0.0, &mut Rng::seed(7), &Device::Cpu).expect("a backbone")
+}
+
+/// Stripes of a period and colours that belong to the kind.
+fn picture(kind: u32, number: u32) -> RgbImage {
+    let period = 3 + 2 * kind;
+    RgbImage::from_fn(32, 32, |x, y| {
+        let on = (x + number).is_multiple_of(period) ^ (y / (2 + number % 5)).is_multiple_of(2);
+        let v = if on {
+            200 + number * 7 % 40
+        } else {
+            20 + number * 13 % 60
+        };
+        let mut colour = [v as u8, (y * (1 + number % 9) % 256) as u8, 255 - v as u8];
+        colour.rotate_left(kind as usize % 3);
+        colour.into()
+    })
+}
+
+fn pictures(kinds: &[(u32, std::ops::Range<u32>)]) -> Memory {
+    let mut memory = Memory::default();
+    for (kind, numbers) in kinds {
+        for number in numbers.clone() {
+            memory.push(format!("{kind}/{number}"), picture(*kind, number), vec![]);
+        }
+    }
+    memory
+}
+
+fn builder() -> DefendBuilder {
+    Defend::builder().teacher(teacher())
+}
+
+fn fit(builder: DefendBuilder, normal: Memory) -> Detector {
+    builder.fit(normal, &mut Silent).expect("a fit").detector
+}
+
+fn scores(detector: &Detector, set: Memory) -> Vec<f64> {
+    scan(detector, set, &mut Silent).expect("a scan").scores()
+}
+
+#[test]
+fn known_abnormal_images_are_learnt_at_once_or_later() -> Result<(), Error> {
+    let (normal, queries) = (|| pictures(&[(0, 0..40)]), || pictures(&[(3, 5..15)]));
+    let abnormal = || pictures(&[(3, 0..5)]);
+    let plain = fit(builder(), normal());
+    let before = scores(&plain, queries());
+    let at_once = fit(builder().abnormal(abnormal()), normal());
+    let mut later = plain;
+    let learnt = later.learn_abnormal(abnormal(), &mut Silent)?;
+    assert_eq!((learnt.images, learnt.calibration_dropped), (5, false));
+    let after = scores(&later, queries());
+    assert_eq!(after, scores(&at_once, queries()));
+    assert_eq!(later.calibration(), at_once.calibration());
+    assert!(after.iter().zip(&before).all(|(a, b)| a >= b));
+    let gain = after.iter().zip(&before).map(|(a, b)| a - b).sum::<f64>();
+    assert!(gain > 1.0, "{gain}");
+    let found = scan(&later, queries(), &mut Silent)?;
+    let known = found.findings[0].novelty.explanation.clone().unwrap().known;
+    assert!(known.unwrap().z > 0.0);
+
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.defend");
+    later.save(&file)?;
+    let loaded = Detector::load(&file, &Device::Cpu)?;
+    assert_eq!(scores(&loaded, queries()), after);
+    assert_eq!(loaded.calibration(), later.calibration());
+
+    // A threshold from held-out images says nothing of other scores.
+    let rate = FalseAlarmRate::new(0.2)?;
+    later.calibrate(pictures(&[(0, 50..70)]), rate, &mut Silent)?;
+    let learnt = later.learn_abnormal(pictures(&[(4, 0..2)]), &mut Silent)?;
+    assert!(learnt.calibration_dropped && later.calibration().is_none());
+    Ok(())
+}
+
+#[test]
+fn an_abnormal_image_that_is_normal_is_named_and_nothing_changes() {
+    let mut detector = fit(builder(), pictures(&[(0, 0..40)]));
+    let before = scores(&detector, pictures(&[(3, 0..3)]));
+    let mixed = pictures(&[(3, 0..3), (0, 7..8)]);
+    let error = detector.learn_abnormal(mixed, &mut Silent).unwrap_err();
+    assert!(
+        matches!(&error, Error::AlsoNormal { name } if name == "0/7"),
+        "{error}"
+    );
+    assert_eq!(scores(&detector, pictures(&[(3, 0..3)])), before);
+    let error = detector.learn_abnormal(Memory::default(), &mut Silent);
+    assert!(matches!(error, Err(Error::NoImages { .. })));
+
+    let masked = builder().recipe(Recipe::Paper);
+    let error = masked
+        .abnormal(pictures(&[(3, 0..3)]))
+        .fit(pictures(&[(0, 0..8)]), &mut Silent);
+    assert!(matches!(
+        error,
+        Err(Error::Config {
+            field: "abnormal",
+            ..
+        })
+    ));
+}
+
+#[test]
+fn an_odd_image_is_the_first_suspect_and_can_be_left_out() -> Result<(), Error> {
+    let mixed = || pictures(&[(0, 0..30), (5, 3..4)]);
+    let detector = fit(builder(), mixed());
+    let suspects = detector.suspects(2)?;
+    assert_eq!((suspects.len(), suspects[0].name.as_str()), (2, "5/3"));
+    assert!(suspects[0].score > suspects[1].score && suspects[0].copies == 1);
+    assert!(!suspects[0].nearest.is_empty());
+    assert!(
+        suspects[0]
+            .nearest
+            .iter()
+            .all(|near| near.name.starts_with("0/"))
+    );
+
+    let fitted = builder().drop_suspects(1).fit(mixed(), &mut Silent)?;
+    assert_eq!(fitted.closed_form().unwrap().dropped, ["5/3"]);
+    let queries = || pictures(&[(0, 40..45), (5, 0..5)]);
+    let clean = fit(builder(), pictures(&[(0, 0..30)]));
+    assert_eq!(
+        scores(&fitted.detector, queries()),
+        scores(&clean, queries())
+    );
+    let names: Vec<String> = fitted
+        .detector
+        .suspects(100)?
+        .into_iter()
+        .map(|s| s.name)
+        .collect();
+    assert!(!names.contains(&"5/3".to_owned()) && names.len() > 20);
+    let error = builder().drop_suspects(100).fit(mixed(), &mut Silent);
+    assert!(matches!(
+        error,
+        Err(Error::Config {
+            field: "drop_suspects",
+            ..
+        })
+    ));
+    Ok(())
+}
+
+#[test]
+fn a_folder_is_sorted_as_a_whole() -> Result<(), Error> {
+    let detector = fit(builder(), pictures(&[(0, 0..60)]));
+    let folder = || {
+        let mut folder = pictures(&[(0, 100..130)]);
+        for number in 0..90 {
+            let plain = |x, y| [8 * x as u8, 2 * number, 8 * y as u8].into();
+            folder.push(number.to_string(), RgbImage::from_fn(32, 32, plain), vec![]);
+        }
+        folder
+    };
+    let sorted = sort(&detector, folder(), None, &mut Silent)?;
+    assert_eq!(sorted.findings.len(), 120);
+    let alone: Vec<f64> = sorted
+        .findings
+        .iter()
+        .map(|f| f.alone.novelty.score)
+        .collect();
+    assert_eq!(alone, scores(&detector, folder()));
+    assert!(sorted.weight > 0.0, "{:?}", sorted.abnormal);
+    let auroc = |scores: Vec<f64>| {
+        let (normal, abnormal) = scores.split_at(30);
+        let wins = abnormal
+            .iter()
+            .flat_map(|a| normal.iter().map(move |n| usize::from(a > n)));
+        wins.sum::<usize>() as f64 / 2700.0
+    };
+    let together = auroc(sorted.findings.iter().map(|f| f.score).collect());
+    assert!(together >= auroc(alone), "{together}");
+    let placed = |place| {
+        sorted
+            .findings
+            .iter()
+            .filter(|f| f.place == Some(place))
+            .count()
+    };
+    assert_eq!(
+        placed(Place::Normal) + placed(Place::Novel) + placed(Place::Unsure),
+        120
+    );
+    assert!(placed(Place::Novel) > 30);
+    assert!(
+        sorted
+            .findings
+            .iter()
+            .all(|f| f.p_value > 0.0 && f.p_value <= 1.0)
+    );
+
+    // A few images are scored as they are alone.
+    let few = sort(&detector, pictures(&[(0, 100..104)]), None, &mut Silent)?;
+    assert_eq!(few.weight, 0.0);
+    assert!(
+        few.findings
+            .iter()
+            .all(|f| f.score == f.alone.novelty.score && f.place != Some(Place::Unsure))
+    );
+    let wrong = sort(&detector, folder(), Some(1.5), &mut Silent);
+    assert!(matches!(wrong, Err(Error::Evidence(_))));
+    let nothing = sort(&detector, Memory::default(), None, &mut Silent);
+    assert!(matches!(nothing, Err(Error::NoImages { .. })));
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! `defend suspects`
+
+use std::io::stdout;
+
+use anyhow::Result;
+use defend_core::{Defend, Detector, ProgressBar, SuspectImage};
+use serde::Serialize;
+
+use crate::arguments::{Suspects, pretrained};
+use crate::pictures::find;
+use crate::table::Table;
+
+pub(crate) fn run(arguments: &Suspects) -> Result<()> {
+    let detector = match &arguments.model {
+        Some(model) => arguments.common.load(model)?,
+        None => of_folder(arguments)?,
+    };
+    let suspects = detector.suspects(arguments.count)?;
+    let mut table = Table::new(arguments.format, stdout().lock());
+    for suspect in &suspects {
+        let row = Row::of(suspect);
+        let text = format!("{:.6}\t{}\t{}", row.score, row.path, row.nearest);
+        table.row(&text, &row)?;
+    }
+    if suspects.is_empty() {
+        eprintln!("all pictures are near copies of one: there is nothing to compare");
+    }
+    Ok(())
+}
+
+/// What the pictures of a folder say of each other.
+fn of_folder(arguments: &Suspects) -> Result<Detector> {
+    let normal = find(&arguments.normal, arguments.common.strict)?.dataset();
+    let mut builder = Defend::builder()
+        .device(arguments.common.device())
+        .strict(arguments.common.strict);
+    if let Some(weights) = pretrained(arguments.backbone.as_deref()) {
+        builder = builder.backbone(weights);
+    }
+    let fitted = builder.fit(normal, &mut ProgressBar::new())?;
+    for skipped in &fitted.skipped {
+        eprintln!("{skipped}");
+    }
+    Ok(fitted.detector)
+}
+
+#[derive(Serialize)]
+struct Row<'a> {
+    path: &'a str,
+    /// What it scores when it is left out.
+    score: f64,
+    /// Share of all that score at least as much.
+    rank: f64,
+    /// Near copies, itself included.
+    copies: usize,
+    /// The other picture that explains it most, and how much of all.
+    nearest: &'a str,
+    nearest_share: f64,
+}
+
+impl<'a> Row<'a> {
+    fn of(suspect: &'a SuspectImage) -> Self {
+        let nearest = suspect.nearest.first();
+        Self {
+            path: &suspect.name,
+            score: suspect.score,
+            rank: suspect.rank,
+            copies: suspect.copies,
+            nearest: nearest.map_or("-", |near| &near.name),
+            nearest_share: nearest.map_or(0.0, |near| near.share),
+        }
+    }
+}
