@@ -21,7 +21,7 @@ pub(crate) enum Command {
     Fit(Fit),
     /// Looks at ordinary photos with a backbone and writes what fits contrast with.
     Background(Background),
-    /// Adds known abnormal pictures to a model.
+    /// Teaches a model more: known abnormal pictures, further normal ones, or what to forget.
     Extend(Extend),
     /// Names the normal pictures that the others do not explain, of a model or of a folder.
     Suspects(Suspects),
@@ -133,8 +133,17 @@ pub(crate) struct Extend {
     #[arg(long)]
     pub(crate) model: PathBuf,
     /// Folder of known abnormal pictures. May be given several times.
-    #[arg(long, required = true)]
+    #[arg(long, required_unless_present_any = ["normal", "forget"])]
     pub(crate) abnormal: Vec<PathBuf>,
+    /// Folder of further normal pictures. May be given several times.
+    #[arg(long)]
+    pub(crate) normal: Vec<PathBuf>,
+    /// Normal picture to forget, by its path at the fit. May be given several times.
+    #[arg(long)]
+    pub(crate) forget: Vec<String>,
+    /// Forgets near copies of these pictures too.
+    #[arg(long, requires = "forget")]
+    pub(crate) forget_group: bool,
     /// Model file to write; by default the model is replaced.
     #[arg(long)]
     pub(crate) out: Option<PathBuf>,

@@ -1,7 +1,7 @@
 //! `defend extend`
 
 use anyhow::Result;
-use defend_core::ProgressBar;
+use defend_core::{Learnt, ProgressBar};
 
 use crate::arguments::Extend;
 use crate::pictures::{check_writable, find};
@@ -9,23 +9,48 @@ use crate::pictures::{check_writable, find};
 pub(crate) fn run(arguments: &Extend) -> Result<()> {
     let out = arguments.out.as_ref().unwrap_or(&arguments.model);
     check_writable(out)?;
+    let strict = arguments.common.strict;
     let mut detector = arguments.common.load(&arguments.model)?;
-    let abnormal = find(&arguments.abnormal, arguments.common.strict)?.dataset();
-    let learnt = detector.learn_abnormal(abnormal, &mut ProgressBar::new())?;
-    for skipped in &learnt.skipped {
-        eprintln!("{skipped}");
+    let mut dropped = false;
+    let mut say = |what: &str, learnt: &Learnt| {
+        for skipped in &learnt.skipped {
+            eprintln!("{skipped}");
+        }
+        let (images, skipped) = (learnt.images, learnt.skipped.len());
+        eprintln!("{what} {images} pictures, {skipped} could not be read");
+        dropped |= learnt.calibration_dropped;
+    };
+    if !arguments.forget.is_empty() {
+        let learnt = detector.forget(&arguments.forget, arguments.forget_group)?;
+        say("forgot", &learnt);
+    }
+    if !arguments.normal.is_empty() {
+        let normal = find(&arguments.normal, strict)?.dataset();
+        say(
+            "learnt as normal",
+            &detector.learn_normal(normal, &mut ProgressBar::new())?,
+        );
+    }
+    if !arguments.abnormal.is_empty() {
+        let abnormal = find(&arguments.abnormal, strict)?.dataset();
+        say(
+            "learnt as abnormal",
+            &detector.learn_abnormal(abnormal, &mut ProgressBar::new())?,
+        );
     }
     detector.save(out)?;
-    let known = detector.evidence().map_or(0, |e| e.known_abnormal());
-    eprintln!(
-        "learnt {} abnormal pictures, {} could not be read; {known} different ones are known",
-        learnt.images,
-        learnt.skipped.len()
-    );
+    if let Some(evidence) = detector.evidence() {
+        eprintln!(
+            "the model knows {} different normal pictures in {} groups and {} abnormal ones",
+            evidence.groups().of.len(),
+            evidence.groups().len(),
+            evidence.known_abnormal()
+        );
+    }
     match detector.calibration() {
         Some(calibration) => eprintln!("new threshold {}", calibration.threshold),
-        None if learnt.calibration_dropped => eprintln!(
-            "scores have changed, so the threshold from held-out pictures is gone: calibrate again with defend calibrate"
+        None if dropped => eprintln!(
+            "scores have changed, so the old threshold is gone: calibrate again with defend calibrate"
         ),
         None => {}
     }

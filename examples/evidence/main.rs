@@ -3,6 +3,8 @@
 //!
 //! `cargo run --release --bin evidence -- --assets DIR thresholds`
 
+mod more;
+
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -78,6 +80,9 @@ enum Measurement {
     },
     /// AUROC of the exact and of the local posterior on the same 4,000 images.
     Approximation,
+    /// What more images bring: AUROC with known abnormal ones, beside a logistic regression; AUROC of folders that are scored as a
+    /// whole; wrong images among the normal ones, what they cost, and whether they are found.
+    More,
     /// AUROC with the ordinary photos in full precision, and in the eight bits of a file.
     Precision {
         /// File that `defend background` made from the same photos.
@@ -99,6 +104,7 @@ fn main() -> Result<()> {
         ),
         Measurement::Large { images } => large(images, arguments.seed),
         Measurement::Approximation => approximation(&Assets::open(arguments.assets)?),
+        Measurement::More => more::measure(&Assets::open(arguments.assets)?, arguments.seed),
         Measurement::Precision { background, draws } => precision(
             &Assets::open(arguments.assets)?,
             &Background::load(background)?,
@@ -408,7 +414,7 @@ fn precision(assets: &Assets, background: &Background, draws: usize, seed: u64) 
     let sets: Vec<(&str, Vec<usize>)> = alone
         .chain(SETS.map(|(name, set)| (name, set.to_vec())))
         .collect();
-    println!("| normal | full precision | eight bits | largest change of a score's z |");
+    println!("| normal | full precision | eight bits | largest change of a score |");
     println!("|---|---|---|---|");
     for (stream, (name, set)) in (0..).zip(&sets) {
         let pool: Vec<usize> = set

@@ -56,6 +56,13 @@ impl ClosedFormStudent {
         Ok((novelties.collect(), embedded.images))
     }
 
+    /// Takes other evidence, whose kept images are numbered as `names` are.
+    pub(crate) fn replace(&mut self, evidence: ClosedForm, names: &[String]) {
+        let kept = evidence.kept().iter();
+        self.names = kept.filter_map(|&i| names.get(i).cloned()).collect();
+        self.evidence = evidence;
+    }
+
     fn nearest(&self, (image, share): (usize, f64)) -> Option<NearestNormal> {
         let name = self.names.get(image)?.clone();
         Some(NearestNormal { name, share })

@@ -82,6 +82,23 @@ pub enum Error {
         /// Name of the image.
         name: String,
     },
+    /// An image was given as normal that the detector knows as abnormal.
+    #[error("{name} is one of the known abnormal images, expected a normal one")]
+    AlsoAbnormal {
+        /// Name of the image.
+        name: String,
+    },
+    /// Images that are not among the normal ones were to be forgotten.
+    #[error(
+        "{count} images to forget are not among the normal ones that were fitted on, the first: {first}; names are those of the fit, \
+         and a picture that was there twice has one of its names"
+    )]
+    UnknownImages {
+        /// How many.
+        count: usize,
+        /// Name of the first.
+        first: String,
+    },
     /// The teacher's features of an image are not finite.
     #[error(
         "the teacher's features of {name} are not finite: its weights or the image are damaged"

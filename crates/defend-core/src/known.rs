@@ -1,9 +1,11 @@
-//! Learning from known abnormal images.
+//! Learning on: known abnormal images, more normal ones, forgetting.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use defend_data::Dataset;
 use defend_evidence::Embeddings;
+use defend_metrics::Error::{Empty, TooFewForRate};
 use defend_metrics::FalseAlarmRate;
 use defend_vit::ImageSource;
 
@@ -15,16 +17,16 @@ use crate::{CalibrationSource, Detector, Error, Pictures, Skipped};
 /// Limit of the memory for resized pictures: they are looked at once.
 const PICTURE_BYTES: usize = 64 << 20;
 
-/// What became of a detector that has learnt more images.
+/// What became of a detector that has learnt or forgotten images.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Learnt {
-    /// Images that were learnt.
+    /// Images that were learnt or forgotten.
     pub images: usize,
     /// Images that could not be read.
     pub skipped: Vec<Skipped>,
-    /// Whether a threshold from held-out images was dropped, since scores have changed: calibrate again. A threshold from
-    /// left-out values is chosen anew by itself.
+    /// Whether the threshold was dropped, since scores have changed: calibrate again. One from left-out values is chosen anew by
+    /// itself while there are enough images for it.
     pub calibration_dropped: bool,
 }
 
@@ -72,6 +74,86 @@ impl Detector {
         })
     }
 
+    /// Learns more normal images: the detector is then what a fit on all of them from scratch gives, without a new pass over the
+    /// old ones. Of more than 4,000 images only the leaders of groups are there to go on from.
+    ///
+    /// A failure leaves the detector as it was.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a masked student; [`Error::AlsoAbnormal`]; [`Error::NoImages`]; [`Error::Evidence`] where patches
+    /// count, which are chosen from the images: fit again.
+    pub fn learn_normal(
+        &mut self,
+        normal: impl Dataset + 'static,
+        observer: &mut dyn Observer,
+    ) -> Result<Learnt, Error> {
+        let normal: Arc<dyn Dataset> = Arc::new(normal);
+        let (embeddings, pictures) = self.embed(&normal, false, observer)?;
+        let StudentStage::ClosedForm(closed) = &mut self.student else {
+            return Err(needs_closed_form());
+        };
+        let rows: Vec<usize> = (0..closed.names.len()).collect();
+        let refit = closed.evidence.refit(&rows, Some(&embeddings));
+        let evidence = refit.map_err(|error| match error {
+            defend_evidence::Error::AlsoAbnormal { image } => Error::AlsoAbnormal {
+                name: pictures.name(image),
+            },
+            other => other.into(),
+        })?;
+        let more = (0..pictures.len()).map(|i| pictures.name(i));
+        let names: Vec<String> = closed.names.iter().cloned().chain(more).collect();
+        closed.replace(evidence, &names);
+        Ok(Learnt {
+            images: pictures.len(),
+            skipped: pictures.skipped().to_vec(),
+            calibration_dropped: self.recalibrate()?,
+        })
+    }
+
+    /// Forgets normal images by their names at the fit, with all patches that are kept of their groups; with `whole_groups` their
+    /// near copies too. The detector is then what a fit without them gives. Number of images that were forgotten.
+    ///
+    /// A failure leaves the detector as it was.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a masked student; [`Error::UnknownImages`]; [`Error::Evidence`] when none would be left, or where
+    /// patches count, which are chosen from the images: fit again.
+    pub fn forget(&mut self, names: &[String], whole_groups: bool) -> Result<Learnt, Error> {
+        let StudentStage::ClosedForm(closed) = &mut self.student else {
+            return Err(needs_closed_form());
+        };
+        let unknown: Vec<&String> = names
+            .iter()
+            .filter(|name| !closed.names.contains(name))
+            .collect();
+        if let Some(first) = unknown.first() {
+            return Err(Error::UnknownImages {
+                count: unknown.len(),
+                first: (*first).clone(),
+            });
+        }
+        let groups = &closed.evidence.groups().of;
+        let named = |row: usize| closed.names.get(row).is_some_and(|n| names.contains(n));
+        let odd: HashSet<usize> = (0..groups.len())
+            .filter(|&row| named(row))
+            .filter_map(|row| groups.get(row).copied())
+            .collect();
+        let goes = |row: usize| named(row) || (whole_groups && odd.contains(&groups[row]));
+        let rows: Vec<usize> = (0..groups.len()).filter(|&row| !goes(row)).collect();
+        let forgotten = groups.len() - rows.len();
+        let evidence = closed.evidence.refit(&rows, None)?;
+        let names: Vec<String> = rows
+            .iter()
+            .filter_map(|&row| closed.names.get(row).cloned())
+            .collect();
+        closed.replace(evidence, &names);
+        Ok(Learnt {
+            images: forgotten,
+            skipped: Vec::new(),
+            calibration_dropped: self.recalibrate()?,
+        })
+    }
+
     /// The teacher's embeddings of a data set, in its order without the unreadable images.
     ///
     /// # Errors
@@ -112,8 +194,12 @@ impl Detector {
             return Ok(true);
         }
         let rate = FalseAlarmRate::new(calibration.false_alarm_rate)?;
-        self.calibrate_on_left_out(rate)?;
-        Ok(false)
+        match self.calibrate_on_left_out(rate) {
+            Ok(_) => Ok(false),
+            // Too few images are left for the rate.
+            Err(Error::Metrics(TooFewForRate { .. } | Empty { .. })) => Ok(true),
+            Err(error) => Err(error),
+        }
     }
 }
 

@@ -229,3 +229,56 @@ fn a_folder_is_sorted_as_a_whole() -> Result<(), Error> {
     assert!(matches!(nothing, Err(Error::NoImages { .. })));
     Ok(())
 }
+
+#[test]
+fn learning_on_and_forgetting_is_a_fit_from_scratch() -> Result<(), Error> {
+    // Patches do not count, as in photos of many things; they only make maps.
+    let mut config = defend_core::DefendConfig::default();
+    if let defend_core::Student::ClosedForm(evidence) = &mut config.student {
+        evidence.patches.weight = 0.0;
+    }
+    let build = || builder().config(config.clone());
+    let queries = || pictures(&[(0, 50..55), (3, 0..5)]);
+    let mut detector = fit(build(), pictures(&[(0, 0..30)]));
+    let whole = fit(build(), pictures(&[(0, 0..40)]));
+    let before = scores(&detector, queries());
+    let learnt = detector.learn_normal(pictures(&[(0, 30..40)]), &mut Silent)?;
+    assert_eq!((learnt.images, learnt.calibration_dropped), (10, false));
+    assert_eq!(scores(&detector, queries()), scores(&whole, queries()));
+    assert_eq!(detector.calibration(), whole.calibration());
+    let nearest = |detector: &Detector| {
+        let found = scan(detector, queries(), &mut Silent).unwrap().findings;
+        found[0].novelty.explanation.clone().unwrap().nearest
+    };
+    assert_eq!(nearest(&detector), nearest(&whole));
+
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.defend");
+    detector.save(&file)?;
+    let mut loaded = Detector::load(&file, &Device::Cpu)?;
+    let names: Vec<String> = (30..40).map(|number| format!("0/{number}")).collect();
+    assert_eq!(loaded.forget(&names, false)?.images, 10);
+    assert_eq!(scores(&loaded, queries()), before);
+
+    let error = loaded
+        .forget(&["0/0".into(), "cat".into()], false)
+        .unwrap_err();
+    assert!(
+        matches!(&error, Error::UnknownImages { count: 1, first } if first == "cat"),
+        "{error}"
+    );
+    assert_eq!(scores(&loaded, queries()), before, "nothing changed");
+    loaded.learn_abnormal(pictures(&[(3, 7..9)]), &mut Silent)?;
+    let error = loaded
+        .learn_normal(pictures(&[(3, 8..9)]), &mut Silent)
+        .unwrap_err();
+    assert!(
+        matches!(&error, Error::AlsoAbnormal { name } if name == "3/8"),
+        "{error}"
+    );
+    // Ten images are too few for a threshold at 5 %.
+    let names: Vec<String> = (10..30).map(|number| format!("0/{number}")).collect();
+    assert!(loaded.forget(&names, true)?.calibration_dropped);
+    assert!(loaded.calibration().is_none());
+    Ok(())
+}

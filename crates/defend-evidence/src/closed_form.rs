@@ -95,6 +95,8 @@ pub(crate) struct WeighedContrast {
     pub(crate) normal_rows: Vec<usize>,
     /// Ordinary images that it was fitted on.
     pub(crate) ordinary: Embeddings,
+    /// Their places in the background; none for a form that was saved by an earlier version.
+    pub(crate) ordinary_rows: Vec<usize>,
     pub(crate) scale: Standard,
     pub(crate) weight: f64,
 }
@@ -137,6 +139,8 @@ pub struct ClosedForm {
     pub(crate) patch_weight: f64,
     pub(crate) patches: Option<WeighedPatches>,
     pub(crate) known: Option<Known>,
+    /// The ordinary images that it was fitted beside.
+    pub(crate) background: Option<Embeddings>,
     /// Kept images with left-out values, and their sums without patches; no sums once loaded.
     judged: Vec<usize>,
     sums: Vec<f64>,
@@ -218,6 +222,7 @@ impl ClosedForm {
             patch_weight: patch_weight(alike, config),
             patches: None,
             known: None,
+            background: None,
             sums: Vec::new(),
             judged,
             unaided: Vec::new(),
@@ -236,6 +241,7 @@ impl ClosedForm {
         let config = self.config.contrast;
         let background = background.select(&distinct(background));
         self.summary.background = background.len();
+        self.background = Some(background.clone());
         if left_out.is_empty() || background.is_empty() {
             return Ok(());
         }
@@ -273,6 +279,7 @@ impl ClosedForm {
             contrast,
             normal_rows: self.judged.clone(),
             ordinary: background.select(&unlike),
+            ordinary_rows: unlike,
             scale,
             weight,
         });
@@ -497,40 +504,6 @@ impl ClosedForm {
         }
     }
 
-    /// Learns what some abnormal images look like, beside those that are known already. A new image is then also asked whether
-    /// it is like one of them, which speaks against it and never for it: see [`KnownConfig`](crate::KnownConfig). Left-out
-    /// values change too.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for other widths, [`Error::AlsoNormal`] for an image whose embeddings are those of a normal one;
-    /// nothing changes then.
-    pub fn learn_abnormal(&mut self, abnormal: &Embeddings) -> Result<(), Error> {
-        self.normal
-            .check_widths(abnormal, "the abnormal embeddings")?;
-        if let Some(image) = first_equal(abnormal, &self.normal)? {
-            return Err(Error::AlsoNormal { image });
-        }
-        let known = self.known.as_ref().map(|known| known.abnormal.clone());
-        let all: Vec<Embeddings> = known.into_iter().chain([abnormal.clone()]).collect();
-        let all = Embeddings::joined(&all)?;
-        let all = all.select(&distinct(&all));
-        if all.is_empty() {
-            return Ok(());
-        }
-        let rows = self.judged();
-        let groups = within(&self.groups, &rows);
-        let known = Known::fit(
-            &self.normal.select(&rows),
-            &groups,
-            all,
-            rows,
-            self.config.known,
-        )?;
-        self.known = Some(known);
-        self.settle();
-        Ok(())
-    }
-
     /// What explains kept images when their own groups are left out: leaders with their share, largest first.
     pub(crate) fn explained_by_others(
         &self,
@@ -543,11 +516,6 @@ impl ClosedForm {
         let leader = |(group, share)| Some((*self.groups.leaders.get(group)?, share));
         let named = |shares: Vec<(usize, f64)>| shares.into_iter().filter_map(leader).collect();
         Ok(shares.into_iter().map(named).collect())
-    }
-
-    /// Number of known abnormal images.
-    pub fn known_abnormal(&self) -> usize {
-        self.known.as_ref().map_or(0, |known| known.abnormal.len())
     }
 
     /// Brings the left-out values up to date.
@@ -669,6 +637,7 @@ impl ClosedForm {
             patch_weight,
             patches: None,
             known: None,
+            background: None,
             judged,
             sums: Vec::new(),
             left_out: unaided.clone(),
@@ -702,7 +671,10 @@ fn patch_weight(alike: f64, config: &EvidenceConfig) -> f64 {
 }
 
 /// The first of some images whose values are those of one of the others.
-fn first_equal(images: &Embeddings, others: &Embeddings) -> Result<Option<usize>, Error> {
+pub(crate) fn first_equal(
+    images: &Embeddings,
+    others: &Embeddings,
+) -> Result<Option<usize>, Error> {
     let all = Embeddings::joined(&[images.clone(), others.clone()])?;
     let order = all.by_value();
     let runs = order.chunk_by(|a, b| all.compare(*a, *b).is_eq());
@@ -714,7 +686,7 @@ fn first_equal(images: &Embeddings, others: &Embeddings) -> Result<Option<usize>
 }
 
 /// Numbers of images of which no two are equal, in an order that depends on their values alone.
-fn distinct(images: &Embeddings) -> Vec<usize> {
+pub(crate) fn distinct(images: &Embeddings) -> Vec<usize> {
     let mut order = images.by_value();
     order.dedup_by(|a, b| images.compare(*a, *b).is_eq());
     order

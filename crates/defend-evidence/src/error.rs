@@ -38,6 +38,18 @@ pub enum Error {
         /// Its number among the abnormal ones.
         image: usize,
     },
+    /// An image was given as normal that is known to be abnormal.
+    #[error("image {image} of the normal ones is also a known abnormal one")]
+    AlsoAbnormal {
+        /// Its number among the new normal ones.
+        image: usize,
+    },
+    /// A form does not keep what a change needs: a new fit on the images does it.
+    #[error("this needs a new fit on the images: {reason}")]
+    NeedsImages {
+        /// Why.
+        reason: &'static str,
+    },
     /// A value is NaN or infinite.
     #[error("{what} of image {image} holds NaN or infinite values")]
     NotFinite {

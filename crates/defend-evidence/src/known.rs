@@ -2,7 +2,8 @@
 
 use ndarray::ArrayView2;
 
-use crate::{Contrast, Embeddings, Error, Groups, KnownConfig, Standard, Weighed};
+use crate::closed_form::{distinct, first_equal, within};
+use crate::{ClosedForm, Contrast, Embeddings, Error, Groups, KnownConfig, Standard, Weighed};
 
 /// The contrast with known abnormal images.
 #[derive(Debug, Clone)]
@@ -60,5 +61,46 @@ impl Known {
 
     fn against(&self, value: f64, margin: f64) -> f64 {
         (self.scale.z(value) - margin).max(0.0)
+    }
+}
+
+impl ClosedForm {
+    /// Learns what some abnormal images look like, beside those that are known already. A new image is then also asked whether
+    /// it is like one of them, which speaks against it and never for it: see [`KnownConfig`]. Left-out
+    /// values change too.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for other widths, [`Error::AlsoNormal`] for an image whose embeddings are those of a normal one;
+    /// nothing changes then.
+    pub fn learn_abnormal(&mut self, abnormal: &Embeddings) -> Result<(), Error> {
+        self.normal
+            .check_widths(abnormal, "the abnormal embeddings")?;
+        if let Some(image) = first_equal(abnormal, &self.normal)? {
+            return Err(Error::AlsoNormal { image });
+        }
+        let known = self.known.as_ref().map(|known| known.abnormal.clone());
+        let all: Vec<Embeddings> = known.into_iter().chain([abnormal.clone()]).collect();
+        let all = Embeddings::joined(&all)?;
+        let all = all.select(&distinct(&all));
+        if all.is_empty() {
+            return Ok(());
+        }
+        let rows = self.judged();
+        let groups = within(&self.groups, &rows);
+        let known = Known::fit(
+            &self.normal.select(&rows),
+            &groups,
+            all,
+            rows,
+            self.config.known,
+        )?;
+        self.known = Some(known);
+        self.settle();
+        Ok(())
+    }
+
+    /// Number of known abnormal images.
+    pub fn known_abnormal(&self) -> usize {
+        self.known.as_ref().map_or(0, |known| known.abnormal.len())
     }
 }

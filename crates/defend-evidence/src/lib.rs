@@ -11,7 +11,8 @@
 //! 3. [`PatchMemory`]: is some small part unlike anything normal, where normal images are so alike that this decides?
 //!
 //! Who knows more can say more: [`ClosedForm::learn_abnormal`] takes known abnormal images, [`ClosedForm::together`] what many
-//! images say of each other, and [`ClosedForm::suspects`] names normal images that the others do not explain.
+//! images say of each other, [`ClosedForm::suspects`] names normal images that the others do not explain, and
+//! [`ClosedForm::refit`] learns on and forgets.
 //!
 //! [`Groups`] make near copies count once. [`ClosedForm`] is the sum. Everything works on `ndarray` matrices, of images or
 //! of anything else: see [`Embeddings`].
@@ -31,6 +32,7 @@ mod known;
 mod linear;
 mod patches;
 mod posterior;
+mod refit;
 mod standard;
 mod state;
 mod suspects;

@@ -170,6 +170,26 @@ impl PatchMemory {
         }
     }
 
+    /// The same core sets with the patches of some groups under other numbers, and without those of the rest.
+    pub(crate) fn with_groups(&self, number: impl Fn(usize) -> Option<usize>) -> Self {
+        let of_block = |core: &CoreSet| {
+            let (rows, groups): (Vec<usize>, Vec<usize>) = core
+                .groups
+                .iter()
+                .enumerate()
+                .filter_map(|(row, &group)| Some((row, number(group)?)))
+                .unzip();
+            CoreSet {
+                patches: core.patches.select(Axis(0), &rows),
+                groups,
+            }
+        };
+        Self {
+            blocks: self.blocks.iter().map(of_block).collect(),
+            worst: self.worst,
+        }
+    }
+
     /// The core sets.
     pub fn blocks(&self) -> &[CoreSet] {
         &self.blocks

@@ -85,15 +85,21 @@ impl ClosedForm {
                 StateArray::Numbers(known.left_out.clone()),
             );
         }
+        for (i, part) in self
+            .background
+            .iter()
+            .flat_map(Embeddings::parts)
+            .enumerate()
+        {
+            add(format!("background.{i}"), StateArray::Matrix(part.clone()));
+        }
         if let Some(weighed) = &self.contrast {
-            for (i, part) in weighed
-                .ordinary
-                .parts()
-                .iter()
-                .take(self.config.contrast.parts)
-                .enumerate()
-            {
-                add(format!("ordinary.{i}"), StateArray::Matrix(part.clone()));
+            if self.background.is_some() {
+                add("ordinary.rows".into(), indices(&weighed.ordinary_rows));
+            } else {
+                for (i, part) in weighed.ordinary.parts().iter().enumerate() {
+                    add(format!("ordinary.{i}"), StateArray::Matrix(part.clone()));
+                }
             }
             add("contrast.rows".into(), indices(&weighed.normal_rows));
             add(
@@ -171,9 +177,24 @@ impl ClosedForm {
             header.patch_weight,
             left_out,
         )?;
+        if arrays.0.contains_key("background.0") {
+            let background = arrays.embeddings("background")?;
+            form.normal.check_widths(&background, "the background")?;
+            form.background = Some(background);
+        }
         if let Some(PieceHeader { scale, weight }) = header.contrast {
             let config = form.config.contrast;
-            let ordinary = arrays.embeddings("ordinary")?;
+            let (ordinary, ordinary_rows) = match &form.background {
+                Some(background) => {
+                    let rows = arrays.indices("ordinary.rows", usize::MAX)?;
+                    if rows.iter().any(|row| *row >= background.len()) {
+                        return Err(fault("ordinary.rows do not fit the background".into()));
+                    }
+                    (background.select(&rows), rows)
+                }
+                // As earlier versions saved it.
+                None => (arrays.embeddings("ordinary")?, Vec::new()),
+            };
             let rows = arrays.indices("contrast.rows", usize::MAX)?;
             if rows.iter().any(|row| *row >= form.normal.len()) {
                 return Err(fault("contrast.rows do not fit the images".into()));
@@ -187,6 +208,7 @@ impl ClosedForm {
                 contrast: Contrast::from_parts(points, coefficients, config.width),
                 normal_rows: rows,
                 ordinary,
+                ordinary_rows,
                 scale,
                 weight,
             });

@@ -1,9 +1,9 @@
 //! Known abnormal images, folders that are scored together, suspects.
 #![allow(clippy::unwrap_used, reason = "tests may panic")]
 
-use defend_evidence::{ClosedForm, Embeddings, Error, EvidenceConfig};
+use defend_evidence::{ClosedForm, Embeddings, Error, EvidenceConfig, PatchTokens};
 use defend_random::{Rng, standard_normal};
-use ndarray::{Array2, Axis};
+use ndarray::{Array2, Array3, Axis};
 
 /// `n` images of two parts around the centre of a kind.
 fn images(n: usize, kind: u64, seed: u64) -> Embeddings {
@@ -236,4 +236,101 @@ fn suspects_of_many_images_and_of_near_copies() {
     let suspects = form.suspects(2).unwrap();
     assert!(kind(suspects[0].image) && !kind(suspects[1].image));
     assert!(suspects[0].nearest.iter().all(|n| !kind(n.0)));
+}
+
+#[test]
+fn learning_on_and_forgetting_is_a_fit_from_scratch() {
+    let (first, second) = (images(40, 1, 1), images(25, 1, 9));
+    let background = joined(&[&images(60, 1, 20), &images(240, 5, 21)]);
+    let abnormal = images(3, 6, 5);
+    let queries = joined(&[&images(10, 1, 7), &images(10, 5, 8)]);
+    let all = joined(&[&first, &second]);
+    let fit = |normal: &Embeddings| {
+        let mut form =
+            ClosedForm::fit(normal, Some(&background), &EvidenceConfig::default()).unwrap();
+        form.learn_abnormal(&abnormal).unwrap();
+        form
+    };
+    let same = |a: &ClosedForm, b: &ClosedForm| {
+        assert!(a.contrast_weight() > 0.0, "the contrast counts here");
+        assert_eq!(a.contrast_weight(), b.contrast_weight());
+        assert_eq!(scores(a, &queries), scores(b, &queries));
+        assert_eq!(a.left_out(), b.left_out());
+        assert_eq!(a.summary(), b.summary());
+    };
+    let form = fit(&first);
+    let rows: Vec<usize> = (0..40).collect();
+    let longer = form.refit(&rows, Some(&second)).unwrap();
+    same(&longer, &fit(&all));
+    // Saved in between, one image at a time, and back again.
+    let mut steps = ClosedForm::from_state(form.state()).unwrap();
+    for i in 0..3 {
+        let rows: Vec<usize> = (0..40 + i).collect();
+        steps = steps.refit(&rows, Some(&second.select(&[i]))).unwrap();
+    }
+    same(&steps, &fit(&joined(&[&first, &second.select(&[0, 1, 2])])));
+    let of_first: Vec<usize> = (0..longer.kept().len())
+        .filter(|row| longer.kept()[*row] < 40)
+        .collect();
+    same(&longer.refit(&of_first, None).unwrap(), &form);
+
+    let error = form.refit(&rows, Some(&abnormal)).unwrap_err();
+    assert_eq!(error, Error::AlsoAbnormal { image: 0 });
+    assert!(matches!(form.refit(&[], None), Err(Error::Empty { .. })));
+}
+
+#[test]
+fn what_patches_decide_needs_the_images_and_maps_lose_what_is_forgotten() {
+    let mut rng = Rng::seed(5);
+    let tokens = |n: usize, rng: &mut Rng| {
+        let block = Array3::from_shape_simple_fn((n, 9, 5), || standard_normal(rng) as f32);
+        PatchTokens::new(vec![block]).unwrap()
+    };
+    let normal = images(30, 1, 1);
+    let mut config = EvidenceConfig::default();
+    config.patches.alike_from = -2.0;
+    let mut form = ClosedForm::fit(&normal, None, &config).unwrap();
+    form.remember(&tokens(30, &mut rng), &mut Rng::seed(1))
+        .unwrap();
+    let rows: Vec<usize> = (0..30).collect();
+    let error = form.refit(&rows, Some(&images(2, 1, 3))).unwrap_err();
+    assert!(matches!(error, Error::NeedsImages { .. }), "{error}");
+
+    config.patches.weight = 0.0;
+    let mut form = ClosedForm::fit(&normal, None, &config).unwrap();
+    form.remember(&tokens(30, &mut rng), &mut Rng::seed(1))
+        .unwrap();
+    let forgotten = form.groups().of[4];
+    let left: Vec<usize> = (0..30)
+        .filter(|row| form.groups().of[*row] != forgotten)
+        .collect();
+    let after = form.refit(&left, None).unwrap();
+    let (before, after_core) = (
+        &form.memory().unwrap().blocks()[0],
+        &after.memory().unwrap().blocks()[0],
+    );
+    let own = before
+        .groups
+        .iter()
+        .filter(|group| **group == forgotten)
+        .count();
+    assert!(own > 0);
+    assert_eq!(after_core.patches.nrows(), before.patches.nrows() - own);
+    assert!(
+        after_core
+            .groups
+            .iter()
+            .all(|group| *group < after.groups().len())
+    );
+    let judged = after
+        .evaluate(&images(1, 1, 8), Some(&tokens(1, &mut rng)))
+        .unwrap();
+    assert!(
+        judged[0]
+            .map
+            .as_ref()
+            .unwrap()
+            .iter()
+            .all(|d| d.is_finite())
+    );
 }

@@ -1,0 +1,77 @@
+//! Learning on and forgetting: a fit on other images, from what a form keeps.
+
+use crate::closed_form::{WeighedPatches, first_equal};
+use crate::{ClosedForm, Embeddings, Error, PatchMemory};
+
+impl ClosedForm {
+    /// A fit on the kept images of `rows` and on `more`: what a fit on all of these from scratch gives, with the background, the
+    /// known abnormal images and the map memory of this form. [`ClosedForm::kept`] of it numbers `rows`, then `more`. Of more
+    /// images than are judged exactly only leaders of groups were kept: they stand for all.
+    ///
+    /// The map memory loses the patches of every group that loses an image, and gains none.
+    ///
+    /// # Errors
+    /// [`Error::NeedsImages`] where patches count, before or after, and for a form that was saved without its background;
+    /// [`Error::AlsoAbnormal`] for one of `more` that is a known abnormal image; as [`ClosedForm::fit`].
+    pub fn refit(&self, rows: &[usize], more: Option<&Embeddings>) -> Result<Self, Error> {
+        if self.contrast.is_some() && self.background.is_none() {
+            return Err(Error::NeedsImages {
+                reason: "the model was saved by an earlier version, without its whole background",
+            });
+        }
+        if let Some(more) = more {
+            self.normal.check_widths(more, "the normal embeddings")?;
+            if let Some(known) = &self.known
+                && let Some(image) = first_equal(more, &known.abnormal)?
+            {
+                return Err(Error::AlsoAbnormal { image });
+            }
+        }
+        let kept = self.normal.select(rows);
+        let all: Vec<Embeddings> = [kept].into_iter().chain(more.cloned()).collect();
+        let all = Embeddings::joined(&all)?;
+        let mut form = Self::fit(&all, self.background.as_ref(), &self.config)?;
+        if self.patch_weight > 0.0 || form.patch_weight > 0.0 {
+            return Err(Error::NeedsImages {
+                reason: "patches count in this model, and they are chosen from the images",
+            });
+        }
+        if let Some(known) = &self.known {
+            form.learn_abnormal(&known.abnormal)?;
+        }
+        form.patches = self.patches.as_ref().map(|patches| WeighedPatches {
+            memory: self.memory_after(&form, &patches.memory, rows),
+            scale: patches.scale,
+        });
+        Ok(form)
+    }
+
+    /// The map memory without the patches of groups that lost an image, under the groups of the `after` form.
+    fn memory_after(&self, after: &Self, memory: &PatchMemory, rows: &[usize]) -> PatchMemory {
+        let mut whole = vec![true; self.groups.len()];
+        let mut stays = vec![false; self.normal.len()];
+        for &row in rows {
+            if let Some(stays) = stays.get_mut(row) {
+                *stays = true;
+            }
+        }
+        for (group, stays) in self.groups.of.iter().zip(&stays) {
+            if let (Some(whole), false) = (whole.get_mut(*group), stays) {
+                *whole = false;
+            }
+        }
+        // The group that a leader is in afterwards.
+        let group_after = |group: usize| -> Option<usize> {
+            let leader = *self.groups.leaders.get(group)?;
+            let place = rows.iter().position(|row| *row == leader)?;
+            let row = after.kept().iter().position(|kept| *kept == place)?;
+            after.groups.of.get(row).copied()
+        };
+        let groups: Vec<Option<usize>> = whole
+            .iter()
+            .enumerate()
+            .map(|(group, whole)| if *whole { group_after(group) } else { None })
+            .collect();
+        memory.with_groups(|group| groups.get(group).copied().flatten())
+    }
+}
