@@ -182,36 +182,8 @@ impl ClosedForm {
             form.normal.check_widths(&background, "the background")?;
             form.background = Some(background);
         }
-        if let Some(PieceHeader { scale, weight }) = header.contrast {
-            let config = form.config.contrast;
-            let (ordinary, ordinary_rows) = match &form.background {
-                Some(background) => {
-                    let rows = arrays.indices("ordinary.rows", usize::MAX)?;
-                    if rows.iter().any(|row| *row >= background.len()) {
-                        return Err(fault("ordinary.rows do not fit the background".into()));
-                    }
-                    (background.select(&rows), rows)
-                }
-                // As earlier versions saved it.
-                None => (arrays.embeddings("ordinary")?, Vec::new()),
-            };
-            let rows = arrays.indices("contrast.rows", usize::MAX)?;
-            if rows.iter().any(|row| *row >= form.normal.len()) {
-                return Err(fault("contrast.rows do not fit the images".into()));
-            }
-            let normal = form.normal.select(&rows).features(config.parts);
-            let other = ordinary.features(config.parts);
-            let points = ndarray::concatenate(ndarray::Axis(0), &[normal.view(), other.view()])
-                .map_err(|_| fault("ordinary images have another width".into()))?;
-            let coefficients = Array1::from(arrays.numbers("contrast", points.nrows())?);
-            form.contrast = Some(WeighedContrast {
-                contrast: Contrast::from_parts(points, coefficients, config.width),
-                normal_rows: rows,
-                ordinary,
-                ordinary_rows,
-                scale,
-                weight,
-            });
+        if let Some(piece) = header.contrast {
+            form.contrast = Some(contrast(&form, piece, &mut arrays)?);
         }
         if let Some(scale) = header.patches {
             let mut blocks = Vec::new();
@@ -227,25 +199,7 @@ impl ClosedForm {
             form.patches = Some(WeighedPatches { memory, scale });
         }
         if let Some(scale) = header.known {
-            let config = form.config.known;
-            let abnormal = arrays.embeddings("abnormal")?;
-            let normal_rows = arrays.indices("known.rows", usize::MAX)?;
-            let known_rows = normal_rows.iter().all(|row| *row < form.normal.len());
-            if !(known_rows && normal_rows.is_sorted()) {
-                return Err(fault("known.rows do not fit the images".into()));
-            }
-            let normal = form.normal.select(&normal_rows).features(usize::MAX);
-            let other = abnormal.features(usize::MAX);
-            let points = ndarray::concatenate(ndarray::Axis(0), &[normal.view(), other.view()])
-                .map_err(|_| fault("abnormal images have another width".into()))?;
-            let coefficients = Array1::from(arrays.numbers("known", points.nrows())?);
-            form.known = Some(Known {
-                abnormal,
-                contrast: Contrast::from_parts(points, coefficients, config.width),
-                scale,
-                left_out: arrays.numbers("known.left_out", normal_rows.len())?,
-                normal_rows,
-            });
+            form.known = Some(known(&form, scale, &mut arrays)?);
         }
         if form.left_out_images().len() != form.unaided.len() {
             return Err(fault("left-out values do not fit the groups".into()));
@@ -256,6 +210,66 @@ impl ClosedForm {
             None => Ok(form),
         }
     }
+}
+
+/// The saved contrast with ordinary images.
+fn contrast(
+    form: &ClosedForm,
+    PieceHeader { scale, weight }: PieceHeader,
+    arrays: &mut Arrays,
+) -> Result<WeighedContrast, Error> {
+    let config = form.config.contrast;
+    let (ordinary, ordinary_rows) = match &form.background {
+        Some(background) => {
+            let rows = arrays.indices("ordinary.rows", usize::MAX)?;
+            if rows.iter().any(|row| *row >= background.len()) {
+                return Err(fault("ordinary.rows do not fit the background".into()));
+            }
+            (background.select(&rows), rows)
+        }
+        // As earlier versions saved it.
+        None => (arrays.embeddings("ordinary")?, Vec::new()),
+    };
+    let rows = arrays.indices("contrast.rows", usize::MAX)?;
+    if rows.iter().any(|row| *row >= form.normal.len()) {
+        return Err(fault("contrast.rows do not fit the images".into()));
+    }
+    let normal = form.normal.select(&rows).features(config.parts);
+    let other = ordinary.features(config.parts);
+    let points = ndarray::concatenate(ndarray::Axis(0), &[normal.view(), other.view()])
+        .map_err(|_| fault("ordinary images have another width".into()))?;
+    let coefficients = Array1::from(arrays.numbers("contrast", points.nrows())?);
+    Ok(WeighedContrast {
+        contrast: Contrast::from_parts(points, coefficients, config.width),
+        normal_rows: rows,
+        ordinary,
+        ordinary_rows,
+        scale,
+        weight,
+    })
+}
+
+/// The saved contrast with known abnormal images.
+fn known(form: &ClosedForm, scale: Standard, arrays: &mut Arrays) -> Result<Known, Error> {
+    let config = form.config.known;
+    let abnormal = arrays.embeddings("abnormal")?;
+    let normal_rows = arrays.indices("known.rows", usize::MAX)?;
+    let known_rows = normal_rows.iter().all(|row| *row < form.normal.len());
+    if !(known_rows && normal_rows.is_sorted()) {
+        return Err(fault("known.rows do not fit the images".into()));
+    }
+    let normal = form.normal.select(&normal_rows).features(usize::MAX);
+    let other = abnormal.features(usize::MAX);
+    let points = ndarray::concatenate(ndarray::Axis(0), &[normal.view(), other.view()])
+        .map_err(|_| fault("abnormal images have another width".into()))?;
+    let coefficients = Array1::from(arrays.numbers("known", points.nrows())?);
+    Ok(Known {
+        abnormal,
+        contrast: Contrast::from_parts(points, coefficients, config.width),
+        scale,
+        left_out: arrays.numbers("known.left_out", normal_rows.len())?,
+        normal_rows,
+    })
 }
 
 fn fault(reason: String) -> Error {

@@ -237,7 +237,7 @@ mod tests {
     fn one_experiment_is_the_plain_bootstrap() {
         let (scores, abnormal) = scores(0.3, 1);
         let experiment = experiment(&[&scores], &abnormal);
-        let one = mean_interval(&Auroc, &[experiment.clone()], 400, 0.9, 5).unwrap();
+        let one = mean_interval(&Auroc, std::slice::from_ref(&experiment), 400, 0.9, 5).unwrap();
         let plain =
             bootstrap_interval(&Auroc, scores.view(), abnormal.view(), 400, 0.9, 5).unwrap();
         assert_eq!(one.estimate, plain.estimate);
