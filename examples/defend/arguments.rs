@@ -252,9 +252,10 @@ pub(crate) struct Calibrate {
 
 #[derive(Args)]
 pub(crate) struct Score {
-    /// Model file.
-    #[arg(long)]
-    pub(crate) model: PathBuf,
+    /// Model file. May be given several times, for models on the same backbone: it looks at each picture once, and each model has a
+    /// line.
+    #[arg(long, required = true)]
+    pub(crate) model: Vec<PathBuf>,
     /// How the lines look.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub(crate) format: Format,
@@ -311,7 +312,7 @@ pub(crate) struct Common {
 
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum Format {
-    /// `score<TAB>verdict<TAB>path`; of `suspects` `score<TAB>path<TAB>nearest`.
+    /// `score<TAB>verdict<TAB>path`, with several models `<TAB>model` at the end; of `suspects` `score<TAB>path<TAB>nearest`.
     Text,
     /// A header, then comma-separated values; of `score` `path,score,verdict,posterior,contrast,patches,known,nearest,error`, the
     /// pieces as weight times z.

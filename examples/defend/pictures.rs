@@ -91,7 +91,8 @@ pub(crate) fn scan_all(
     Ok(())
 }
 
-fn refusal(failure: &Failure) -> anyhow::Error {
+/// The error that an unreadable picture is where they are not passed over.
+pub(crate) fn refusal(failure: &Failure) -> anyhow::Error {
     anyhow::anyhow!("{}: {} (--strict)", failure.name, failure.error)
 }
 

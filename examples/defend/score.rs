@@ -2,18 +2,22 @@
 
 use std::io::{IsTerminal, stdout};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use defend_core::data::Failure;
 use defend_core::evidence::Weighed;
-use defend_core::{Explanation, Finding, Maps, Outcome, ProgressBar, Verdict};
+use defend_core::{Explanation, Finding, Maps, Novelty, Outcome, ProfileSet, ProgressBar, Verdict};
 use serde::Serialize;
 
 use crate::arguments::Score;
 use crate::maps::MapFolder;
-use crate::pictures::{find, scan_all};
+use crate::pictures::{find, refusal, scan_all};
 use crate::table::Table;
 
 pub(crate) fn run(arguments: &Score) -> Result<()> {
-    let detector = arguments.common.load(&arguments.model)?;
+    let [model] = arguments.model.as_slice() else {
+        return of_many(arguments);
+    };
+    let detector = arguments.common.load(model)?;
     let found = find(&arguments.paths, arguments.common.strict)?;
     let mut maps = match &arguments.maps {
         Some(folder) => Some(MapFolder::make(folder, &detector)?),
@@ -41,7 +45,7 @@ pub(crate) fn run(arguments: &Score) -> Result<()> {
         arguments.common.strict,
         &mut bar,
         &mut |outcome| {
-            let record = Record::of(&outcome);
+            let record = Record::of_outcome(&outcome);
             table.row(&text(&record), &record)?;
             let (Some(maps), Ok((finding, resized))) = (&mut maps, outcome) else {
                 return Ok(());
@@ -51,6 +55,52 @@ pub(crate) fn run(arguments: &Score) -> Result<()> {
             maps.write(inside, &finding, &dataset, &resized)
         },
     )
+}
+
+/// Scores against several models in one pass of their backbone.
+fn of_many(arguments: &Score) -> Result<()> {
+    if arguments.maps.is_some() {
+        bail!(
+            "--maps is for one --model, there are {}",
+            arguments.model.len()
+        );
+    }
+    let device = arguments.common.device();
+    let profiles = ProfileSet::load(&arguments.model, &device)?;
+    let dataset = find(&arguments.paths, arguments.common.strict)?.dataset();
+    let mut table = Table::new(arguments.format, stdout().lock());
+    let (mut unreadable, total) = (0, dataset.len());
+    let mut bar = if stdout().is_terminal() {
+        ProgressBar::hidden()
+    } else {
+        ProgressBar::new()
+    };
+    profiles.scan_each::<anyhow::Error>(&dataset, &mut bar, &mut |outcome| {
+        match &outcome {
+            Ok((name, novelties)) => {
+                for (model, novelty) in profiles.names().iter().zip(novelties) {
+                    let record = Record::of(name, novelty, Some(model));
+                    table.row(&text(&record), &record)?;
+                }
+            }
+            Err(failure) if arguments.common.strict => return Err(refusal(failure)),
+            Err(failure) => {
+                unreadable += 1;
+                for model in profiles.names() {
+                    let record = Record::of_failure(failure, Some(model));
+                    table.row(&text(&record), &record)?;
+                }
+            }
+        }
+        Ok(())
+    })?;
+    if unreadable > 0 {
+        eprintln!("{unreadable} of {total} pictures could not be read");
+    }
+    if unreadable == total {
+        bail!("none of the {total} pictures could be read");
+    }
+    Ok(())
 }
 
 /// What is known of a picture, for CSV and JSON.
@@ -66,50 +116,63 @@ struct Record<'a> {
     known: Option<f64>,
     /// The normal picture that explains it most.
     nearest: Option<&'a str>,
+    /// Where there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<&'a str>,
     error: Option<String>,
 }
 
 impl<'a> Record<'a> {
-    fn of(outcome: &'a Outcome) -> Self {
-        let explanation = outcome
-            .as_ref()
-            .ok()
-            .and_then(|(f, _)| f.novelty.explanation.as_ref());
+    fn of_outcome(outcome: &'a Outcome) -> Self {
+        match outcome {
+            Ok((Finding { name, novelty, .. }, _)) => Self::of(name, novelty, None),
+            Err(failure) => Self::of_failure(failure, None),
+        }
+    }
+
+    fn of(path: &'a str, novelty: &'a Novelty, model: Option<&'a str>) -> Self {
+        let explanation = novelty.explanation.as_ref();
         let part = |piece: fn(&Explanation) -> Option<Weighed>| {
             explanation
                 .and_then(piece)
                 .map(|piece| piece.weight * piece.z)
         };
-        match outcome {
-            Ok((Finding { name, novelty, .. }, _)) => Self {
-                path: name,
-                score: Some(novelty.score),
-                verdict: novelty.verdict,
-                posterior: part(|e| Some(e.posterior)),
-                contrast: part(|e| e.contrast),
-                patches: part(|e| e.patches),
-                known: part(|e| e.known),
-                nearest: explanation.and_then(|e| e.nearest.first().map(|near| near.name.as_str())),
-                error: None,
-            },
-            Err(failure) => Self {
-                path: &failure.name,
-                score: None,
-                verdict: None,
-                posterior: None,
-                contrast: None,
-                patches: None,
-                known: None,
-                nearest: None,
-                error: Some(failure.error.to_string()),
-            },
+        Self {
+            path,
+            score: Some(novelty.score),
+            verdict: novelty.verdict,
+            posterior: part(|e| Some(e.posterior)),
+            contrast: part(|e| e.contrast),
+            patches: part(|e| e.patches),
+            known: part(|e| e.known),
+            nearest: explanation.and_then(|e| e.nearest.first().map(|near| near.name.as_str())),
+            model,
+            error: None,
+        }
+    }
+
+    fn of_failure(failure: &'a Failure, model: Option<&'a str>) -> Self {
+        Self {
+            path: &failure.name,
+            score: None,
+            verdict: None,
+            posterior: None,
+            contrast: None,
+            patches: None,
+            known: None,
+            nearest: None,
+            model,
+            error: Some(failure.error.to_string()),
         }
     }
 }
 
 /// `score<TAB>verdict<TAB>path`
 fn text(record: &Record<'_>) -> String {
-    let path = record.path;
+    let path = match record.model {
+        Some(model) => format!("{}\t{model}", record.path),
+        None => record.path.to_owned(),
+    };
     match (record.score, record.verdict) {
         (Some(score), Some(verdict)) => format!("{score:.6}\t{}\t{path}", word(verdict)),
         (Some(score), None) => format!("{score:.6}\t-\t{path}"),
@@ -128,7 +191,6 @@ fn word(verdict: Verdict) -> &'static str {
 mod tests {
     use super::*;
     use crate::arguments::Format;
-    use defend_core::Novelty;
     use defend_core::data::{Error, Failure, RgbImage};
 
     fn lines(format: Format) -> String {
@@ -152,7 +214,7 @@ mod tests {
         let mut bytes = Vec::new();
         let mut table = Table::new(format, &mut bytes);
         for outcome in [Ok((good, RgbImage::new(1, 1))), Err(bad)] {
-            let record = Record::of(&outcome);
+            let record = Record::of_outcome(&outcome);
             table.row(&text(&record), &record).unwrap();
         }
         drop(table);

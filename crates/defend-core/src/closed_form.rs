@@ -7,7 +7,7 @@ use defend_evidence::{ClosedForm, Embeddings};
 use defend_vit::{Encoder, Grid};
 
 use crate::novelty::{Explanation, NearestNormal};
-use crate::tokens::TokenBlocks;
+use crate::tokens::{Embedded, TokenBlocks};
 use crate::{Error, Novelty, PatchMap};
 
 /// A teacher, and what its tokens of the normal images say.
@@ -26,13 +26,31 @@ impl ClosedFormStudent {
         images: &Tensor,
         with_maps: bool,
     ) -> Result<(Vec<Novelty>, Embeddings), Error> {
-        let needed = self.evidence.memory().is_some() && self.evidence.patch_weight() > 0.0;
-        let embedded = self
-            .blocks
-            .embed(&*self.teacher, images, with_maps || needed)?;
-        let judgements = self
-            .evidence
-            .evaluate(&embedded.images, embedded.patches.as_ref())?;
+        let embedded = self.embed(images, with_maps || self.needs_patches())?;
+        let novelties = self.judge(images, &embedded, with_maps)?;
+        Ok((novelties, embedded.images))
+    }
+
+    /// Whether the score needs patch tokens.
+    pub(crate) fn needs_patches(&self) -> bool {
+        self.evidence.memory().is_some() && self.evidence.patch_weight() > 0.0
+    }
+
+    /// The teacher's pass over a batch.
+    pub(crate) fn embed(&self, images: &Tensor, with_patches: bool) -> Result<Embedded, Error> {
+        self.blocks.embed(&*self.teacher, images, with_patches)
+    }
+
+    /// Scores without verdicts of images that are embedded.
+    pub(crate) fn judge(
+        &self,
+        images: &Tensor,
+        embedded: &Embedded,
+        with_maps: bool,
+    ) -> Result<Vec<Novelty>, Error> {
+        let patches = embedded.patches.as_ref();
+        let patches = patches.filter(|_| with_maps || self.needs_patches());
+        let judgements = self.evidence.evaluate(&embedded.images, patches)?;
         let grid = self.grid(images)?;
         let novelties = judgements.into_iter().map(|judgement| Novelty {
             score: judgement.score,
@@ -53,7 +71,7 @@ impl ClosedFormStudent {
                     .collect(),
             }),
         });
-        Ok((novelties.collect(), embedded.images))
+        Ok(novelties.collect())
     }
 
     /// Takes other evidence, whose kept images are numbered as `names` are.

@@ -239,14 +239,7 @@ impl Detector {
         images: &Tensor,
         with_maps: bool,
     ) -> Result<(Vec<Novelty>, Option<Embeddings>), Error> {
-        let size = self.preprocess.size;
-        // The backbones take any size, but their distances at another one say nothing.
-        if !matches!(images.dims(), &[_, 3, h, w] if h == size as usize && w == size as usize) {
-            return Err(Error::Images {
-                found: images.dims().to_vec(),
-                size,
-            });
-        }
+        self.check(images)?;
         let (mut novelties, embeddings) = match (&self.student, &self.config.student) {
             (StudentStage::ClosedForm(closed), _) => {
                 let (novelties, embeddings) = closed.score(images, with_maps)?;
@@ -257,9 +250,28 @@ impl Detector {
             }
             (StudentStage::Masked(_), Student::ClosedForm(_)) => return Err(not_masked("student")),
         };
+        self.decide(&mut novelties)?;
+        Ok((novelties, embeddings))
+    }
+
+    /// Refuses images of another size.
+    pub(crate) fn check(&self, images: &Tensor) -> Result<(), Error> {
+        let size = self.preprocess.size;
+        // The backbones take any size, but their distances at another one say nothing.
+        if !matches!(images.dims(), &[_, 3, h, w] if h == size as usize && w == size as usize) {
+            return Err(Error::Images {
+                found: images.dims().to_vec(),
+                size,
+            });
+        }
+        Ok(())
+    }
+
+    /// Adds the verdicts, where there is a threshold.
+    pub(crate) fn decide(&self, novelties: &mut [Novelty]) -> Result<(), Error> {
         if let Some(calibration) = self.calibration {
             let threshold = Threshold::new(calibration.threshold)?;
-            for novelty in &mut novelties {
+            for novelty in novelties {
                 novelty.verdict = Some(if threshold.is_novel(novelty.score) {
                     Verdict::Novel
                 } else {
@@ -267,7 +279,7 @@ impl Detector {
                 });
             }
         }
-        Ok((novelties, embeddings))
+        Ok(())
     }
 }
 

@@ -99,6 +99,16 @@ pub enum Error {
         /// Name of the first.
         first: String,
     },
+    /// Models that are scored together have different teachers.
+    #[error("{model} was fitted with {found}, expected the teacher of the first model, {expected}")]
+    OtherProfile {
+        /// The model.
+        model: String,
+        /// Its teacher.
+        found: String,
+        /// The first model's.
+        expected: String,
+    },
     /// The teacher's features of an image are not finite.
     #[error(
         "the teacher's features of {name} are not finite: its weights or the image are damaged"

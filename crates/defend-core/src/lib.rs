@@ -46,6 +46,7 @@ mod observer;
 mod overlay;
 mod persist;
 mod pictures;
+mod profiles;
 #[cfg(feature = "progress")]
 mod progress;
 mod scan;
@@ -66,6 +67,7 @@ pub use novelty::{Explanation, NearestNormal, Novelty, Verdict};
 pub use observer::{Event, Observer, Silent, Stage};
 pub use overlay::overlay;
 pub use pictures::Pictures;
+pub use profiles::{ProfileOutcome, ProfileSet};
 #[cfg(feature = "progress")]
 pub use progress::ProgressBar;
 pub use scan::{

@@ -282,3 +282,49 @@ fn learning_on_and_forgetting_is_a_fit_from_scratch() -> Result<(), Error> {
     assert!(loaded.calibration().is_none());
     Ok(())
 }
+
+#[test]
+fn one_pass_scores_against_many_models() -> Result<(), Error> {
+    let models = || {
+        let plain = fit(builder(), pictures(&[(0, 0..40)]));
+        let mut config = defend_core::DefendConfig::default();
+        if let defend_core::Student::ClosedForm(evidence) = &mut config.student {
+            evidence.patches.weight = 0.0;
+        }
+        let without_patches = fit(builder().config(config), pictures(&[(3, 0..40)]));
+        vec![("a".to_owned(), plain), ("b".to_owned(), without_patches)]
+    };
+    let queries = || pictures(&[(0, 50..55), (3, 50..57)]);
+    let profiles = defend_core::ProfileSet::new(models())?;
+    assert_eq!(profiles.names(), ["a", "b"]);
+    let images = std::sync::Arc::new(queries()) as std::sync::Arc<dyn Dataset>;
+    let mut found: Vec<(String, Vec<defend_core::Novelty>)> = Vec::new();
+    profiles.scan_each(&images, &mut Silent, &mut |outcome| {
+        found.extend(outcome.ok());
+        Ok::<(), Error>(())
+    })?;
+    assert_eq!(found.len(), 12);
+    for (place, (_, alone)) in models().iter().enumerate() {
+        let alone = scan(alone, queries(), &mut Silent)?;
+        for (finding, (name, novelties)) in alone.findings.iter().zip(&found) {
+            assert_eq!((&finding.name, &finding.novelty), (name, &novelties[place]));
+        }
+    }
+
+    let other = Defend::builder().teacher({
+        let spec = defend_core::vit::Encoder::spec(&teacher()).clone();
+        Vit::random(spec, 0.0, &mut Rng::seed(8), &Device::Cpu)?
+    });
+    let mut mixed = models();
+    mixed.push(("c".into(), fit(other, pictures(&[(0, 0..20)]))));
+    let error = defend_core::ProfileSet::new(mixed).err().unwrap();
+    assert!(
+        matches!(&error, Error::OtherProfile { model, .. } if model == "c"),
+        "{error}"
+    );
+    assert!(matches!(
+        defend_core::ProfileSet::new(Vec::new()),
+        Err(Error::Config { .. })
+    ));
+    Ok(())
+}

@@ -1,0 +1,211 @@
+//! Many models on one teacher: one pass scores an image against all.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Device, Tensor};
+use defend_data::{Dataset, Failure, Preprocess};
+
+use crate::closed_form::ClosedFormStudent;
+use crate::detector::StudentStage;
+use crate::known::needs_closed_form;
+use crate::{
+    Detector, Error, Maps, Novelty, NoveltyDetector, Observer, TeacherIdentity, scan_each,
+};
+
+/// Models of one teacher, in closed form: what each calls normal is a *profile*. The teacher's pass, by far the most of the work,
+/// is done once an image; a profile adds a few hundredths of it.
+///
+/// ```no_run
+/// use defend_core::prelude::*;
+/// use defend_core::{ProfileSet, best_device};
+///
+/// let profiles = ProfileSet::load(&["cats.defend", "dogs.defend"], &best_device())?;
+/// let images = std::sync::Arc::new(ImageFolder::open("new/")?) as std::sync::Arc<dyn Dataset>;
+/// profiles.scan_each(&images, &mut Silent, &mut |outcome| {
+///     if let Ok((name, novelties)) = outcome {
+///         println!("{name} {} {}", novelties[0].score, novelties[1].score);
+///     }
+///     Ok::<(), defend_core::Error>(())
+/// })?;
+/// # Ok::<(), defend_core::Error>(())
+/// ```
+pub struct ProfileSet {
+    names: Vec<String>,
+    detectors: Vec<Detector>,
+}
+
+/// An image's name and what each profile says of it, or why it could not be read.
+pub type ProfileOutcome = Result<(String, Vec<Novelty>), Failure>;
+
+impl ProfileSet {
+    /// Named models; they share the first one's teacher in memory.
+    ///
+    /// # Errors
+    /// [`Error::Config`] without any, and for a masked student; [`Error::OtherProfile`] for a model whose teacher or
+    /// preparation of pictures is not the first one's.
+    pub fn new(models: Vec<(String, Detector)>) -> Result<Self, Error> {
+        let (names, mut detectors): (Vec<String>, Vec<Detector>) = models.into_iter().unzip();
+        let mut first: Option<(TeacherIdentity, Arc<dyn defend_vit::Encoder>, Preprocess)> = None;
+        for (name, detector) in names.iter().zip(&mut detectors) {
+            let (fit, preprocess) = (detector.config.fit, detector.preprocess.clone());
+            let StudentStage::ClosedForm(closed) = &mut detector.student else {
+                return Err(needs_closed_form());
+            };
+            let identity = TeacherIdentity::of(&*closed.teacher, fit)?;
+            match &first {
+                None => first = Some((identity, Arc::clone(&closed.teacher), preprocess)),
+                Some((expected, teacher, prepared)) => {
+                    if !identity.fits(expected) || *prepared != preprocess {
+                        return Err(Error::OtherProfile {
+                            model: name.clone(),
+                            found: identity.to_string(),
+                            expected: expected.to_string(),
+                        });
+                    }
+                    closed.teacher = Arc::clone(teacher);
+                }
+            }
+        }
+        if detectors.is_empty() {
+            return Err(Error::Config {
+                field: "profiles",
+                value: "empty".into(),
+                expected: "at least one model".into(),
+            });
+        }
+        Ok(Self { names, detectors })
+    }
+
+    /// Reads model files; their paths are the names.
+    ///
+    /// # Errors
+    /// As [`Detector::load`] and [`ProfileSet::new`].
+    pub fn load<P: AsRef<Path>>(paths: &[P], device: &Device) -> Result<Self, Error> {
+        let one = |path: &P| {
+            let path = path.as_ref();
+            Ok((path.display().to_string(), Detector::load(path, device)?))
+        };
+        Self::new(paths.iter().map(one).collect::<Result<_, Error>>()?)
+    }
+
+    /// Names of the models, in their order.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// The models, in their order.
+    pub fn detectors(&self) -> &[Detector] {
+        &self.detectors
+    }
+
+    /// What each profile says of a batch `[B, 3, H, W]`: a vector of `B` for each.
+    ///
+    /// # Errors
+    /// When the images do not fit.
+    pub fn score(&self, images: &Tensor) -> Result<Vec<Vec<Novelty>>, Error> {
+        let students = self.students()?;
+        let Some(first) = students.first() else {
+            return Ok(Vec::new());
+        };
+        let patches = students.iter().any(|student| student.needs_patches());
+        for detector in &self.detectors {
+            detector.check(images)?;
+        }
+        let embedded = first.embed(images, patches)?;
+        let of_profile = |(student, detector): (&&ClosedFormStudent, &Detector)| {
+            let mut novelties = student.judge(images, &embedded, false)?;
+            detector.decide(&mut novelties)?;
+            Ok(novelties)
+        };
+        students
+            .iter()
+            .zip(&self.detectors)
+            .map(of_profile)
+            .collect()
+    }
+
+    /// Scores every picture of a data set against all profiles, in constant memory.
+    ///
+    /// # Errors
+    /// As [`scan_each`].
+    pub fn scan_each<E: From<Error>>(
+        &self,
+        images: &Arc<dyn Dataset>,
+        observer: &mut dyn Observer,
+        on_result: &mut dyn FnMut(ProfileOutcome) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let Some(first) = self.detectors.first() else {
+            return Ok(());
+        };
+        let pass = Pass {
+            profiles: self,
+            first,
+            rows: Mutex::new(VecDeque::new()),
+        };
+        scan_each::<E>(&pass, images, Maps::Free, observer, &mut |outcome| {
+            on_result(match outcome {
+                Ok((finding, _)) => {
+                    let row = pass.rows().pop_front().unwrap_or_default();
+                    Ok((finding.name, row))
+                }
+                Err(failure) => Err(failure),
+            })
+        })
+    }
+
+    fn students(&self) -> Result<Vec<&ClosedFormStudent>, Error> {
+        let of = |detector: &Detector| match &detector.student {
+            StudentStage::ClosedForm(_) => Ok(()),
+            StudentStage::Masked(_) => Err(needs_closed_form()),
+        };
+        self.detectors.iter().try_for_each(of)?;
+        Ok(self
+            .detectors
+            .iter()
+            .filter_map(|detector| match &detector.student {
+                StudentStage::ClosedForm(closed) => Some(&**closed),
+                StudentStage::Masked(_) => None,
+            })
+            .collect())
+    }
+}
+
+/// Scores by the first profile, and keeps what all of them say until the image is handed on.
+struct Pass<'a> {
+    profiles: &'a ProfileSet,
+    first: &'a Detector,
+    rows: Mutex<VecDeque<Vec<Novelty>>>,
+}
+
+impl Pass<'_> {
+    fn rows(&self) -> std::sync::MutexGuard<'_, VecDeque<Vec<Novelty>>> {
+        self.rows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl NoveltyDetector for Pass<'_> {
+    fn preprocess(&self) -> &Preprocess {
+        self.first.preprocess()
+    }
+
+    fn device(&self) -> &Device {
+        self.first.device()
+    }
+
+    fn batch(&self) -> usize {
+        self.first.batch()
+    }
+
+    fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {
+        let scored = self.profiles.score(images)?;
+        let first = scored.first().cloned().unwrap_or_default();
+        let mut rows = self.rows();
+        for i in 0..first.len() {
+            let row = scored.iter().filter_map(|profile| profile.get(i).cloned());
+            rows.push_back(row.collect());
+        }
+        Ok(first)
+    }
+}
