@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-RIDGE, WIDTH, CONTRAST_WIDTH, CONTRAST_RIDGE, WORST = 0.1, 1.5, 1.0, 1.0, 5
+FIRST, RIDGE, WIDTH, CONTRAST_WIDTH, CONTRAST_RIDGE, WORST = 1.5, 0.1, 1.5, 1.0, 1.0, 5
 
 
 def unit(x):
     return F.normalize(x.double(), dim=-1)
 
 
-def phi(parts):
-    return unit(torch.cat([unit(part) for part in parts], 1))
+def phi(parts, first=1.0):
+    return unit(torch.cat([unit(part) * (first if i == 0 else 1.0) for i, part in enumerate(parts)], 1))
 
 
 def squared_distances(a, b):
@@ -148,13 +148,15 @@ def build(name, spread, near, seed, out):
     train = images(40, spread, gen, centre, copies=((3, 4), (17, 1), (31, 2)))
     test = [torch.cat(p) for p in zip(images(12, spread, gen, centre), images(12, 2 * spread, gen, other))]
     ordinary = [torch.cat(p) for p in zip(images(near, 1.2 * spread, gen, centre), images(300 - near, 2.5 * spread, gen, other))]
-    x, q, b = phi(train), phi(test), phi(ordinary)
+    x, q, b = (phi(parts, FIRST) for parts in (train, test, ordinary))
+    # With parts that weigh the same, for everything but the posterior.
+    plain_x, plain_q = phi(train), phi(test)
     chosen, groups = leaders(x)
     d = squared_distances(x[chosen], x[chosen]).fill_diagonal_(float("inf"))
     g = WIDTH / float(d.amin(1).median())
     left, score, of_background = posterior(x, groups, g, q, b)
     accepted = float((of_background < left.quantile(0.95)).double().mean())
-    alike = float((x[chosen] @ x[chosen].T).fill_diagonal_(-2).topk(5).values.mean())
+    alike = float((plain_x[chosen] @ plain_x[chosen].T).fill_diagonal_(-2).topk(5).values.mean())
     weights = (2 * min(1.0, accepted / 0.02), 2 * min(1.0, max(0.0, (alike - 0.92) / 0.03)))
     flat = [phi(t[:2]) for t in (train, ordinary, test)]
     against = contrast(flat[0], groups, *flat[1:])
@@ -170,13 +172,13 @@ def build(name, spread, near, seed, out):
     plain = [p + weights[0] * c for p, c in zip(*pieces[:2])]
     first = torch.stack([(groups == group).nonzero()[0, 0] if int(chosen[group]) >= len(x) else chosen[group] for group in range(len(chosen))])
     abnormal = images(7, spread, gen, other)
-    added = known(x, groups, phi(abnormal), q)
+    added = known(plain_x, groups, phi(abnormal), plain_q)
     folder = [torch.cat(p) for p in zip(images(50, spread, gen, centre), images(45, 2 * spread, gen, other))]
     f = phi(folder)
-    scores = standard(left, posterior(x, groups, g, f)[1])[1]
+    scores = standard(left, posterior(x, groups, g, phi(folder, FIRST))[1])[1]
     scores = scores + weights[0] * standard(against[0], contrast(flat[0], groups, flat[1], phi(folder[:2]))[1])[1]
-    p, share, weight, rescored = together(x, groups, f, plain[0][first], scores)
-    forced = together(x, groups, f, plain[0][first], scores, 0.3)
+    p, share, weight, rescored = together(plain_x, groups, f, plain[0][first], scores)
+    forced = together(plain_x, groups, f, plain[0][first], scores, 0.3)
     print(name, "together: share of normal images %.3f weight %.3f" % (share, weight))
     print(name, "groups", len(chosen), "width %.3f accepted %.4f alike %.4f weights" % (g, accepted, alike), weights)
     out.update({f"{name}.{k}": v.contiguous() for k, v in {

@@ -13,13 +13,14 @@
 use std::sync::Arc;
 
 use defend_baselines::{SystemConfig, Teacher};
-use defend_core::BackgroundSource;
 use defend_core::data::{
     Dataset, Difficult, Fit, ImageFolder, Label, MultiObject, Protocol, Subset, Voc,
 };
+use defend_core::evidence::EvidenceConfig;
 use defend_core::metrics::auroc;
 use defend_core::prelude::*;
 use defend_core::vit::{CacheConfig, TrainScope, Vit};
+use defend_core::{BackgroundSource, Student};
 use ndarray::ArrayView1;
 
 /// AUROC of the same rule in PyTorch and f64, to three decimals: the formulas of `tools/golden_evidence.py` on timm's tokens.
@@ -62,7 +63,14 @@ fn the_closed_form_equals_pytorchs() {
     for (class, expected) in [("horse", HORSE), ("sheep", SHEEP)] {
         let animals = Animals::read(class);
         let photos = ImageFolder::open(defend_testing::assets().join("imagenet-sample")).unwrap();
+        // The script's parts weigh the same.
+        let mut evidence = EvidenceConfig::default();
+        evidence.posterior.first_part = 1.0;
         let fitted = Defend::builder()
+            .config(DefendConfig {
+                student: Student::ClosedForm(evidence),
+                ..DefendConfig::default()
+            })
             .teacher(animals.vit)
             .background(BackgroundSource::Photos(
                 Arc::new(photos),

@@ -174,7 +174,7 @@ impl ClosedForm {
         let images = normal.len();
         let mut kept = distinct(normal);
         let (distinct_images, mut normal) = (kept.len(), normal.select(&kept));
-        let mut x = normal.features(usize::MAX);
+        let mut x = normal.phi(config.posterior.first_part);
         let mut groups = leaders(x.view(), config.group_share);
         if kept.len() > config.posterior.exact_images {
             // Copies say nothing more and would take the places of the nearest images.
@@ -186,7 +186,9 @@ impl ClosedForm {
         }
         let nearest = nearest_leaders(x.view(), &groups, ALIKE_NEIGHBOURS);
         let width = kernel_width(&nearest, config.posterior.width).unwrap_or(LONE_WIDTH);
-        let alike = similarity(&nearest);
+        // The weight of patches is chosen for parts that weigh the same.
+        let plain = normal.features(usize::MAX);
+        let alike = similarity(&nearest_leaders(plain.view(), &groups, ALIKE_NEIGHBOURS));
         let judged = judged_rows(kept.len(), config.posterior.exact_images);
         let posterior = posterior(x, &groups, width, config)?;
         let left_out = match &posterior {
@@ -248,7 +250,7 @@ impl ClosedForm {
         let limit = quantile(left_out, ACCEPTED);
         let judged = self
             .posterior
-            .evaluate(background.features(usize::MAX).view())?;
+            .evaluate(background.phi(self.config.posterior.first_part).view())?;
         let accepted = judged.iter().filter(|e| e.log_variance < limit).count();
         self.summary.accepted = accepted as f64 / background.len().max(LEAST_BACKGROUND) as f64;
         let weight = config.weight * (self.summary.accepted / config.full_share).min(1.0);
@@ -562,7 +564,7 @@ impl ClosedForm {
         };
         let explained = self
             .posterior
-            .evaluate(images.features(usize::MAX).view())?;
+            .evaluate(images.phi(self.config.posterior.first_part).view())?;
         let contrasts = self.contrast.as_ref().map(|weighed| {
             let values = weighed
                 .contrast
@@ -626,7 +628,12 @@ impl ClosedForm {
             judged_rows(normal.len(), config.posterior.exact_images)
         };
         Ok(Self {
-            posterior: posterior(normal.features(usize::MAX), &groups, summary.width, &config)?,
+            posterior: posterior(
+                normal.phi(config.posterior.first_part),
+                &groups,
+                summary.width,
+                &config,
+            )?,
             config,
             summary,
             normal,

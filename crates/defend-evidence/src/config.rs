@@ -39,6 +39,9 @@ impl Default for EvidenceConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PosteriorConfig {
+    /// Weight of the embeddings' first part beside the others, which weigh 1. For the tokens of a Vision Transformer it is the CLS
+    /// token of the last but one block: less bound to the classes of its training than the last one, more to what is shown.
+    pub first_part: f64,
     /// Kernel's width times the median squared distance of a leader to the nearest other one.
     pub width: f64,
     /// Ridge added to the kernel's diagonal: how far an image is trusted. 0.01 to 0.3 hardly differ.
@@ -52,6 +55,7 @@ pub struct PosteriorConfig {
 impl Default for PosteriorConfig {
     fn default() -> Self {
         Self {
+            first_part: 1.5,
             width: 1.5,
             ridge: 0.1,
             exact_images: 4000,
@@ -197,6 +201,7 @@ impl EvidenceConfig {
         let (p, c, m) = (&self.posterior, &self.contrast, &self.patches);
         let (k, t) = (&self.known, &self.together);
         let positive = [
+            ("evidence.posterior.first_part", p.first_part),
             ("evidence.posterior.width", p.width),
             ("evidence.posterior.ridge", p.ridge),
             ("evidence.contrast.width", c.width),

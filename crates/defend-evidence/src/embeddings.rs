@@ -112,8 +112,17 @@ impl Embeddings {
         }
     }
 
-    /// `phi`: the first `parts` parts at unit length, joined, at unit length again; `[images, channels]`.
+    /// The first `parts` parts at unit length, joined, at unit length again; `[images, channels]`.
     pub fn features(&self, parts: usize) -> Array2<f64> {
+        self.joined_parts(parts, 1.0)
+    }
+
+    /// `phi`: all parts at unit length, the first one times `first`, joined, at unit length again; `[images, channels]`.
+    pub fn phi(&self, first: f64) -> Array2<f64> {
+        self.joined_parts(usize::MAX, first)
+    }
+
+    fn joined_parts(&self, parts: usize, first: f64) -> Array2<f64> {
         let parts: Vec<&Array2<f32>> = self.parts.iter().take(parts.max(1)).collect();
         let width = parts.iter().map(|part| part.ncols()).sum();
         // Filled row by row: rows with gaps would be summed in another order.
@@ -121,8 +130,11 @@ impl Embeddings {
         let mut from = 0;
         for part in parts {
             let to = from + part.ncols();
-            all.slice_mut(s![.., from..to])
-                .assign(&unit(part.as_standard_layout().mapv(f64::from)));
+            let mut rows = unit(part.as_standard_layout().mapv(f64::from));
+            if from == 0 {
+                rows *= first;
+            }
+            all.slice_mut(s![.., from..to]).assign(&rows);
             from = to;
         }
         unit(all)

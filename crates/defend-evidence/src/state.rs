@@ -17,6 +17,9 @@ use crate::{
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StateHeader {
+    /// Of the posterior; forms that were saved before there was such a weight had 1.
+    #[serde(default = "equal_weight")]
+    first_part: f64,
     config: EvidenceConfig,
     summary: Summary,
     scale: Standard,
@@ -25,6 +28,10 @@ pub struct StateHeader {
     patches: Option<Standard>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     known: Option<Standard>,
+}
+
+fn equal_weight() -> f64 {
+    1.0
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -122,6 +129,7 @@ impl ClosedForm {
         }
         State {
             header: StateHeader {
+                first_part: self.config.posterior.first_part,
                 config: self.config.clone(),
                 summary: self.summary,
                 scale: self.scale,
@@ -142,7 +150,8 @@ impl ClosedForm {
     /// # Errors
     /// [`Error::State`] when an array is missing or does not fit the others, and those of [`Embeddings::new`].
     pub fn from_state(state: State) -> Result<Self, Error> {
-        let State { header, arrays } = state;
+        let State { mut header, arrays } = state;
+        header.config.posterior.first_part = header.first_part;
         let mut arrays = Arrays(arrays);
         header.config.validate()?;
         let normal = arrays.embeddings("normal")?;

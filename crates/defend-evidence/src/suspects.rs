@@ -64,12 +64,12 @@ impl ClosedForm {
                 *odd = true;
             }
         }
-        let kept = self.normal.features(usize::MAX);
+        let first = self.config.posterior.first_part;
+        let kept = self.normal.phi(first);
         let all: Vec<usize> = (0..images.len()).collect();
         let mut found = Vec::new();
         for some in all.chunks(ROWS) {
-            let similarities =
-                product(images.select(some).features(usize::MAX).view(), kept.view());
+            let similarities = product(images.select(some).phi(first).view(), kept.view());
             for (row, &image) in similarities.rows().into_iter().zip(some) {
                 let nearest = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
                 let group = nearest.and_then(|(nearest, _)| self.groups.of.get(nearest));

@@ -90,7 +90,7 @@ fn led_by(groups: &Groups) -> Vec<usize> {
 fn groups_width_and_similarity() {
     for name in SETS {
         let set = Set::read(name);
-        let x = embeddings(&set, "train").features(3);
+        let x = embeddings(&set, "train").phi(1.5);
         let groups = leaders(x.view(), 0.2);
         assert_eq!(groups.leaders, set.indices("leaders"), "{name}");
         assert_eq!(groups.of, set.indices("groups"), "{name}");
@@ -103,6 +103,8 @@ fn groups_width_and_similarity() {
             1e-9,
             "width",
         );
+        let plain = embeddings(&set, "train").features(3);
+        let nearest = nearest_leaders(plain.view(), &groups, 5);
         close(&[similarity(&nearest)], &numbers[2..3], 1e-9, "similarity");
     }
 }
@@ -111,7 +113,7 @@ fn groups_width_and_similarity() {
 fn posterior_and_left_out_values() {
     for name in SETS {
         let set = Set::read(name);
-        let x = embeddings(&set, "train").features(3);
+        let x = embeddings(&set, "train").phi(1.5);
         let groups = leaders(x.view(), 0.2);
         let posterior = ExactPosterior::fit(x, &groups, set.numbers("numbers")[0], 0.1).unwrap();
         let left_out = posterior.left_out(&groups, 0.1).unwrap().unwrap();
@@ -122,7 +124,7 @@ fn posterior_and_left_out_values() {
             "left-out log variances",
         );
         for (images, expected) in [("test", "posterior"), ("ordinary", "posterior.ordinary")] {
-            let judged = posterior.evaluate(embeddings(&set, images).features(3).view());
+            let judged = posterior.evaluate(embeddings(&set, images).phi(1.5).view());
             let found: Vec<f64> = judged.iter().map(|e| e.log_variance).collect();
             close(&found, &set.numbers(expected), 1e-6, expected);
             for explained in judged {
@@ -138,7 +140,7 @@ fn contrast_and_left_out_values() {
     for name in SETS {
         let set = Set::read(name);
         let train = embeddings(&set, "train");
-        let groups = leaders(train.features(3).view(), 0.2);
+        let groups = leaders(train.phi(1.5).view(), 0.2);
         let (x, b) = (train.features(2), embeddings(&set, "ordinary").features(2));
         let kept = unlike_normals(x.view(), b.view(), 0.1);
         assert_eq!(kept.len(), 270);
