@@ -13,9 +13,6 @@ pub(crate) fn run(arguments: &Extend) -> Result<()> {
     let mut detector = arguments.common.load(&arguments.model)?;
     let mut dropped = false;
     let mut say = |what: &str, learnt: &Learnt| {
-        for skipped in &learnt.skipped {
-            eprintln!("{skipped}");
-        }
         let (images, skipped) = (learnt.images, learnt.skipped.len());
         eprintln!("{what} {images} pictures, {skipped} could not be read");
         dropped |= learnt.calibration_dropped;

@@ -47,9 +47,6 @@ pub(crate) fn run(arguments: &Sort) -> Result<()> {
             )?;
         }
     }
-    for skipped in &sorted.skipped {
-        eprintln!("{skipped}");
-    }
     let percent = |share: f64| 100.0 * share;
     let share = sorted.abnormal;
     eprintln!(

@@ -37,11 +37,7 @@ fn of_folder(arguments: &Suspects) -> Result<Detector> {
     if let Some(weights) = pretrained(arguments.backbone.as_deref()) {
         builder = builder.backbone(weights);
     }
-    let fitted = builder.fit(normal, &mut ProgressBar::new())?;
-    for skipped in &fitted.skipped {
-        eprintln!("{skipped}");
-    }
-    Ok(fitted.detector)
+    Ok(builder.fit(normal, &mut ProgressBar::new())?.detector)
 }
 
 #[derive(Serialize)]

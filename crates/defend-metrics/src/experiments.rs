@@ -1,10 +1,10 @@
 //! Means over the experiments of a table, such as the ten normal classes of CIFAR-10, and whether two systems differ.
 
 use defend_random::Rng;
-use ndarray::{Array1, ArrayView1};
+use ndarray::ArrayView1;
 use rand::RngExt;
 
-use crate::{Error, Interval, Metric, quantile};
+use crate::{Drawn, Error, Interval, Metric, quantile};
 
 /// The scores of one system in one experiment.
 #[derive(Debug, Clone)]
@@ -17,13 +17,29 @@ pub struct Experiment<'a> {
 
 impl Experiment<'_> {
     /// Mean of the metric over the runs.
-    fn mean(
-        &self,
-        mut evaluate: impl FnMut(ArrayView1<'_, f64>) -> Result<f64, Error>,
-    ) -> Result<f64, Error> {
+    fn mean(&self, metric: &dyn Metric) -> Result<f64, Error> {
         let mut sum = 0.0;
         for run in &self.runs {
-            sum += evaluate(*run)?;
+            sum += metric.evaluate(*run, self.abnormal)?;
+        }
+        Ok(sum / self.runs.len() as f64)
+    }
+
+    /// The same of a sample; `orders`: of the runs.
+    fn mean_of(
+        &self,
+        draw: &Draw,
+        metric: &dyn Metric,
+        orders: &[Vec<usize>],
+    ) -> Result<f64, Error> {
+        let mut sum = 0.0;
+        for (run, order) in self.runs.iter().zip(orders) {
+            sum += metric.evaluate_drawn(&Drawn {
+                scores: *run,
+                abnormal: self.abnormal,
+                order,
+                counts: &draw.counts,
+            })?;
         }
         Ok(sum / self.runs.len() as f64)
     }
@@ -71,16 +87,17 @@ pub fn mean_interval(
     check(resamples, confidence, experiments)?;
     let mut estimate = 0.0;
     for experiment in experiments {
-        estimate += experiment.mean(|run| metric.evaluate(run, experiment.abnormal))?;
+        estimate += experiment.mean(metric)?;
     }
     let mut rng = Rng::seed(seed);
     let mut draws: Vec<Draw> = experiments.iter().map(|e| Draw::new(e.abnormal)).collect();
+    let orders = orders(experiments);
     let mut values = Vec::with_capacity(resamples);
     for _ in 0..resamples {
         let mut sum = 0.0;
-        for (draw, experiment) in draws.iter_mut().zip(experiments) {
+        for ((draw, experiment), orders) in draws.iter_mut().zip(experiments).zip(&orders) {
             draw.again(&mut rng);
-            sum += experiment.mean(|run| draw.evaluate(metric, run))?;
+            sum += experiment.mean_of(draw, metric, orders)?;
         }
         values.push(sum / experiments.len() as f64);
     }
@@ -126,19 +143,23 @@ pub fn compare(
             first.abnormal.len(),
             second.abnormal.len(),
         )?;
-        estimate += first.mean(|run| metric.evaluate(run, first.abnormal))?
-            - second.mean(|run| metric.evaluate(run, first.abnormal))?;
+        estimate += first.mean(metric)? - second.mean(metric)?;
     }
     let count = first.len() as f64;
     let mut rng = Rng::seed(seed);
     let mut draws: Vec<Draw> = first.iter().map(|e| Draw::new(e.abnormal)).collect();
+    let (of_first, of_second) = (orders(first), orders(second));
     let mut values = Vec::with_capacity(resamples);
     for _ in 0..resamples {
         let mut sum = 0.0;
-        for (draw, (first, second)) in draws.iter_mut().zip(first.iter().zip(second)) {
+        let systems = first
+            .iter()
+            .zip(&of_first)
+            .zip(second.iter().zip(&of_second));
+        for (draw, ((first, of_first), (second, of_second))) in draws.iter_mut().zip(systems) {
             draw.again(&mut rng);
-            sum += first.mean(|run| draw.evaluate(metric, run))?
-                - second.mean(|run| draw.evaluate(metric, run))?;
+            sum +=
+                first.mean_of(draw, metric, of_first)? - second.mean_of(draw, metric, of_second)?;
         }
         values.push(sum / count);
     }
@@ -172,13 +193,11 @@ fn interval(estimate: f64, mut values: Vec<f64>, confidence: f64) -> Interval {
     }
 }
 
-/// A stratified sample with replacement, by position.
+/// Stratified samples with replacement of an experiment's images, the same for all its runs.
 struct Draw {
     normal: Vec<usize>,
     novel: Vec<usize>,
-    drawn: Vec<usize>,
-    labels: Array1<bool>,
-    values: Array1<f64>,
+    counts: Vec<u32>,
 }
 
 impl Draw {
@@ -186,33 +205,38 @@ impl Draw {
         let (novel, normal): (Vec<usize>, Vec<usize>) =
             (0..abnormal.len()).partition(|&i| abnormal[i]);
         Self {
-            drawn: vec![0; abnormal.len()],
-            labels: Array1::from_shape_fn(abnormal.len(), |i| i >= normal.len()),
-            values: Array1::zeros(abnormal.len()),
+            counts: vec![0; abnormal.len()],
             normal,
             novel,
         }
     }
 
     fn again(&mut self, rng: &mut Rng) {
-        for (slot, &is_novel) in self.drawn.iter_mut().zip(&self.labels) {
-            let pool = if is_novel { &self.novel } else { &self.normal };
-            *slot = pool[rng.random_range(0..pool.len())];
+        self.counts.fill(0);
+        for pool in [&self.normal, &self.novel] {
+            for _ in 0..pool.len() {
+                self.counts[pool[rng.random_range(0..pool.len())]] += 1;
+            }
         }
     }
+}
 
-    fn evaluate(&mut self, metric: &dyn Metric, scores: ArrayView1<'_, f64>) -> Result<f64, Error> {
-        for (value, &i) in self.values.iter_mut().zip(&self.drawn) {
-            *value = scores[i];
-        }
-        metric.evaluate(self.values.view(), self.labels.view())
-    }
+/// Positions of each run's scores, lowest first: sorted once for all samples.
+fn orders(experiments: &[Experiment<'_>]) -> Vec<Vec<Vec<usize>>> {
+    let order = |run: &ArrayView1<'_, f64>| {
+        let mut order: Vec<usize> = (0..run.len()).collect();
+        order.sort_by(|&a, &b| run[a].total_cmp(&run[b]));
+        order
+    };
+    let of = |experiment: &Experiment<'_>| experiment.runs.iter().map(order).collect();
+    experiments.iter().map(of).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Auroc, auroc, bootstrap_interval};
+    use crate::{Aupr, Auroc, auroc, bootstrap_interval};
+    use ndarray::Array1;
 
     /// Normal and abnormal scores that overlap, `gap` apart.
     fn scores(gap: f64, seed: u64) -> (Array1<f64>, Array1<bool>) {
@@ -246,6 +270,38 @@ mod tests {
         let more = mean_interval(&Auroc, &more, 400, 0.9, 5).unwrap();
         // The mean of four independent experiments has half the spread.
         assert!(width(more) < 0.65 * width(one), "{more:?} {one:?}");
+    }
+
+    #[test]
+    fn a_drawn_sample_is_judged_as_its_copies() {
+        let (scores, abnormal) = scores(0.3, 1);
+        // Many equal scores.
+        let scores = scores.mapv(|s| (8.0 * s).round());
+        let mut draw = Draw::new(abnormal.view());
+        let order = orders(&[experiment(&[&scores], &abnormal)]);
+        let mut rng = Rng::seed(4);
+        for _ in 0..20 {
+            draw.again(&mut rng);
+            let sample = Drawn {
+                scores: scores.view(),
+                abnormal: abnormal.view(),
+                order: &order[0][0],
+                counts: &draw.counts,
+            };
+            let copies = |values: &dyn Fn(usize) -> f64| -> Array1<f64> {
+                let drawn = draw.counts.iter().enumerate();
+                drawn
+                    .flat_map(|(i, n)| vec![values(i); *n as usize])
+                    .collect()
+            };
+            let (drawn, truth) = (copies(&|i| scores[i]), copies(&|i| f64::from(abnormal[i])));
+            let truth = truth.mapv(|t| t > 0.5);
+            assert_eq!(drawn.len(), 300);
+            for metric in [&Auroc as &dyn Metric, &Aupr] {
+                let expected = metric.evaluate(drawn.view(), truth.view()).unwrap();
+                assert_eq!(metric.evaluate_drawn(&sample).unwrap(), expected);
+            }
+        }
     }
 
     #[test]

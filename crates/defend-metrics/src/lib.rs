@@ -44,7 +44,7 @@ pub use error::{Class, Error};
 pub use experiments::{Comparison, Experiment, compare, mean_interval};
 pub use interval::{Interval, auroc_interval};
 pub use metric::{
-    Aupr, Auroc, F1Max, FprAtTpr, Metric, auroc, average_precision, f1_max, fpr_at_tpr,
+    Aupr, Auroc, Drawn, F1Max, FprAtTpr, Metric, auroc, average_precision, f1_max, fpr_at_tpr,
 };
 pub use pro::{PRO_FPR_LIMIT, pro};
 pub use roc::{RocCurve, RocPoint};

@@ -1,6 +1,6 @@
 //! Figures that need no threshold: AUROC, average precision, FPR at a TPR and the best F1.
 
-use ndarray::ArrayView1;
+use ndarray::{Array1, ArrayView1};
 
 use crate::{Error, sweep::Sweep};
 
@@ -19,6 +19,36 @@ pub trait Metric {
         scores: ArrayView1<'_, f64>,
         abnormal: ArrayView1<'_, bool>,
     ) -> Result<f64, Error>;
+
+    /// The same of a sample with replacement, for the bootstrap: what [`Metric::evaluate`] says of the drawn scores. Metrics that
+    /// can do without sorting them again say so here.
+    ///
+    /// # Errors
+    /// As [`Metric::evaluate`].
+    fn evaluate_drawn(&self, sample: &Drawn<'_>) -> Result<f64, Error> {
+        let drawn: Vec<usize> = sample
+            .counts
+            .iter()
+            .enumerate()
+            .flat_map(|(i, count)| std::iter::repeat_n(i, *count as usize))
+            .collect();
+        let scores: Array1<f64> = drawn.iter().map(|&i| sample.scores[i]).collect();
+        let abnormal: Array1<bool> = drawn.iter().map(|&i| sample.abnormal[i]).collect();
+        self.evaluate(scores.view(), abnormal.view())
+    }
+}
+
+/// A sample with replacement.
+#[derive(Debug, Clone, Copy)]
+pub struct Drawn<'a> {
+    /// All scores.
+    pub scores: ArrayView1<'a, f64>,
+    /// The truth of all.
+    pub abnormal: ArrayView1<'a, bool>,
+    /// Positions of all, lowest score first.
+    pub order: &'a [usize],
+    /// How often each was drawn.
+    pub counts: &'a [u32],
 }
 
 /// Area under the ROC curve, see [`auroc`].
@@ -57,6 +87,36 @@ impl Metric for Auroc {
         abnormal: ArrayView1<'_, bool>,
     ) -> Result<f64, Error> {
         auroc(scores, abnormal)
+    }
+
+    fn evaluate_drawn(&self, sample: &Drawn<'_>) -> Result<f64, Error> {
+        let Drawn {
+            scores,
+            abnormal,
+            order,
+            counts,
+        } = *sample;
+        // Twice the number of ordered pairs, as in `auroc`, from the lowest score on.
+        let (mut doubled, mut normal, mut novel) = (0u128, 0u64, 0u64);
+        for equal in order.chunk_by(|a, b| scores[*a] == scores[*b]) {
+            let (mut more_normal, mut more_novel) = (0u64, 0u64);
+            for &i in equal {
+                let count = u64::from(counts[i]);
+                if abnormal[i] {
+                    more_novel += count;
+                } else {
+                    more_normal += count;
+                }
+            }
+            doubled += u128::from(more_novel) * u128::from(2 * normal + more_normal);
+            normal += more_normal;
+            novel += more_novel;
+        }
+        if normal == 0 || novel == 0 {
+            // Which class is absent is for the general way to say.
+            return auroc(scores, abnormal);
+        }
+        Ok(doubled as f64 / (2.0 * normal as f64 * novel as f64))
     }
 }
 
