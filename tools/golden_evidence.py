@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-FIRST, RIDGE, WIDTH, CONTRAST_WIDTH, CONTRAST_RIDGE, WORST = 1.5, 0.1, 1.5, 1.0, 1.0, 5
+FIRST, RIDGE, WIDTH, CONTRAST_WIDTH, CONTRAST_RIDGE, WORST, HESITATION = 1.5, 0.1, 1.5, 1.0, 1.0, 5, 2.0
 
 
 def unit(x):
@@ -90,7 +90,7 @@ def known(x, groups, abnormal, query):
     """What known abnormal images add, for left-out normal images and for queries."""
     alpha, both, left, _ = ridge_contrast(x, groups, abnormal, torch.ones(len(abnormal), dtype=torch.double))
     score = -(torch.exp(-CONTRAST_WIDTH * squared_distances(query, both)) @ alpha)
-    return [(z - 1).clamp_min(0) for z in standard(left, score)]
+    return [len(abnormal) / (len(abnormal) + HESITATION) * (z - 1).clamp_min(0) for z in standard(left, score)]
 
 
 def q_values(p, share):

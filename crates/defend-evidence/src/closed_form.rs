@@ -526,7 +526,7 @@ impl ClosedForm {
         let images = self.left_out_images();
         if let Some(known) = &self.known {
             for (value, image) in self.left_out.iter_mut().zip(images) {
-                *value += known.of_normal(image, self.config.known.margin);
+                *value += known.of_normal(image, self.config.known);
             }
         }
     }
@@ -575,9 +575,10 @@ impl ClosedForm {
             };
             values.into_iter().map(of).collect::<Vec<_>>()
         });
-        let known = self.known.as_ref().map(|known| {
-            known.evaluate(images.features(usize::MAX).view(), self.config.known.margin)
-        });
+        let known = self
+            .known
+            .as_ref()
+            .map(|known| known.evaluate(images.features(usize::MAX).view(), self.config.known));
         let judgements = explained.into_iter().enumerate().map(|(i, explained)| {
             let posterior = Weighed {
                 z: self.scale.z(explained.log_variance),

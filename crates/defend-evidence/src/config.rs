@@ -109,6 +109,8 @@ pub struct KnownConfig {
     /// Deviations of the normal images' left-out values from which it speaks against an image. It never speaks for one: a
     /// kind of abnormal image that was never shown looks normal beside those that were.
     pub margin: f64,
+    /// Of k known images the weight is `k / (k + hesitation)`: a single one says little of what abnormal images have in common.
+    pub hesitation: f64,
 }
 
 impl Default for KnownConfig {
@@ -117,6 +119,7 @@ impl Default for KnownConfig {
             width: 1.0,
             ridge: 1.0,
             margin: 1.0,
+            hesitation: 2.0,
         }
     }
 }
@@ -226,6 +229,7 @@ impl EvidenceConfig {
             ("evidence.contrast.weight", c.weight),
             ("evidence.patches.weight", m.weight),
             ("evidence.known.margin", k.margin),
+            ("evidence.known.hesitation", k.hesitation),
             ("evidence.together.noise", t.noise),
         ];
         for (field, value) in not_negative {

@@ -42,25 +42,33 @@ impl Known {
         })
     }
 
-    /// What speaks against images, unit rows `[B, D]`: deviations beyond `margin`, or nothing.
-    pub(crate) fn evaluate(&self, images: ArrayView2<'_, f64>, margin: f64) -> Vec<Weighed> {
+    /// What speaks against images, unit rows `[B, D]`: deviations beyond the margin, or nothing.
+    pub(crate) fn evaluate(
+        &self,
+        images: ArrayView2<'_, f64>,
+        config: KnownConfig,
+    ) -> Vec<Weighed> {
         let values = self.contrast.evaluate(images);
-        let of = |value| Weighed {
-            z: self.against(value, margin),
-            weight: 1.0,
-        };
+        let of = |value| self.against(value, config);
         values.into_iter().map(of).collect()
     }
 
-    /// The same of a normal image that it was fitted on, left out.
-    pub(crate) fn of_normal(&self, image: usize, margin: f64) -> f64 {
+    /// Its part of the sum for a normal image that it was fitted on, left out.
+    pub(crate) fn of_normal(&self, image: usize, config: KnownConfig) -> f64 {
         let place = self.normal_rows.binary_search(&image).ok();
         let value = place.and_then(|place| self.left_out.get(place));
-        value.map_or(0.0, |value| self.against(*value, margin))
+        value.map_or(0.0, |value| {
+            let piece = self.against(*value, config);
+            piece.weight * piece.z
+        })
     }
 
-    fn against(&self, value: f64, margin: f64) -> f64 {
-        (self.scale.z(value) - margin).max(0.0)
+    fn against(&self, value: f64, config: KnownConfig) -> Weighed {
+        let known = self.abnormal.len() as f64;
+        Weighed {
+            z: (self.scale.z(value) - config.margin).max(0.0),
+            weight: known / (known + config.hesitation),
+        }
     }
 }
 

@@ -304,7 +304,11 @@ fn known_abnormal_images_and_a_folder_scored_together() {
         let before = form.left_out().to_vec();
         form.learn_abnormal(&embeddings(&set, "abnormal")).unwrap();
         let judged = form.evaluate(&embeddings(&set, "test"), None).unwrap();
-        let known: Vec<f64> = judged.iter().map(|j| j.known.unwrap().z).collect();
+        let known: Vec<f64> = judged
+            .iter()
+            .map(|j| j.known.unwrap())
+            .map(|k| k.weight * k.z)
+            .collect();
         close(&known, &set.numbers("known"), 1e-6, "known");
         let mut expected: Vec<f64> = set
             .indices("leaders")
