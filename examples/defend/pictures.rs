@@ -82,6 +82,11 @@ pub(crate) fn scan_all(
         on_result(outcome)
     });
     scanned?;
+    count(unreadable, total)
+}
+
+/// Says how many pictures could not be read; an error when all of them.
+pub(crate) fn count(unreadable: usize, total: usize) -> Result<()> {
     if unreadable > 0 {
         eprintln!("{unreadable} of {total} pictures could not be read");
     }

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::arguments::Score;
 use crate::maps::MapFolder;
-use crate::pictures::{find, refusal, scan_all};
+use crate::pictures::{count, find, refusal, scan_all};
 use crate::table::Table;
 
 pub(crate) fn run(arguments: &Score) -> Result<()> {
@@ -26,12 +26,7 @@ pub(crate) fn run(arguments: &Score) -> Result<()> {
     if detector.calibration().is_none() {
         eprintln!("the model has no threshold yet, so there are no verdicts: see defend calibrate");
     }
-    // On a terminal the lines themselves show the progress, and a bar would write over them.
-    let mut bar = if stdout().is_terminal() {
-        ProgressBar::hidden()
-    } else {
-        ProgressBar::new()
-    };
+    let mut bar = progress();
     let mut table = Table::new(arguments.format, stdout().lock());
     let dataset = found.dataset();
     scan_all(
@@ -70,11 +65,7 @@ fn of_many(arguments: &Score) -> Result<()> {
     let dataset = find(&arguments.paths, arguments.common.strict)?.dataset();
     let mut table = Table::new(arguments.format, stdout().lock());
     let (mut unreadable, total) = (0, dataset.len());
-    let mut bar = if stdout().is_terminal() {
-        ProgressBar::hidden()
-    } else {
-        ProgressBar::new()
-    };
+    let mut bar = progress();
     profiles.scan_each::<anyhow::Error>(&dataset, &mut bar, &mut |outcome| {
         match &outcome {
             Ok((name, novelties)) => {
@@ -94,13 +85,16 @@ fn of_many(arguments: &Score) -> Result<()> {
         }
         Ok(())
     })?;
-    if unreadable > 0 {
-        eprintln!("{unreadable} of {total} pictures could not be read");
+    count(unreadable, total)
+}
+
+/// On a terminal the lines themselves show the progress, and a bar would write over them.
+fn progress() -> ProgressBar {
+    if stdout().is_terminal() {
+        ProgressBar::hidden()
+    } else {
+        ProgressBar::new()
     }
-    if unreadable == total {
-        bail!("none of the {total} pictures could be read");
-    }
-    Ok(())
 }
 
 /// What is known of a picture, for CSV and JSON.

@@ -32,6 +32,15 @@ struct Kinds {
     test: Vec<Vec<usize>>,
 }
 
+impl Kinds {
+    /// All kinds but some.
+    fn others(&self, kinds: &[usize]) -> Vec<usize> {
+        (0..self.train.len())
+            .filter(|k| !kinds.contains(k))
+            .collect()
+    }
+}
+
 /// A data set with normal kinds, and how many images are learnt.
 struct Protocol<'a> {
     name: &'static str,
@@ -215,9 +224,7 @@ fn known_once(
     rng: &mut Rng,
 ) -> Result<Areas> {
     let kinds = protocol.kinds;
-    let others: Vec<usize> = (0..kinds.train.len())
-        .filter(|k| !normal.contains(k))
-        .collect();
+    let others = kinds.others(normal);
     let mut order = shuffled_batches(others.len(), others.len(), rng).concat();
     for kind in &mut order {
         *kind = others[*kind];
@@ -336,9 +343,7 @@ fn together_once(
     rng: &mut Rng,
 ) -> Result<[Option<f64>; 3]> {
     let kinds = protocol.kinds;
-    let others: Vec<usize> = (0..kinds.train.len())
-        .filter(|k| !normal.contains(k))
-        .collect();
+    let others = kinds.others(normal);
     let form = study.fit(&kinds.embeddings.select(&draw(
         &kinds.train,
         normal,
@@ -397,9 +402,7 @@ fn suspects_once(
     rng: &mut Rng,
 ) -> Result<[Option<f64>; 5]> {
     let kinds = protocol.kinds;
-    let others: Vec<usize> = (0..kinds.train.len())
-        .filter(|k| !normal.contains(k))
-        .collect();
+    let others = kinds.others(normal);
     let wrong = (protocol.learnt as f64 * share).round() as usize;
     let mut rows = draw(&kinds.train, normal, protocol.learnt - wrong, rng);
     let right = rows.len();

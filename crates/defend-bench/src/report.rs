@@ -279,11 +279,11 @@ impl<'a> Group<'a> {
     /// Difference to the first system over the seeds of both, and its p-value; [`Record::read_all`] lets only runs on the
     /// same pictures into a group.
     fn comparison(&self, system: &str) -> Result<[String; 2], Error> {
-        let scores = self.systems.first().and_then(|&first| {
+        let first = self.systems.first().filter(|first| **first != system);
+        let scores = first.and_then(|first| {
             let mut seeds = self.seeds_of(first);
             seeds.retain(|seed| self.whole(system, *seed).is_some());
-            let other = (system != first).then_some(first)?;
-            Some((self.scores(system, &seeds)?, self.scores(other, &seeds)?))
+            Some((self.scores(system, &seeds)?, self.scores(first, &seeds)?))
         });
         let Some((own, first)) = scores else {
             return Ok([NONE, NONE].map(String::from));

@@ -4,6 +4,7 @@ use candle_core::{Device, Tensor};
 use defend_data::{Dataset, Preprocess};
 use defend_distill::{Aggregation, Score};
 use defend_evidence::{ClosedForm, Embeddings};
+use defend_metrics::Error::{Empty, TooFewForRate};
 use defend_metrics::{FalseAlarmRate, Threshold, threshold_for};
 use defend_vit::{Backbone, Encoder};
 use ndarray::ArrayView1;
@@ -103,13 +104,7 @@ impl Detector {
         let scan = scan(self, held_out, observer)?;
         let scores = scan.scores();
         if scores.is_empty() {
-            return Err(Error::NoImages {
-                tried,
-                first: scan
-                    .skipped
-                    .first()
-                    .map_or_else(|| "there are none".into(), ToString::to_string),
-            });
+            return Err(Error::no_images(tried, &scan.skipped));
         }
         let threshold = threshold_for(ArrayView1::from(&scores), rate)?;
         self.calibration = Some(Calibration {
@@ -148,6 +143,34 @@ impl Detector {
             source: CalibrationSource::LeftOut,
         };
         Ok(self.calibration.insert(calibration))
+    }
+
+    /// As [`Detector::calibrate_on_left_out`]; whether there were enough images for the rate. If not, the calibration stays.
+    pub(crate) fn calibrate_if_enough(&mut self, rate: FalseAlarmRate) -> Result<bool, Error> {
+        match self.calibrate_on_left_out(rate) {
+            Ok(_) => Ok(true),
+            Err(Error::Metrics(TooFewForRate { .. } | Empty { .. })) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The student in closed form.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a masked one.
+    pub(crate) fn closed_form(&self) -> Result<&ClosedFormStudent, Error> {
+        match &self.student {
+            StudentStage::ClosedForm(closed) => Ok(closed),
+            StudentStage::Masked(_) => Err(needs_closed_form()),
+        }
+    }
+
+    /// As [`Detector::closed_form`], to be changed.
+    pub(crate) fn closed_form_mut(&mut self) -> Result<&mut ClosedFormStudent, Error> {
+        match &mut self.student {
+            StudentStage::ClosedForm(closed) => Ok(closed),
+            StudentStage::Masked(_) => Err(needs_closed_form()),
+        }
     }
 
     /// The threshold, where there is one.
@@ -227,14 +250,7 @@ impl Detector {
     }
 
     /// Scores with verdicts, and the embeddings behind them in the closed form.
-    pub(crate) fn judge(
-        &self,
-        images: &Tensor,
-    ) -> Result<(Vec<Novelty>, Option<Embeddings>), Error> {
-        self.checked_score(images, false)
-    }
-
-    fn checked_score(
+    pub(crate) fn checked_score(
         &self,
         images: &Tensor,
         with_maps: bool,
@@ -280,6 +296,14 @@ impl Detector {
             }
         }
         Ok(())
+    }
+}
+
+fn needs_closed_form() -> Error {
+    Error::Config {
+        field: "student",
+        value: "masked".into(),
+        expected: "closed-form, which can learn more without a new fit".into(),
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::Skipped;
+
 /// Errors of `defend-core`.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -154,4 +156,16 @@ pub enum Error {
     /// candle failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+impl Error {
+    /// None of the images that were tried could be read.
+    pub(crate) fn no_images(tried: usize, skipped: &[Skipped]) -> Self {
+        Self::NoImages {
+            tried,
+            first: skipped
+                .first()
+                .map_or_else(|| "there are none".into(), Skipped::to_string),
+        }
+    }
 }

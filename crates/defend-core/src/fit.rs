@@ -7,7 +7,6 @@ use defend_data::Dataset;
 use defend_dense::{DenseObjective, DenseReport, DenseTuner, PrototypeObjective};
 use defend_distill::{DistillReport, Distiller, MaskPolicy};
 use defend_evidence::{ClosedForm, EvidenceConfig, Summary};
-use defend_metrics::Error::{Empty, TooFewForRate};
 use defend_metrics::FalseAlarmRate;
 use defend_nn::{Rng, TrainingStep};
 use defend_vit::{
@@ -254,11 +253,8 @@ impl DefendBuilder {
         };
         if detector.evidence().is_some() {
             let rate = FalseAlarmRate::new(detector.config.false_alarm_rate)?;
-            match detector.calibrate_on_left_out(rate) {
-                // Too few images for the rate leave it without a threshold, which the caller sees.
-                Ok(_) | Err(Error::Metrics(TooFewForRate { .. } | Empty { .. })) => {}
-                Err(error) => return Err(error),
-            }
+            // Too few images for the rate leave it without a threshold, which the caller sees.
+            detector.calibrate_if_enough(rate)?;
         }
         if let Some(abnormal) = abnormal {
             let learnt = detector.learn_abnormal_of(&abnormal, strict, stages.observer)?;

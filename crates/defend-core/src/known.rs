@@ -5,11 +5,9 @@ use std::sync::Arc;
 
 use defend_data::Dataset;
 use defend_evidence::Embeddings;
-use defend_metrics::Error::{Empty, TooFewForRate};
 use defend_metrics::FalseAlarmRate;
 use defend_vit::ImageSource;
 
-use crate::detector::StudentStage;
 use crate::normals::Normals;
 use crate::observer::{Observer, Stage};
 use crate::{CalibrationSource, Detector, Error, Pictures, Skipped};
@@ -55,9 +53,7 @@ impl Detector {
         observer: &mut dyn Observer,
     ) -> Result<Learnt, Error> {
         let (embeddings, pictures) = self.embed(abnormal, strict, observer)?;
-        let StudentStage::ClosedForm(closed) = &mut self.student else {
-            return Err(needs_closed_form());
-        };
+        let closed = self.closed_form_mut()?;
         closed
             .evidence
             .learn_abnormal(&embeddings)
@@ -89,9 +85,7 @@ impl Detector {
     ) -> Result<Learnt, Error> {
         let normal: Arc<dyn Dataset> = Arc::new(normal);
         let (embeddings, pictures) = self.embed(&normal, false, observer)?;
-        let StudentStage::ClosedForm(closed) = &mut self.student else {
-            return Err(needs_closed_form());
-        };
+        let closed = self.closed_form_mut()?;
         let rows: Vec<usize> = (0..closed.names.len()).collect();
         let refit = closed.evidence.refit(&rows, Some(&embeddings));
         let evidence = refit.map_err(|error| match error {
@@ -119,9 +113,7 @@ impl Detector {
     /// [`Error::Config`] for a masked student; [`Error::UnknownImages`]; [`Error::Evidence`] when none would be left, or where
     /// patches count, which are chosen from the images: fit again.
     pub fn forget(&mut self, names: &[String], whole_groups: bool) -> Result<Learnt, Error> {
-        let StudentStage::ClosedForm(closed) = &mut self.student else {
-            return Err(needs_closed_form());
-        };
+        let closed = self.closed_form_mut()?;
         let unknown: Vec<&String> = names
             .iter()
             .filter(|name| !closed.names.contains(name))
@@ -164,9 +156,7 @@ impl Detector {
         strict: bool,
         observer: &mut dyn Observer,
     ) -> Result<(Embeddings, Pictures), Error> {
-        let StudentStage::ClosedForm(closed) = &self.student else {
-            return Err(needs_closed_form());
-        };
+        let closed = self.closed_form()?;
         let pictures = Pictures::read(
             Arc::clone(images),
             self.preprocess.clone(),
@@ -194,19 +184,6 @@ impl Detector {
             return Ok(true);
         }
         let rate = FalseAlarmRate::new(calibration.false_alarm_rate)?;
-        match self.calibrate_on_left_out(rate) {
-            Ok(_) => Ok(false),
-            // Too few images are left for the rate.
-            Err(Error::Metrics(TooFewForRate { .. } | Empty { .. })) => Ok(true),
-            Err(error) => Err(error),
-        }
-    }
-}
-
-pub(crate) fn needs_closed_form() -> Error {
-    Error::Config {
-        field: "student",
-        value: "masked".into(),
-        expected: "closed-form, which can learn more without a new fit".into(),
+        Ok(!self.calibrate_if_enough(rate)?)
     }
 }

@@ -106,12 +106,7 @@ impl Pictures {
         }
         observer.on(&Event::Finished { stage: Stage::Read });
         if pictures.is_empty() {
-            return Err(Error::NoImages {
-                tried: total,
-                first: skipped
-                    .first()
-                    .map_or_else(|| "there are none".into(), Skipped::to_string),
-            });
+            return Err(Error::no_images(total, &skipped));
         }
         Ok(Self {
             dataset,

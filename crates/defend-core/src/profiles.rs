@@ -8,11 +8,8 @@ use candle_core::{Device, Tensor};
 use defend_data::{Dataset, Failure, Preprocess};
 
 use crate::closed_form::ClosedFormStudent;
-use crate::detector::StudentStage;
-use crate::known::needs_closed_form;
-use crate::{
-    Detector, Error, Maps, Novelty, NoveltyDetector, Observer, TeacherIdentity, scan_each,
-};
+use crate::scan::ScoredBy;
+use crate::{Detector, Error, Maps, Novelty, Observer, TeacherIdentity, scan_each};
 
 /// Models of one teacher, in closed form: what each calls normal is a *profile*. The teacher's pass, by far the most of the work,
 /// is done once an image; a profile adds a few hundredths of it.
@@ -50,9 +47,7 @@ impl ProfileSet {
         let mut first: Option<(TeacherIdentity, Arc<dyn defend_vit::Encoder>, Preprocess)> = None;
         for (name, detector) in names.iter().zip(&mut detectors) {
             let (fit, preprocess) = (detector.config.fit, detector.preprocess.clone());
-            let StudentStage::ClosedForm(closed) = &mut detector.student else {
-                return Err(needs_closed_form());
-            };
+            let closed = detector.closed_form_mut()?;
             let identity = TeacherIdentity::of(&*closed.teacher, fit)?;
             match &first {
                 None => first = Some((identity, Arc::clone(&closed.teacher), preprocess)),
@@ -105,7 +100,8 @@ impl ProfileSet {
     /// # Errors
     /// When the images do not fit.
     pub fn score(&self, images: &Tensor) -> Result<Vec<Vec<Novelty>>, Error> {
-        let students = self.students()?;
+        let students = self.detectors.iter().map(Detector::closed_form);
+        let students: Vec<&ClosedFormStudent> = students.collect::<Result<_, _>>()?;
         let Some(first) = students.first() else {
             return Ok(Vec::new());
         };
@@ -139,73 +135,32 @@ impl ProfileSet {
         let Some(first) = self.detectors.first() else {
             return Ok(());
         };
-        let pass = Pass {
-            profiles: self,
-            first,
-            rows: Mutex::new(VecDeque::new()),
+        // What all profiles say, until the image is handed on; the first one stands for them in the run.
+        let rows: Mutex<VecDeque<Vec<Novelty>>> = Mutex::new(VecDeque::new());
+        let rows = || rows.lock().unwrap_or_else(PoisonError::into_inner);
+        let pass = ScoredBy {
+            detector: first,
+            score: |images: &Tensor| {
+                let scored = self.score(images)?;
+                let first = scored.first().cloned().unwrap_or_default();
+                let of_image = |i| {
+                    (scored
+                        .iter()
+                        .filter_map(|p: &Vec<Novelty>| p.get(i).cloned()))
+                    .collect()
+                };
+                rows().extend((0..first.len()).map(of_image));
+                Ok(first)
+            },
         };
         scan_each::<E>(&pass, images, Maps::Free, observer, &mut |outcome| {
             on_result(match outcome {
                 Ok((finding, _)) => {
-                    let row = pass.rows().pop_front().unwrap_or_default();
+                    let row = rows().pop_front().unwrap_or_default();
                     Ok((finding.name, row))
                 }
                 Err(failure) => Err(failure),
             })
         })
-    }
-
-    fn students(&self) -> Result<Vec<&ClosedFormStudent>, Error> {
-        let of = |detector: &Detector| match &detector.student {
-            StudentStage::ClosedForm(_) => Ok(()),
-            StudentStage::Masked(_) => Err(needs_closed_form()),
-        };
-        self.detectors.iter().try_for_each(of)?;
-        Ok(self
-            .detectors
-            .iter()
-            .filter_map(|detector| match &detector.student {
-                StudentStage::ClosedForm(closed) => Some(&**closed),
-                StudentStage::Masked(_) => None,
-            })
-            .collect())
-    }
-}
-
-/// Scores by the first profile, and keeps what all of them say until the image is handed on.
-struct Pass<'a> {
-    profiles: &'a ProfileSet,
-    first: &'a Detector,
-    rows: Mutex<VecDeque<Vec<Novelty>>>,
-}
-
-impl Pass<'_> {
-    fn rows(&self) -> std::sync::MutexGuard<'_, VecDeque<Vec<Novelty>>> {
-        self.rows.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl NoveltyDetector for Pass<'_> {
-    fn preprocess(&self) -> &Preprocess {
-        self.first.preprocess()
-    }
-
-    fn device(&self) -> &Device {
-        self.first.device()
-    }
-
-    fn batch(&self) -> usize {
-        self.first.batch()
-    }
-
-    fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {
-        let scored = self.profiles.score(images)?;
-        let first = scored.first().cloned().unwrap_or_default();
-        let mut rows = self.rows();
-        for i in 0..first.len() {
-            let row = scored.iter().filter_map(|profile| profile.get(i).cloned());
-            rows.push_back(row.collect());
-        }
-        Ok(first)
     }
 }

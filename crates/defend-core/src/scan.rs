@@ -153,6 +153,32 @@ fn scan_all(
     Ok(scan)
 }
 
+/// What a detector scores by other means, for runs that keep more of an image than its score.
+pub(crate) struct ScoredBy<'a, F> {
+    pub(crate) detector: &'a dyn NoveltyDetector,
+    pub(crate) score: F,
+}
+
+impl<F: Fn(&Tensor) -> Result<Vec<Novelty>, Error> + Send + Sync> NoveltyDetector
+    for ScoredBy<'_, F>
+{
+    fn preprocess(&self) -> &Preprocess {
+        self.detector.preprocess()
+    }
+
+    fn device(&self) -> &Device {
+        self.detector.device()
+    }
+
+    fn batch(&self) -> usize {
+        self.detector.batch()
+    }
+
+    fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {
+        (self.score)(images)
+    }
+}
+
 /// A finding with its resized picture, or why there is none.
 pub type Outcome = Result<(Finding, RgbImage), Failure>;
 

@@ -2,18 +2,15 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{Device, Tensor};
-use defend_data::{Dataset, Preprocess};
+use candle_core::Tensor;
+use defend_data::Dataset;
 use defend_evidence::{Embeddings, Share};
 use defend_metrics::{FalseAlarmRate, threshold_for};
 use ndarray::ArrayView1;
 use serde::{Deserialize, Serialize};
 
-use crate::detector::StudentStage;
-use crate::known::needs_closed_form;
-use crate::{
-    Detector, Error, Finding, Maps, Novelty, NoveltyDetector, Observer, Skipped, Verdict, scan_each,
-};
+use crate::scan::ScoredBy;
+use crate::{Detector, Error, Finding, Maps, Observer, Skipped, Verdict, scan_each};
 
 /// Where an image belongs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,16 +65,20 @@ pub fn sort(
     expected: Option<f64>,
     observer: &mut dyn Observer,
 ) -> Result<Sorted, Error> {
-    let StudentStage::ClosedForm(closed) = &detector.student else {
-        return Err(needs_closed_form());
-    };
+    let closed = detector.closed_form()?;
     let images: Arc<dyn Dataset> = Arc::new(images);
-    let collector = Collector {
+    let kept: Mutex<Vec<Embeddings>> = Mutex::new(Vec::new());
+    let keeping = ScoredBy {
         detector,
-        embeddings: Mutex::new(Vec::new()),
+        score: |images: &Tensor| {
+            let (novelties, embeddings) = detector.checked_score(images, false)?;
+            let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+            kept.extend(embeddings);
+            Ok(novelties)
+        },
     };
     let (mut findings, mut skipped) = (Vec::new(), Vec::new());
-    scan_each::<Error>(&collector, &images, Maps::Free, observer, &mut |outcome| {
+    scan_each::<Error>(&keeping, &images, Maps::Free, observer, &mut |outcome| {
         match outcome {
             Ok((mut finding, _)) => {
                 finding.novelty.map = None;
@@ -88,15 +89,10 @@ pub fn sort(
         Ok(())
     })?;
     if findings.is_empty() {
-        return Err(Error::NoImages {
-            tried: images.len(),
-            first: skipped
-                .first()
-                .map_or_else(|| "there are none".into(), Skipped::to_string),
-        });
+        return Err(Error::no_images(images.len(), &skipped));
     }
-    let embeddings = collector.embeddings.into_inner();
-    let embeddings = Embeddings::joined(&embeddings.unwrap_or_else(PoisonError::into_inner))?;
+    let embeddings = kept.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let embeddings = Embeddings::joined(&embeddings)?;
     let scores: Vec<f64> = findings.iter().map(|f| f.novelty.score).collect();
     let together = closed.evidence.together(&embeddings, &scores, expected)?;
     let threshold = detector.calibration().and_then(|calibration| {
@@ -130,34 +126,4 @@ pub fn sort(
         abnormal: together.abnormal,
         weight: together.weight,
     })
-}
-
-/// Keeps the embeddings of what is scored.
-struct Collector<'a> {
-    detector: &'a Detector,
-    embeddings: Mutex<Vec<Embeddings>>,
-}
-
-impl NoveltyDetector for Collector<'_> {
-    fn preprocess(&self) -> &Preprocess {
-        self.detector.preprocess()
-    }
-
-    fn device(&self) -> &Device {
-        self.detector.device()
-    }
-
-    fn batch(&self) -> usize {
-        self.detector.batch()
-    }
-
-    fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {
-        let (novelties, embeddings) = self.detector.judge(images)?;
-        let mut kept = self
-            .embeddings
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        kept.extend(embeddings);
-        Ok(novelties)
-    }
 }

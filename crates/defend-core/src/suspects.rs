@@ -1,7 +1,5 @@
 //! Normal images that the others do not explain.
 
-use crate::detector::StudentStage;
-use crate::known::needs_closed_form;
 use crate::{Detector, Error, NearestNormal};
 
 /// A normal image that the others do not explain, and what is nearest to it among them.
@@ -26,9 +24,7 @@ impl Detector {
     /// # Errors
     /// [`Error::Config`] for a masked student.
     pub fn suspects(&self, count: usize) -> Result<Vec<SuspectImage>, Error> {
-        let StudentStage::ClosedForm(closed) = &self.student else {
-            return Err(needs_closed_form());
-        };
+        let closed = self.closed_form()?;
         let name = |row: usize| closed.names.get(row).cloned().unwrap_or_default();
         let groups = closed.evidence.groups();
         let suspects = closed.evidence.suspects(count)?.into_iter();

@@ -8,31 +8,19 @@
     reason = "helpers of tests may panic"
 )]
 
+mod small;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use defend_core::data::{Memory, RgbImage};
 use defend_core::evidence::EvidenceConfig;
-use defend_core::nn::Rng;
 use defend_core::prelude::*;
-use defend_core::vit::{Architecture, BackboneSpec, Encoder, Layer, Vit};
+use defend_core::vit::{BackboneSpec, Encoder, Layer, Vit};
 use defend_core::{
     Background, BackgroundSource, CalibrationSource, Error, Student, Tensor, scan_with_maps,
 };
-
-/// A backbone whose blocks give different tokens.
-fn teacher(seed: u64) -> Vit {
-    let spec = BackboneSpec::new(Architecture {
-        image_size: 32,
-        patch_size: 8,
-        width: 24,
-        depth: 3,
-        heads: 2,
-        mlp_width: 48,
-        ..Architecture::vit_tiny()
-    });
-    Vit::random(spec, 0.0, &mut Rng::seed(seed), &Device::Cpu).expect("a backbone")
-}
+use small::teacher;
 
 /// Stripes of some period, place and colour, all different; `copy` dims the picture a little.
 fn picture(kind: u32, number: u32, copy: u32) -> RgbImage {

@@ -8,6 +8,7 @@
     reason = "helpers of tests may panic"
 )]
 
+mod small;
 mod stripes;
 
 use std::collections::HashMap;
@@ -20,25 +21,15 @@ use defend_core::distill::{Aggregation, DistillConfig, Distiller};
 use defend_core::nn::Rng;
 use defend_core::prelude::*;
 use defend_core::vit::{
-    Architecture, Arithmetic, Backbone, BackboneSpec, Encoder, Features, ImageSource, Layer,
-    Precision, TokenSet, TrainScope, Vit,
+    Arithmetic, Backbone, BackboneSpec, Encoder, Features, ImageSource, Layer, Precision, TokenSet,
+    TrainScope, Vit,
 };
 use defend_core::{DType, Error, Event, MaskedConfig, Observer, Recipe, Stage, Student, Tensor};
 use image::{DynamicImage, ImageBuffer, Luma, LumaA, Rgb, Rgba};
 use stripes::{set, small_dense, stripes};
 
 fn teacher() -> Vit {
-    let spec = BackboneSpec::new(Architecture {
-        image_size: 32,
-        patch_size: 8,
-        width: 24,
-        depth: 3,
-        heads: 2,
-        mlp_width: 48,
-        ..Architecture::vit_tiny()
-    });
-    let mut rng = defend_core::nn::Rng::seed(7);
-    Vit::random(spec, 0.0, &mut rng, &Device::Cpu).expect("a backbone")
+    small::teacher(7)
 }
 
 fn config() -> DefendConfig {

@@ -7,24 +7,11 @@
     reason = "helpers of tests may panic"
 )]
 
-use defend_core::data::{Memory, RgbImage};
-use defend_core::nn::Rng;
-use defend_core::prelude::*;
-use defend_core::vit::{Architecture, BackboneSpec, Vit};
-use defend_core::{DefendBuilder, Error, Place, Recipe, sort};
+mod small;
 
-fn teacher() -> Vit {
-    let spec = BackboneSpec::new(Architecture {
-        image_size: 32,
-        patch_size: 8,
-        width: 24,
-        depth: 3,
-        heads: 2,
-        mlp_width: 48,
-        ..Architecture::vit_tiny()
-    });
-    Vit::random(spec, 0.0, &mut Rng::seed(7), &Device::Cpu).expect("a backbone")
-}
+use defend_core::data::{Memory, RgbImage};
+use defend_core::prelude::*;
+use defend_core::{DefendBuilder, Error, Place, Recipe, sort};
 
 /// Stripes of a period and colours that belong to the kind.
 fn picture(kind: u32, number: u32) -> RgbImage {
@@ -53,7 +40,7 @@ fn pictures(kinds: &[(u32, std::ops::Range<u32>)]) -> Memory {
 }
 
 fn builder() -> DefendBuilder {
-    Defend::builder().teacher(teacher())
+    Defend::builder().teacher(small::teacher(7))
 }
 
 fn fit(builder: DefendBuilder, normal: Memory) -> Detector {
@@ -311,10 +298,7 @@ fn one_pass_scores_against_many_models() -> Result<(), Error> {
         }
     }
 
-    let other = Defend::builder().teacher({
-        let spec = defend_core::vit::Encoder::spec(&teacher()).clone();
-        Vit::random(spec, 0.0, &mut Rng::seed(8), &Device::Cpu)?
-    });
+    let other = Defend::builder().teacher(small::teacher(8));
     let mut mixed = models();
     mixed.push(("c".into(), fit(other, pictures(&[(0, 0..20)]))));
     let error = defend_core::ProfileSet::new(mixed).err().unwrap();

@@ -235,7 +235,7 @@ impl ClosedForm {
             form.contrast_with(background, &left_out)?;
         }
         form.unaided = form.one_a_group(&form.sums, &form.judged);
-        form.left_out.clone_from(&form.unaided);
+        form.settle();
         Ok(form)
     }
 
@@ -344,19 +344,13 @@ impl ClosedForm {
             MAP_IMAGES
         };
         let (mut leading, mut others) = (Vec::new(), Vec::new());
-        // Those with left-out values; of a single group, which has none, all.
-        let rows: Vec<usize> = if self.judged.is_empty() {
-            (0..self.normal.len()).collect()
-        } else {
-            self.judged.clone()
-        };
         let mut leads = vec![false; self.normal.len()];
         for &leader in &self.groups.leaders {
             if let Some(leads) = leads.get_mut(leader) {
                 *leads = true;
             }
         }
-        for row in rows {
+        for row in self.judged() {
             if leads.get(row).copied().unwrap_or(false) {
                 &mut leading
             } else {
@@ -446,7 +440,7 @@ impl ClosedForm {
     }
 
     /// A value of each group.
-    fn one_a_group(&self, values: &[f64], images: &[usize]) -> Vec<f64> {
+    fn one_a_group<T: Copy>(&self, values: &[T], images: &[usize]) -> Vec<T> {
         let places = self.places_of_groups(images);
         places
             .iter()
@@ -489,12 +483,7 @@ impl ClosedForm {
         } else {
             self.judged.clone()
         };
-        let places = self.places_of_groups(&images);
-        places
-            .iter()
-            .filter_map(|&i| images.get(i))
-            .copied()
-            .collect()
+        self.one_a_group(&images, &images)
     }
 
     /// Kept images with left-out values, all of them where there are none.
@@ -523,11 +512,12 @@ impl ClosedForm {
     /// Brings the left-out values up to date.
     pub(crate) fn settle(&mut self) {
         self.left_out.clone_from(&self.unaided);
+        let Some(known) = &self.known else {
+            return;
+        };
         let images = self.left_out_images();
-        if let Some(known) = &self.known {
-            for (value, image) in self.left_out.iter_mut().zip(images) {
-                *value += known.of_normal(image, self.config.known);
-            }
+        for (value, image) in self.left_out.iter_mut().zip(images) {
+            *value += known.of_normal(image, self.config.known);
         }
     }
 
@@ -648,7 +638,7 @@ impl ClosedForm {
             background: None,
             judged,
             sums: Vec::new(),
-            left_out: unaided.clone(),
+            left_out: Vec::new(),
             unaided,
         })
     }

@@ -112,6 +112,15 @@ impl Embeddings {
         }
     }
 
+    /// The images in order, a bounded number at a time: what is computed of them takes no more memory for more images.
+    pub(crate) fn batches(&self) -> impl Iterator<Item = Self> {
+        const ROWS: usize = 1024;
+        (0..self.len()).step_by(ROWS).map(|from| {
+            let to = self.len().min(from + ROWS);
+            self.select(&(from..to).collect::<Vec<_>>())
+        })
+    }
+
     /// The first `parts` parts at unit length, joined, at unit length again; `[images, channels]`.
     pub fn features(&self, parts: usize) -> Array2<f64> {
         self.joined_parts(parts, 1.0)

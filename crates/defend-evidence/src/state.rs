@@ -69,19 +69,28 @@ impl ClosedForm {
     /// What has to be saved. A restored form gives the same scores, on the same machine to the last bit.
     pub fn state(&self) -> State {
         let mut arrays = BTreeMap::new();
+        let parts = |name: &str, embeddings: &Embeddings| -> Vec<(String, StateArray)> {
+            let parts = embeddings.parts().iter().enumerate();
+            parts
+                .map(|(i, part)| (format!("{name}.{i}"), StateArray::Matrix(part.clone())))
+                .collect()
+        };
+        arrays.extend(parts("normal", &self.normal));
+        if let Some(known) = &self.known {
+            arrays.extend(parts("abnormal", &known.abnormal));
+        }
+        if let Some(background) = &self.background {
+            arrays.extend(parts("background", background));
+        } else if let Some(weighed) = &self.contrast {
+            arrays.extend(parts("ordinary", &weighed.ordinary));
+        }
         let mut add = |name: String, array| {
             arrays.insert(name, array);
         };
-        for (i, part) in self.normal.parts().iter().enumerate() {
-            add(format!("normal.{i}"), StateArray::Matrix(part.clone()));
-        }
         add("groups".into(), indices(&self.groups.of));
         add("leaders".into(), indices(&self.groups.leaders));
         add("left_out".into(), StateArray::Numbers(self.unaided.clone()));
         if let Some(known) = &self.known {
-            for (i, part) in known.abnormal.parts().iter().enumerate() {
-                add(format!("abnormal.{i}"), StateArray::Matrix(part.clone()));
-            }
             add("known.rows".into(), indices(&known.normal_rows));
             add(
                 "known".into(),
@@ -92,21 +101,9 @@ impl ClosedForm {
                 StateArray::Numbers(known.left_out.clone()),
             );
         }
-        for (i, part) in self
-            .background
-            .iter()
-            .flat_map(Embeddings::parts)
-            .enumerate()
-        {
-            add(format!("background.{i}"), StateArray::Matrix(part.clone()));
-        }
         if let Some(weighed) = &self.contrast {
             if self.background.is_some() {
                 add("ordinary.rows".into(), indices(&weighed.ordinary_rows));
-            } else {
-                for (i, part) in weighed.ordinary.parts().iter().enumerate() {
-                    add(format!("ordinary.{i}"), StateArray::Matrix(part.clone()));
-                }
             }
             add("contrast.rows".into(), indices(&weighed.normal_rows));
             add(
@@ -243,13 +240,15 @@ fn contrast(
     if rows.iter().any(|row| *row >= form.normal.len()) {
         return Err(fault("contrast.rows do not fit the images".into()));
     }
-    let normal = form.normal.select(&rows).features(config.parts);
-    let other = ordinary.features(config.parts);
-    let points = ndarray::concatenate(ndarray::Axis(0), &[normal.view(), other.view()])
-        .map_err(|_| fault("ordinary images have another width".into()))?;
-    let coefficients = Array1::from(arrays.numbers("contrast", points.nrows())?);
+    let contrasted = [&form.normal.select(&rows), &ordinary];
     Ok(WeighedContrast {
-        contrast: Contrast::from_parts(points, coefficients, config.width),
+        contrast: regression(
+            ["contrast", "ordinary"],
+            contrasted,
+            config.parts,
+            config.width,
+            arrays,
+        )?,
         normal_rows: rows,
         ordinary,
         ordinary_rows,
@@ -267,18 +266,35 @@ fn known(form: &ClosedForm, scale: Standard, arrays: &mut Arrays) -> Result<Know
     if !(known_rows && normal_rows.is_sorted()) {
         return Err(fault("known.rows do not fit the images".into()));
     }
-    let normal = form.normal.select(&normal_rows).features(usize::MAX);
-    let other = abnormal.features(usize::MAX);
-    let points = ndarray::concatenate(ndarray::Axis(0), &[normal.view(), other.view()])
-        .map_err(|_| fault("abnormal images have another width".into()))?;
-    let coefficients = Array1::from(arrays.numbers("known", points.nrows())?);
+    let contrasted = [&form.normal.select(&normal_rows), &abnormal];
     Ok(Known {
+        contrast: regression(
+            ["known", "abnormal"],
+            contrasted,
+            usize::MAX,
+            config.width,
+            arrays,
+        )?,
         abnormal,
-        contrast: Contrast::from_parts(points, coefficients, config.width),
         scale,
         left_out: arrays.numbers("known.left_out", normal_rows.len())?,
         normal_rows,
     })
+}
+
+/// The saved regression `name` of normal images against those that are called `others`, on their first `parts` parts.
+fn regression(
+    [name, others]: [&str; 2],
+    contrasted: [&Embeddings; 2],
+    parts: usize,
+    width: f64,
+    arrays: &mut Arrays,
+) -> Result<Contrast, Error> {
+    let [normal, other] = contrasted.map(|images| images.features(parts));
+    let points = ndarray::concatenate(ndarray::Axis(0), &[normal.view(), other.view()])
+        .map_err(|_| fault(format!("{others} images have another width")))?;
+    let coefficients = Array1::from(arrays.numbers(name, points.nrows())?);
+    Ok(Contrast::from_parts(points, coefficients, width))
 }
 
 fn fault(reason: String) -> Error {

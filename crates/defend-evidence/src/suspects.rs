@@ -3,9 +3,6 @@
 use crate::linear::product;
 use crate::{ClosedForm, Embeddings, Error};
 
-/// Images that are looked at together: bounds the memory for their similarities.
-const ROWS: usize = 1024;
-
 /// A group of normal images that the others do not explain.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Suspect {
@@ -26,14 +23,8 @@ impl ClosedForm {
     /// # Errors
     /// [`Error::Factorisation`], as of a fit.
     pub fn suspects(&self, count: usize) -> Result<Vec<Suspect>, Error> {
-        let images = self.left_out_images();
-        let mut order: Vec<(usize, f64)> = images
-            .into_iter()
-            .zip(self.unaided.iter().copied())
-            .collect();
-        order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        let total = order.len();
-        order.truncate(count);
+        let total = self.unaided.len();
+        let order = self.oddest(count);
         let rows: Vec<usize> = order.iter().map(|(image, _)| *image).collect();
         let explained = self.explained_by_others(&rows)?;
         let suspects = order.into_iter().zip(explained).enumerate();
@@ -46,11 +37,20 @@ impl ClosedForm {
         Ok(suspects.map(suspect).collect())
     }
 
+    /// The images that stand for these groups, with their left-out scores.
+    fn oddest(&self, count: usize) -> Vec<(usize, f64)> {
+        let images = self.left_out_images().into_iter();
+        let mut order: Vec<(usize, f64)> = images.zip(self.unaided.iter().copied()).collect();
+        order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        order.truncate(count);
+        order
+    }
+
     /// Which of the `images` belong to the `count` first suspects, ascending: those whose nearest kept image is in one of their
     /// groups.
     ///
     /// # Errors
-    /// [`Error::Shape`] for other widths, and as [`ClosedForm::suspects`].
+    /// [`Error::Shape`] for other widths.
     pub fn images_of_suspects(
         &self,
         images: &Embeddings,
@@ -58,26 +58,22 @@ impl ClosedForm {
     ) -> Result<Vec<usize>, Error> {
         self.normal.check_widths(images, "the embeddings")?;
         let mut odd = vec![false; self.groups.len()];
-        for suspect in self.suspects(count)? {
-            let group = self.groups.of.get(suspect.image);
+        for (suspect, _) in self.oddest(count) {
+            let group = self.groups.of.get(suspect);
             if let Some(odd) = group.and_then(|&group| odd.get_mut(group)) {
                 *odd = true;
             }
         }
         let first = self.config.posterior.first_part;
         let kept = self.normal.phi(first);
-        let all: Vec<usize> = (0..images.len()).collect();
-        let mut found = Vec::new();
-        for some in all.chunks(ROWS) {
-            let similarities = product(images.select(some).phi(first).view(), kept.view());
-            for (row, &image) in similarities.rows().into_iter().zip(some) {
+        let mut belongs = Vec::with_capacity(images.len());
+        for some in images.batches() {
+            for row in product(some.phi(first).view(), kept.view()).rows() {
                 let nearest = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
                 let group = nearest.and_then(|(nearest, _)| self.groups.of.get(nearest));
-                if group.is_some_and(|&group| odd.get(group) == Some(&true)) {
-                    found.push(image);
-                }
+                belongs.push(group.is_some_and(|&group| odd.get(group) == Some(&true)));
             }
         }
-        Ok(found)
+        Ok((0..images.len()).filter(|&image| belongs[image]).collect())
     }
 }

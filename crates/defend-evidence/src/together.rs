@@ -7,9 +7,6 @@ use crate::{ClosedForm, Contrast, Embeddings, Error, Standard};
 /// Half the width of a 95 % interval, in standard deviations.
 const NINETY_FIVE: f64 = 1.96;
 
-/// Images that are judged at a time: bounds the memory for their similarities.
-const ROWS: usize = 1024;
-
 /// What many images say of each other.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Together {
@@ -144,10 +141,9 @@ impl ClosedForm {
             config.ridge,
         )?;
         let scale = Standard::of(&left_out.normal);
-        let all: Vec<usize> = (0..images.len()).collect();
-        let mut values = Vec::with_capacity(all.len());
-        for some in all.chunks(ROWS) {
-            values.extend(contrast.evaluate(images.select(some).features(usize::MAX).view()));
+        let mut values = Vec::with_capacity(images.len());
+        for some in images.batches() {
+            values.extend(contrast.evaluate(some.features(usize::MAX).view()));
         }
         for (&image, own) in likely.iter().zip(left_out.other) {
             if let Some(value) = values.get_mut(image) {

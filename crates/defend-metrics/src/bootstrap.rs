@@ -1,10 +1,8 @@
 //! Confidence interval of any metric by resampling.
 
-use defend_random::Rng;
-use ndarray::{Array1, ArrayView1};
-use rand::RngExt;
+use ndarray::ArrayView1;
 
-use crate::{Error, Interval, Metric, quantile};
+use crate::{Error, Experiment, Interval, Metric, mean_interval};
 
 /// Interval of `metric` by the stratified percentile bootstrap.
 ///
@@ -23,43 +21,20 @@ pub fn bootstrap_interval(
     confidence: f64,
     seed: u64,
 ) -> Result<Interval, Error> {
-    quantile::check_resamples(resamples, confidence)?;
-    let estimate = metric.evaluate(scores, abnormal)?;
-
-    let of_class = |class: bool| -> Vec<f64> {
-        scores
-            .iter()
-            .zip(abnormal)
-            .filter(|(_, a)| **a == class)
-            .map(|(s, _)| *s)
-            .collect()
+    let experiment = Experiment {
+        runs: vec![scores],
+        abnormal,
     };
-    let (normal, novel) = (of_class(false), of_class(true));
-    let labels = Array1::from_shape_fn(scores.len(), |i| i >= normal.len());
-
-    let mut rng = Rng::seed(seed);
-    let mut drawn = Array1::zeros(scores.len());
-    let mut values = Vec::with_capacity(resamples);
-    for _ in 0..resamples {
-        for (slot, &is_novel) in drawn.iter_mut().zip(&labels) {
-            let pool = if is_novel { &novel } else { &normal };
-            *slot = pool[rng.random_range(0..pool.len())];
-        }
-        values.push(metric.evaluate(drawn.view(), labels.view())?);
-    }
-    values.sort_unstable_by(f64::total_cmp);
-    let tail = f64::midpoint(1.0, -confidence);
-    Ok(Interval {
-        low: quantile::of_sorted(&values, tail),
-        estimate,
-        high: quantile::of_sorted(&values, 1.0 - tail),
-    })
+    mean_interval(metric, &[experiment], resamples, confidence, seed)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{Aupr, Auroc, auroc_interval};
+    use defend_random::Rng;
+    use ndarray::Array1;
+    use rand::RngExt;
 
     fn overlapping() -> (Array1<f64>, Array1<bool>) {
         let mut rng = Rng::seed(7);
