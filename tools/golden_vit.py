@@ -34,6 +34,7 @@ an MLP ratio of 4 would test nothing more and need 550 kB.)
   grad_weighting [2,16,32]       r in loss = sum(patches^2 * r), on `images`, all tokens
   loss []                        that loss
   grads.<timm name>              its gradient with respect to every parameter of blocks 1 and 2
+  local [2,16,32], small.local   local CLS tokens of blocks 1 and 2 with reach 1, on images and small_images: see local_cls
   pos_14 [1,14,14,8]             a channels-last grid, and its bicubic interpolations (as above):
   pos_6 [1,6,6,8], pos_20 [1,20,20,8]
 """
@@ -105,6 +106,27 @@ def run(model, x):
     return model.norm(x), tokens, attention
 
 
+def local_cls(model, entering, start, grid, reach):
+    """The CLS token that enters block `start`, run through the rest at each patch with attention to itself and to the patches up
+    to `reach` rows and columns away; `entering`: the tokens [B,1+N,D] that enter each block."""
+    rows, columns = grid
+    row, column = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
+    near = ((row[:, None] - row).abs() <= reach) & ((column[:, None] - column).abs() <= reach)
+    cls = entering[start][:, :1].expand(-1, rows * columns, -1)
+    for block, tokens in list(zip(model.blocks, entering))[start:]:
+        a = block.attn
+        heads = lambda x: x.unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, own_k, own_v = heads(a.qkv(block.norm1(cls)))
+        _, k, v = heads(a.qkv(block.norm1(tokens[:, 1:])))
+        to_places = (q @ k.transpose(-2, -1)).masked_fill(~near, -torch.inf)
+        logits = torch.cat([(q * own_k).sum(-1, keepdim=True), to_places], -1) / q.shape[-1] ** 0.5
+        weights = logits.softmax(-1)
+        out = weights[..., :1] * own_v + weights[..., 1:] @ v
+        cls = cls + a.proj(out.transpose(1, 2).flatten(2))
+        cls = cls + block.mlp(block.norm2(cls))
+    return model.norm(cls)
+
+
 def main():
     model = build()
     out = {f"weights.{k}": v for k, v in model.state_dict().items()}
@@ -128,7 +150,9 @@ def main():
 
     small = torch.randn(2, 3, 3 * PATCH, 2 * PATCH).double()
     pos = resized_positions(model.pos_embed, 4, (3, 2))
-    final_small, _, _ = run(model, embed(model, small, pos))
+    final_small, tokens_small, _ = run(model, embed(model, small, pos))
+    out["local"] = local_cls(model, [x, *tokens], 1, (4, 4), 1)
+    out["small.local"] = local_cls(model, [embed(model, small, pos), *tokens_small], 1, (3, 2), 1)
     out |= {
         "small_images": small,
         "small.pos_embed": pos,

@@ -231,6 +231,15 @@ impl Encoder for Cached {
         layers.collect()
     }
 
+    /// Nothing of it is kept.
+    fn intermediates_and_local(
+        &self,
+        images: &Tensor,
+        blocks: &[usize],
+    ) -> Result<(Vec<Layer>, Option<Tensor>), Error> {
+        self.inner.intermediates_and_local(images, blocks)
+    }
+
     fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {
         self.inner.tensors()
     }

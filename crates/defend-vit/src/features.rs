@@ -174,6 +174,22 @@ pub trait Encoder: Send + Sync {
     /// [`Error::Config`] for blocks that there are not or that do not ascend, [`Error::Input`] for images that do not fit.
     fn intermediates(&self, images: &Tensor, blocks: &[usize]) -> Result<Vec<Layer>, Error>;
 
+    /// As [`Encoder::intermediates`], and a vector for each patch that says what is around it.
+    ///
+    /// Patch tokens of a network that was trained on its CLS token say little of objects. A [`Vit`](crate::Vit) gives *local CLS
+    /// tokens*, `[B, N, D]`: what the CLS token would be if it had seen nothing but the surroundings of a patch in the last third
+    /// of the blocks. `None` for a network that has no such thing.
+    ///
+    /// # Errors
+    /// As [`Encoder::intermediates`].
+    fn intermediates_and_local(
+        &self,
+        images: &Tensor,
+        blocks: &[usize],
+    ) -> Result<(Vec<Layer>, Option<Tensor>), Error> {
+        Ok((self.intermediates(images, blocks)?, None))
+    }
+
     /// All parameters by name, for saving; `None` for a network that keeps them to itself.
     ///
     /// # Errors

@@ -29,6 +29,7 @@ mod features;
 #[cfg(feature = "hub")]
 mod hub;
 mod layout;
+mod local;
 mod model_config;
 mod patch_embed;
 pub mod pos_embed;

@@ -8,6 +8,7 @@ use defend_nn::{Rng, normal, xavier_uniform};
 
 use crate::block::{Block, Linear, Norm};
 use crate::features::{Backbone, Encoder, Features, Grid, Layer, Prefix, TokenSet, Trainable};
+use crate::local::Surroundings;
 use crate::patch_embed::patchify;
 use crate::pos_embed::Bicubic;
 use crate::{Arithmetic, BackboneSpec, Error, Weights, pos_embed};
@@ -376,6 +377,68 @@ impl Vit {
         }
     }
 
+    /// Tokens of some blocks as [`Encoder::intermediates`] gives them, and *local CLS tokens*, `[B, N, D]` after the final norm.
+    ///
+    /// The local CLS token of a patch is the CLS token that enters the block `from` (from 0), run through the rest of the blocks
+    /// once more with attention to nothing but itself and the patches up to `reach` rows and columns away. The patches are those
+    /// of the whole image's pass. Without a gradient.
+    ///
+    /// # Errors
+    /// As [`Encoder::intermediates`]; [`Error::Config`] for a first block that there is not.
+    pub fn layers_and_local_cls(
+        &self,
+        images: &Tensor,
+        blocks: &[usize],
+        from: usize,
+        reach: usize,
+    ) -> Result<(Vec<Layer>, Tensor), Error> {
+        self.check_blocks(blocks)?;
+        if from >= self.blocks.len() {
+            return Err(self.no_block(from + 1));
+        }
+        let (mut tokens, grid) = self.embed(images, None)?;
+        let surroundings = Surroundings {
+            grid,
+            reach,
+            first_patch: 1 + self.spec.architecture.extra_tokens(),
+        };
+        let (mut layers, mut local, mut first) = (Vec::with_capacity(blocks.len()), None, 0);
+        for (i, block) in self.blocks.iter().enumerate() {
+            if i >= from {
+                let cls = match local {
+                    None => surroundings.start(&tokens)?,
+                    Some(cls) => cls,
+                };
+                local = Some(surroundings.step(&cls, &tokens, &block.parameters)?);
+            }
+            let wanted = blocks.contains(&i);
+            // Blocks run together up to one whose output is asked for.
+            if wanted || i + 1 >= from {
+                (tokens, _) = through(&self.blocks[first..=i], &tokens, &[], false)?;
+                first = i + 1;
+            }
+            if wanted {
+                layers.push(self.layer(&tokens)?);
+            }
+        }
+        let local = local.ok_or_else(|| self.no_block(from + 1))?;
+        Ok((layers, self.norm.forward(&local)?))
+    }
+
+    fn check_blocks(&self, blocks: &[usize]) -> Result<(), Error> {
+        let ascending = blocks.is_sorted_by(|a, b| a < b);
+        if ascending && blocks.last().is_none_or(|last| *last < self.blocks.len()) {
+            return Ok(());
+        }
+        Err(Error::Config {
+            origin: self.spec.name.clone(),
+            reason: format!(
+                "the blocks {blocks:?} were asked for, expected ascending numbers below {}",
+                self.blocks.len()
+            ),
+        })
+    }
+
     fn no_block(&self, asked: usize) -> Error {
         Error::Config {
             origin: self.spec.name.clone(),
@@ -557,16 +620,7 @@ impl Encoder for Vit {
     }
 
     fn intermediates(&self, images: &Tensor, blocks: &[usize]) -> Result<Vec<Layer>, Error> {
-        let ascending = blocks.is_sorted_by(|a, b| a < b);
-        if !ascending || blocks.last().is_some_and(|last| *last >= self.blocks.len()) {
-            return Err(Error::Config {
-                origin: self.spec.name.clone(),
-                reason: format!(
-                    "the blocks {blocks:?} were asked for, expected ascending numbers below {}",
-                    self.blocks.len()
-                ),
-            });
-        }
+        self.check_blocks(blocks)?;
         let (mut tokens, _) = self.embed(images, None)?;
         let (mut first, mut layers) = (0, Vec::with_capacity(blocks.len()));
         for &block in blocks {
@@ -575,6 +629,18 @@ impl Encoder for Vit {
             layers.push(self.layer(&tokens)?);
         }
         Ok(layers)
+    }
+
+    /// The local CLS tokens are of the last third of the blocks and 5 x 5 patches.
+    fn intermediates_and_local(
+        &self,
+        images: &Tensor,
+        blocks: &[usize],
+    ) -> Result<(Vec<Layer>, Option<Tensor>), Error> {
+        let depth = self.blocks.len();
+        let (layers, local) =
+            self.layers_and_local_cls(images, blocks, depth - depth.div_ceil(3), 2)?;
+        Ok((layers, Some(local)))
     }
 
     fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {

@@ -10,8 +10,8 @@
 use candle_core::{DType, Device, Tensor};
 use defend_testing::{Golden, assert_close};
 use defend_vit::{
-    Architecture, Backbone, BackboneSpec, Error, Grid, TokenSet, TrainScope, Trainable, Vit,
-    Weights, pos_embed,
+    Architecture, Backbone, BackboneSpec, Encoder, Error, Grid, TokenSet, TrainScope, Trainable,
+    Vit, Weights, pos_embed,
 };
 
 fn golden() -> Golden {
@@ -207,5 +207,30 @@ fn gradients_of_the_trained_blocks_match_pytorch() -> Result<(), Error> {
             .unwrap_or_else(|| panic!("{name} has no gradient"));
         assert_close(grad, &golden.get(&format!("grads.{name}")), 1e-4, &name);
     }
+    Ok(())
+}
+
+#[test]
+fn local_cls_tokens_match_timm() -> Result<(), Error> {
+    let golden = golden();
+    let vit = model(&golden, TrainScope::Frozen);
+    for (images, expected) in [("images", "local"), ("small_images", "small.local")] {
+        let images = golden.get(images);
+        let (layers, local) = vit.layers_and_local_cls(&images, &[0, 2], 1, 1)?;
+        assert_close(&local, &golden.get(expected), 1e-5, expected);
+        // The whole image's pass goes on beside it.
+        let plain = vit.intermediates(&images, &[0, 2])?;
+        for (layer, plain) in layers.iter().zip(&plain) {
+            assert_same(&layer.cls, &plain.cls);
+            assert_same(&layer.patches, &plain.patches);
+        }
+    }
+    let images = golden.get("images");
+    // The last third of three blocks, two patches in each direction.
+    let (_, local) = vit.intermediates_and_local(&images, &[2])?;
+    let (_, expected) = vit.layers_and_local_cls(&images, &[], 2, 2)?;
+    assert_same(&local.unwrap(), &expected);
+    assert!(vit.layers_and_local_cls(&images, &[], 3, 1).is_err());
+    assert!(vit.layers_and_local_cls(&images, &[3], 1, 1).is_err());
     Ok(())
 }

@@ -9,6 +9,7 @@ pub(crate) mod attention;
 pub(crate) mod bf16;
 pub(crate) mod block;
 pub(crate) mod blocked;
+pub(crate) mod local;
 pub(crate) mod math;
 pub(crate) mod norm;
 pub(crate) mod packed;

@@ -13,6 +13,7 @@ mod cuda;
 mod gelu;
 mod layer_norm;
 mod linear;
+mod local_attention;
 mod normalize;
 mod patches;
 mod pick;
@@ -23,6 +24,7 @@ pub use block::{Arithmetic, BlockParameters, BranchFactors, Prepared, transforme
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::{add_bias, linear, linear_gelu};
+pub use local_attention::local_attention;
 pub use normalize::l2_normalize;
 pub use patches::patches;
 pub use pick::{pick_of_each, pick_rows};
