@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-FIRST, RIDGE, WIDTH, CONTRAST_WIDTH, CONTRAST_RIDGE, WORST, HESITATION = 1.5, 0.1, 1.5, 1.0, 1.0, 5, 2.0
+FIRST, RIDGE, WIDTH, CONTRAST_WIDTH, CONTRAST_RIDGE, WORST, HESITATION, OBJECT_WIDTH = 1.5, 0.1, 1.5, 1.0, 1.0, 5, 2.0, 6.0
 
 
 def unit(x):
@@ -131,6 +131,12 @@ def worst_patches(cores, owners, groups, x, q):
     return left.double().log(), score.double().log()
 
 
+def object_values(places, normal, ordinary, weight):
+    """weight log p_ordinary - log p_normal of unit rows, each density a mean of Gaussian kernels."""
+    density = lambda known: torch.exp(-OBJECT_WIDTH * squared_distances(places.double(), known.double())).mean(1).log()
+    return weight * density(ordinary) - density(normal)
+
+
 def standard(left, score):
     return [(s - left.mean()) / left.std() for s in (left, score)]
 
@@ -179,6 +185,9 @@ def build(name, spread, near, seed, out):
     scores = scores + weights[0] * standard(against[0], contrast(flat[0], groups, flat[1], phi(folder[:2]))[1])[1]
     p, share, weight, rescored = together(plain_x, groups, f, plain[0][first], scores)
     forced = together(plain_x, groups, f, plain[0][first], scores, 0.3)
+    # Maps of objects: the first core set as places of normal images, in the sixth image and in a left-out one.
+    places, elsewhere = mq[0][5], unit(torch.randn(30, 6, generator=gen)).float()
+    others = cores[0][owners[0] != owners[0][0]]
     print(name, "together: share of normal images %.3f weight %.3f" % (share, weight))
     print(name, "groups", len(chosen), "width %.3f accepted %.4f alike %.4f weights" % (g, accepted, alike), weights)
     out.update({f"{name}.{k}": v.contiguous() for k, v in {
@@ -201,6 +210,9 @@ def build(name, spread, near, seed, out):
         "plain": plain[1], "folder.scores": scores,
         **{f"folder.{i}": part for i, part in enumerate(folder)},
         "together.p": p, "together.numbers": torch.tensor([share, weight], dtype=torch.double),
+        "objects.ordinary": elsewhere,
+        **{f"objects.{w}": object_values(places, cores[0], elsewhere, w) for w in (0.0, 0.5, 1.0)},
+        "objects.left_out": object_values(cores[0], others, elsewhere, 1.0),
         "together": rescored, "together.forced": forced[3],
     }.items()})
 

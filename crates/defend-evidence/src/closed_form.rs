@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::contrast::{Contrast, unlike_normals};
 use crate::groups::{kernel_width, leaders, nearest_leaders, similarity};
 use crate::known::Known;
+use crate::objects::ScaledObjects;
 use crate::posterior::{ExactPosterior, Explained, LocalPosterior};
 use crate::{Embeddings, Error, EvidenceConfig, Groups, PatchMemory, PatchTokens, Standard};
 
@@ -18,8 +19,6 @@ const ACCEPTED: f64 = 0.95;
 const LEAST_BACKGROUND: usize = 250;
 /// Nearest leaders that say how alike the images are.
 const ALIKE_NEIGHBOURS: usize = 5;
-/// Images whose patches are looked at where they only serve maps.
-const MAP_IMAGES: usize = 64;
 
 /// What a fit found in the normal images, for reports.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -105,6 +104,8 @@ pub(crate) struct WeighedContrast {
 pub(crate) struct WeighedPatches {
     pub(crate) memory: PatchMemory,
     pub(crate) scale: Standard,
+    /// Of the distances in maps; none for a form that was saved by an earlier version, whose maps are distances.
+    pub(crate) map_scale: Option<Standard>,
 }
 
 /// The student in closed form: how novel an image is, from its embeddings and those of normal and of ordinary images.
@@ -138,6 +139,7 @@ pub struct ClosedForm {
     pub(crate) contrast: Option<WeighedContrast>,
     pub(crate) patch_weight: f64,
     pub(crate) patches: Option<WeighedPatches>,
+    pub(crate) objects: Option<ScaledObjects>,
     pub(crate) known: Option<Known>,
     /// The ordinary images that it was fitted beside.
     pub(crate) background: Option<Embeddings>,
@@ -223,6 +225,7 @@ impl ClosedForm {
             contrast: None,
             patch_weight: patch_weight(alike, config),
             patches: None,
+            objects: None,
             known: None,
             background: None,
             sums: Vec::new(),
@@ -336,13 +339,17 @@ impl ClosedForm {
         &self.left_out
     }
 
-    /// Kept images whose patches [`ClosedForm::remember`] wants, few where patches only serve maps.
+    /// Kept images whose patches [`ClosedForm::remember`] wants; none where patches do not count.
     pub fn patch_images(&self) -> Vec<usize> {
-        let limit = if self.patch_weight > 0.0 {
-            self.config.patches.images
+        if self.patch_weight > 0.0 {
+            self.leaders_first(self.config.patches.images)
         } else {
-            MAP_IMAGES
-        };
+            Vec::new()
+        }
+    }
+
+    /// At most `limit` of the judged images, ascending, leaders of groups before others.
+    pub(crate) fn leaders_first(&self, limit: usize) -> Vec<usize> {
         let (mut leading, mut others) = (Vec::new(), Vec::new());
         let mut leads = vec![false; self.normal.len()];
         for &leader in &self.groups.leaders {
@@ -364,8 +371,8 @@ impl ClosedForm {
         wanted
     }
 
-    /// Chooses the patch memory from the patches of [`ClosedForm::patch_images`], in that order; returns what each of these
-    /// images' patches are at when its group is left out, for the scale of maps.
+    /// Chooses the patch memory from the patches of [`ClosedForm::patch_images`], in that order; returns the distances of each of
+    /// these images' patches when its group is left out.
     ///
     /// # Errors
     /// [`Error::Shape`] for patches of another number of images.
@@ -374,13 +381,8 @@ impl ClosedForm {
         tokens: &PatchTokens,
         rng: &mut Rng,
     ) -> Result<Vec<Vec<f32>>, Error> {
-        let size = if self.patch_weight > 0.0 {
-            self.config.patches.core
-        } else {
-            self.config.patches.core_for_maps
-        };
         let groups = self.patch_groups(tokens)?;
-        let memory = PatchMemory::choose(tokens, &groups, size, &self.config.patches, rng);
+        let memory = PatchMemory::choose(tokens, &groups, &self.config.patches, rng);
         self.remember_these(tokens, memory)
     }
 
@@ -419,7 +421,11 @@ impl ClosedForm {
                 .collect();
             self.unaided = self.one_a_group(&sums, &images);
         }
-        self.patches = Some(WeighedPatches { memory, scale });
+        self.patches = Some(WeighedPatches {
+            memory,
+            scale,
+            map_scale: Some(PatchMemory::map_scale(&distances)),
+        });
         self.settle();
         Ok(distances.into_iter().map(|d| d.map).collect())
     }
@@ -521,8 +527,8 @@ impl ClosedForm {
         }
     }
 
-    /// Judges images. With a patch memory, `patches` of the same images are needed where [`ClosedForm::patch_weight`] is not
-    /// zero, and give a map in any case.
+    /// Judges images. Where [`ClosedForm::patch_weight`] is not zero and there is a patch memory, `patches` of the same images are
+    /// needed. For maps see [`ClosedForm::maps`].
     ///
     /// # Errors
     /// [`Error::Shape`] for other widths or another number of images, [`Error::Empty`] without the patches that are needed.
@@ -634,6 +640,7 @@ impl ClosedForm {
             contrast: None,
             patch_weight,
             patches: None,
+            objects: None,
             known: None,
             background: None,
             judged,

@@ -16,6 +16,8 @@ pub struct EvidenceConfig {
     pub contrast: ContrastConfig,
     /// Settings of the patch memory.
     pub patches: PatchConfig,
+    /// Settings of the object memory.
+    pub objects: ObjectConfig,
     /// Settings of the contrast with known abnormal images.
     pub known: KnownConfig,
     /// Settings of the contrast with the images that are scored together.
@@ -29,6 +31,7 @@ impl Default for EvidenceConfig {
             posterior: PosteriorConfig::default(),
             contrast: ContrastConfig::default(),
             patches: PatchConfig::default(),
+            objects: ObjectConfig::default(),
             known: KnownConfig::default(),
             together: TogetherConfig::default(),
         }
@@ -175,8 +178,6 @@ pub struct PatchConfig {
     pub alike_over: f64,
     /// The whole weight.
     pub weight: f64,
-    /// Patches of each block that are kept for maps where patches have no weight.
-    pub core_for_maps: usize,
 }
 
 impl Default for PatchConfig {
@@ -190,7 +191,28 @@ impl Default for PatchConfig {
             alike_from: 0.92,
             alike_over: 0.03,
             weight: 2.0,
-            core_for_maps: 500,
+        }
+    }
+}
+
+/// Settings of the object memory, for maps: which object is the novel one?
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ObjectConfig {
+    /// Images whose places are looked at.
+    pub images: usize,
+    /// Places of them that are kept, a random part of all.
+    pub places: usize,
+    /// Kernel's width.
+    pub width: f64,
+}
+
+impl Default for ObjectConfig {
+    fn default() -> Self {
+        Self {
+            images: 64,
+            places: 2000,
+            width: 6.0,
         }
     }
 }
@@ -211,6 +233,7 @@ impl EvidenceConfig {
             ("evidence.contrast.ridge", c.ridge),
             ("evidence.contrast.full_share", c.full_share),
             ("evidence.patches.alike_over", m.alike_over),
+            ("evidence.objects.width", self.objects.width),
             ("evidence.known.width", k.width),
             ("evidence.known.ridge", k.ridge),
             ("evidence.together.width", t.width),
@@ -263,7 +286,8 @@ impl EvidenceConfig {
             ("evidence.patches.projected", m.projected),
             ("evidence.patches.images", m.images),
             ("evidence.patches.worst", m.worst),
-            ("evidence.patches.core_for_maps", m.core_for_maps),
+            ("evidence.objects.images", self.objects.images),
+            ("evidence.objects.places", self.objects.places),
             ("evidence.together.images", t.images),
         ];
         for (field, count) in counts {

@@ -10,6 +10,8 @@
 //! 2. [`Contrast`]: is it more like them than like images in general, where the posterior finds that this matters?
 //! 3. [`PatchMemory`]: is some small part unlike anything normal, where normal images are so alike that this decides?
 //!
+//! [`ClosedForm::maps`] show where the novelty is: what is broken ([`PatchMemory`]) or which object is novel ([`ObjectMemory`]).
+//!
 //! Who knows more can say more: [`ClosedForm::learn_abnormal`] takes known abnormal images, [`ClosedForm::together`] what many
 //! images say of each other, [`ClosedForm::suspects`] names normal images that the others do not explain, and
 //! [`ClosedForm::refit`] learns on and forgets.
@@ -30,6 +32,7 @@ mod error;
 mod groups;
 mod known;
 mod linear;
+mod objects;
 mod patches;
 mod posterior;
 mod refit;
@@ -40,12 +43,14 @@ mod together;
 
 pub use closed_form::{ClosedForm, Judgement, Summary, Weighed};
 pub use config::{
-    ContrastConfig, EvidenceConfig, KnownConfig, PatchConfig, PosteriorConfig, TogetherConfig,
+    ContrastConfig, EvidenceConfig, KnownConfig, ObjectConfig, PatchConfig, PosteriorConfig,
+    TogetherConfig,
 };
 pub use contrast::{Contrast, LeftOut, unlike_normals};
 pub use embeddings::Embeddings;
 pub use error::Error;
 pub use groups::{Groups, kernel_width, leaders, nearest_leaders, similarity};
+pub use objects::ObjectMemory;
 pub use patches::{CoreSet, PatchDistances, PatchMemory, PatchTokens};
 pub use posterior::{ExactPosterior, Explained, LocalPosterior, NAMED_GROUPS};
 pub use standard::Standard;

@@ -110,6 +110,22 @@ pub struct CoreSet {
     pub groups: Vec<usize>,
 }
 
+impl CoreSet {
+    /// The patches of some groups, under other numbers.
+    pub(crate) fn with_groups(&self, number: impl Fn(usize) -> Option<usize>) -> Self {
+        let (rows, groups): (Vec<usize>, Vec<usize>) = self
+            .groups
+            .iter()
+            .enumerate()
+            .filter_map(|(row, &group)| Some((row, number(group)?)))
+            .unzip();
+        Self {
+            patches: self.patches.select(Axis(0), &rows),
+            groups,
+        }
+    }
+}
+
 /// Patch distances of one image.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PatchDistances {
@@ -125,14 +141,14 @@ impl PatchMemory {
         Self { blocks, worst }
     }
 
-    /// Chooses `size` patches of each block by greedy k-centre in a random projection; `groups`: of each image.
+    /// Chooses patches of each block by greedy k-centre in a random projection; `groups`: of each image.
     pub fn choose(
         tokens: &PatchTokens,
         groups: &[usize],
-        size: usize,
         config: &PatchConfig,
         rng: &mut Rng,
     ) -> Self {
+        let size = config.core;
         // Random numbers in the order of the blocks; then a block on each thread.
         let drawn: Vec<_> = tokens
             .blocks
@@ -172,18 +188,7 @@ impl PatchMemory {
 
     /// The same core sets with the patches of some groups under other numbers, and without those of the rest.
     pub(crate) fn with_groups(&self, number: impl Fn(usize) -> Option<usize>) -> Self {
-        let of_block = |core: &CoreSet| {
-            let (rows, groups): (Vec<usize>, Vec<usize>) = core
-                .groups
-                .iter()
-                .enumerate()
-                .filter_map(|(row, &group)| Some((row, number(group)?)))
-                .unzip();
-            CoreSet {
-                patches: core.patches.select(Axis(0), &rows),
-                groups,
-            }
-        };
+        let of_block = |core: &CoreSet| core.with_groups(&number);
         Self {
             blocks: self.blocks.iter().map(of_block).collect(),
             worst: self.worst,
@@ -447,12 +452,13 @@ mod tests {
         });
         let tokens = PatchTokens::new(vec![rows.clone(), rows]).unwrap();
         let groups: Vec<usize> = (0..150).collect();
-        let choose = |size, projected| {
+        let choose = |core, projected| {
             let config = PatchConfig {
+                core,
                 projected,
                 ..PatchConfig::default()
             };
-            PatchMemory::choose(&tokens, &groups, size, &config, &mut Rng::seed(3))
+            PatchMemory::choose(&tokens, &groups, &config, &mut Rng::seed(3))
         };
         for width in [16, 17, 64] {
             for core in choose(5, width).blocks() {

@@ -1,14 +1,14 @@
 //! Learning on and forgetting: a fit on other images, from what a form keeps.
 
 use crate::closed_form::{WeighedPatches, first_equal};
-use crate::{ClosedForm, Embeddings, Error, PatchMemory};
+use crate::{ClosedForm, Embeddings, Error};
 
 impl ClosedForm {
     /// A fit on the kept images of `rows` and on `more`: what a fit on all of these from scratch gives, with the background, the
-    /// known abnormal images and the map memory of this form. [`ClosedForm::kept`] of it numbers `rows`, then `more`. Of more
+    /// known abnormal images and the object memory of this form. [`ClosedForm::kept`] of it numbers `rows`, then `more`. Of more
     /// images than are judged exactly only leaders of groups were kept: they stand for all.
     ///
-    /// The map memory loses the patches of every group that loses an image, and gains none.
+    /// The object memory loses the places of every group that loses an image, and gains none.
     ///
     /// # Errors
     /// [`Error::NeedsImages`] where patches count, before or after, and for a form that was saved without its background;
@@ -39,15 +39,20 @@ impl ClosedForm {
         if let Some(known) = &self.known {
             form.learn_abnormal(&known.abnormal)?;
         }
+        let groups = self.groups_after(&form, rows);
+        let number = |group: usize| groups.get(group).copied().flatten();
         form.patches = self.patches.as_ref().map(|patches| WeighedPatches {
-            memory: self.memory_after(&form, &patches.memory, rows),
-            scale: patches.scale,
+            memory: patches.memory.with_groups(number),
+            ..*patches
         });
+        if let Some(memory) = self.objects() {
+            form.set_objects(memory.with_normal(memory.normal().with_groups(number)));
+        }
         Ok(form)
     }
 
-    /// The map memory without the patches of groups that lost an image, under the groups of the `after` form.
-    fn memory_after(&self, after: &Self, memory: &PatchMemory, rows: &[usize]) -> PatchMemory {
+    /// The group of each group in the `after` form; none for one that lost an image.
+    fn groups_after(&self, after: &Self, rows: &[usize]) -> Vec<Option<usize>> {
         let mut whole = vec![true; self.groups.len()];
         let mut stays = vec![false; self.normal.len()];
         for &row in rows {
@@ -67,11 +72,10 @@ impl ClosedForm {
             let row = after.kept().iter().position(|kept| *kept == place)?;
             after.groups.of.get(row).copied()
         };
-        let groups: Vec<Option<usize>> = whole
+        whole
             .iter()
             .enumerate()
             .map(|(group, whole)| if *whole { group_after(group) } else { None })
-            .collect();
-        memory.with_groups(|group| groups.get(group).copied().flatten())
+            .collect()
     }
 }

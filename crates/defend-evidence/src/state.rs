@@ -8,9 +8,11 @@ use serde::{Deserialize, Serialize};
 use crate::closed_form::{WeighedContrast, WeighedPatches};
 use crate::contrast::Contrast;
 use crate::known::Known;
+use crate::objects::ScaledObjects;
 use crate::patches::CoreSet;
 use crate::{
-    ClosedForm, Embeddings, Error, EvidenceConfig, Groups, PatchMemory, Standard, Summary,
+    ClosedForm, Embeddings, Error, EvidenceConfig, Groups, ObjectMemory, PatchMemory, Standard,
+    Summary,
 };
 
 /// Everything about a [`ClosedForm`] but its arrays; saved as JSON or the like.
@@ -26,6 +28,11 @@ pub struct StateHeader {
     contrast: Option<PieceHeader>,
     patch_weight: f64,
     patches: Option<Standard>,
+    /// Of the distances in maps; forms that were saved before there was such a scale show them as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    patch_maps: Option<Standard>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    objects: Option<Standard>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     known: Option<Standard>,
 }
@@ -124,6 +131,17 @@ impl ClosedForm {
             );
             add(format!("patches.{i}.groups"), indices(&core.groups));
         }
+        if let Some(memory) = self.objects() {
+            let normal = memory.normal();
+            add("objects".into(), StateArray::Matrix(normal.patches.clone()));
+            add("objects.groups".into(), indices(&normal.groups));
+            if let Some(ordinary) = memory.ordinary() {
+                add(
+                    "objects.ordinary".into(),
+                    StateArray::Matrix(ordinary.clone()),
+                );
+            }
+        }
         State {
             header: StateHeader {
                 first_part: self.config.posterior.first_part,
@@ -136,6 +154,8 @@ impl ClosedForm {
                 }),
                 patch_weight: self.patch_weight,
                 patches: self.patches.as_ref().map(|p| p.scale),
+                patch_maps: self.patches.as_ref().and_then(|p| p.map_scale),
+                objects: self.objects.as_ref().map(|o| o.scale),
                 known: self.known.as_ref().map(|k| k.scale),
             },
             arrays,
@@ -168,6 +188,8 @@ impl ClosedForm {
             Some(header.scale),
             header.contrast.map(|c| c.scale),
             header.patches,
+            header.patch_maps,
+            header.objects,
             header.known,
         ];
         let numbers = [header.summary.width, header.patch_weight];
@@ -202,7 +224,14 @@ impl ClosedForm {
                 return Err(fault("patches.0 is missing".into()));
             }
             let memory = PatchMemory::new(blocks, form.config.patches.worst);
-            form.patches = Some(WeighedPatches { memory, scale });
+            form.patches = Some(WeighedPatches {
+                memory,
+                scale,
+                map_scale: header.patch_maps,
+            });
+        }
+        if let Some(scale) = header.objects {
+            form.objects = Some(objects(&form, scale, &mut arrays)?);
         }
         if let Some(scale) = header.known {
             form.known = Some(known(&form, scale, &mut arrays)?);
@@ -280,6 +309,28 @@ fn known(form: &ClosedForm, scale: Standard, arrays: &mut Arrays) -> Result<Know
         left_out: arrays.numbers("known.left_out", normal_rows.len())?,
         normal_rows,
     })
+}
+
+/// The saved memory for maps of objects.
+fn objects(
+    form: &ClosedForm,
+    scale: Standard,
+    arrays: &mut Arrays,
+) -> Result<ScaledObjects, Error> {
+    let patches = arrays
+        .matrix("objects")?
+        .ok_or_else(|| fault("objects is missing".into()))?;
+    let groups = arrays.indices("objects.groups", patches.nrows())?;
+    let ordinary = arrays.matrix("objects.ordinary")?;
+    if ordinary
+        .as_ref()
+        .is_some_and(|rows| rows.ncols() != patches.ncols())
+    {
+        return Err(fault("objects.ordinary has another width".into()));
+    }
+    let width = form.config.objects.width;
+    let memory = ObjectMemory::new(CoreSet { patches, groups }, ordinary, width);
+    Ok(ScaledObjects { memory, scale })
 }
 
 /// The saved regression `name` of normal images against those that are called `others`, on their first `parts` parts.

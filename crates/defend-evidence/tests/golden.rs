@@ -3,10 +3,11 @@
 
 use arrays::Set;
 use defend_evidence::{
-    ClosedForm, Contrast, CoreSet, Embeddings, EvidenceConfig, ExactPosterior, Groups, PatchMemory,
-    PatchTokens, kernel_width, leaders, nearest_leaders, similarity, unlike_normals,
+    ClosedForm, Contrast, CoreSet, Embeddings, EvidenceConfig, ExactPosterior, Groups,
+    ObjectMemory, PatchMemory, PatchTokens, kernel_width, leaders, nearest_leaders, similarity,
+    unlike_normals,
 };
-use ndarray::{Array2, Array3};
+use ndarray::{Array2, Array3, Axis};
 
 /// How golden tensors become arrays.
 mod arrays {
@@ -325,5 +326,40 @@ fn known_abnormal_images_and_a_folder_scored_together() {
         found.sort_by(f64::total_cmp);
         close(&found, &expected, 1e-6, "left-out known");
         assert!(expected.last().unwrap() > &0.0);
+    }
+}
+
+#[test]
+fn maps_of_objects() {
+    for name in SETS {
+        let set = Set::read(name);
+        let images = set.indices("core.0.images");
+        let groups: Vec<usize> = images.iter().map(|&i| set.indices("groups")[i]).collect();
+        let own = groups[0];
+        let normal = CoreSet {
+            patches: set.matrix("core.0"),
+            groups,
+        };
+        let places = normal.patches.clone();
+        let ordinary = set.matrix("objects.ordinary");
+        let memory = ObjectMemory::new(normal, Some(ordinary), 6.0);
+        let wide = |values: Vec<f32>| values.into_iter().map(f64::from).collect::<Vec<_>>();
+        let tokens = set.cube("patches.test.0");
+        let image = tokens.index_axis(Axis(0), 5);
+        for (weight, key) in [
+            (0.0, "objects.0.0"),
+            (0.5, "objects.0.5"),
+            (1.0, "objects.1.0"),
+        ] {
+            let found = wide(memory.values(image, weight, None));
+            close(&found, &set.numbers(key), 1e-5, key);
+        }
+        let found = wide(memory.values(places.view(), 1.0, Some(own)));
+        close(
+            &found,
+            &set.numbers("objects.left_out"),
+            1e-5,
+            "left-out places",
+        );
     }
 }

@@ -298,39 +298,127 @@ fn what_patches_decide_needs_the_images_and_maps_lose_what_is_forgotten() {
 
     config.patches.weight = 0.0;
     let mut form = ClosedForm::fit(&normal, None, &config).unwrap();
-    form.remember(&tokens(30, &mut rng), &mut Rng::seed(1))
+    assert_eq!((form.patch_images().len(), form.patch_share()), (0, 0.0));
+    assert_eq!(form.object_images().len(), 30);
+    form.remember_objects(&tokens(30, &mut rng), None, &mut Rng::seed(1))
         .unwrap();
     let forgotten = form.groups().of[4];
     let left: Vec<usize> = (0..30)
         .filter(|row| form.groups().of[*row] != forgotten)
         .collect();
     let after = form.refit(&left, None).unwrap();
-    let (before, after_core) = (
-        &form.memory().unwrap().blocks()[0],
-        &after.memory().unwrap().blocks()[0],
-    );
+    let [before, after_normal] = [&form, &after].map(|form| form.objects().unwrap().normal());
     let own = before
         .groups
         .iter()
         .filter(|group| **group == forgotten)
         .count();
     assert!(own > 0);
-    assert_eq!(after_core.patches.nrows(), before.patches.nrows() - own);
+    assert_eq!(after_normal.patches.nrows(), before.patches.nrows() - own);
     assert!(
-        after_core
+        after_normal
             .groups
             .iter()
             .all(|group| *group < after.groups().len())
     );
-    let judged = after
-        .evaluate(&images(1, 1, 8), Some(&tokens(1, &mut rng)))
+    let judged = after.evaluate(&images(1, 1, 8), None).unwrap();
+    let maps = after.maps(&judged, Some(&tokens(1, &mut rng))).unwrap();
+    let map = maps[0].as_ref().unwrap();
+    assert!(map.len() == 9 && map.iter().all(|z| z.is_finite()));
+}
+
+/// Places around one of two directions: normal images show the first, ordinary ones both.
+fn places(n: usize, second: impl Fn(usize) -> bool, rng: &mut Rng) -> PatchTokens {
+    let block = Array3::from_shape_fn((n, 9, 5), |(image, place, j)| {
+        let centre = usize::from(second(image * 9 + place));
+        f32::from(j == centre) + 0.2 * standard_normal(rng) as f32
+    });
+    PatchTokens::new(vec![block]).unwrap()
+}
+
+#[test]
+fn maps_show_the_place_that_is_novel() {
+    let mut rng = Rng::seed(8);
+    let (normal, queries) = (images(30, 1, 1), images(4, 1, 2));
+    let query_places = places(4, |i| i % 9 == 6, &mut rng);
+    let normal_places = places(30, |_| false, &mut rng);
+    let ordinary = places(30, |i| i % 2 == 0, &mut rng).blocks()[0]
+        .to_shape((270, 5))
+        .unwrap()
+        .into_owned();
+    // Ordinary images that the posterior takes for normal, so that they count.
+    let background = images(300, 1, 9);
+    let mut config = EvidenceConfig::default();
+    config.patches.weight = 0.0;
+    for background in [None, Some(&background)] {
+        let mut form = ClosedForm::fit(&normal, background, &config).unwrap();
+        assert_eq!(form.contrast_weight() > 0.0, background.is_some());
+        let left = form
+            .remember_objects(&normal_places, Some(ordinary.clone()), &mut Rng::seed(1))
+            .unwrap();
+        let left: Vec<f64> = left.concat().into_iter().map(f64::from).collect();
+        // Standard deviations of normal places.
+        let spread = left.iter().map(|z| z * z).sum::<f64>() / left.len() as f64;
+        assert!(
+            mean(&left).abs() < 0.1 && (spread - 1.0).abs() < 0.2,
+            "{} {spread}",
+            mean(&left)
+        );
+        let judged = form.evaluate(&queries, None).unwrap();
+        let maps = form.maps(&judged, Some(&query_places)).unwrap();
+        for map in maps.into_iter().flatten() {
+            let others = map.iter().enumerate().filter(|(place, _)| *place != 6);
+            let highest = others.map(|(_, z)| *z).fold(f32::MIN, f32::max);
+            assert!(map[6] > highest && map[6] > 4.0, "{map:?}");
+        }
+        let restored = ClosedForm::from_state(form.state()).unwrap();
+        assert_eq!(
+            restored.maps(&judged, Some(&query_places)).unwrap(),
+            form.maps(&judged, Some(&query_places)).unwrap()
+        );
+        // Not without the places.
+        assert_eq!(form.maps(&judged, None).unwrap(), vec![None; 4]);
+        assert!(form.maps(&judged[..2], Some(&query_places)).is_err());
+        assert!(
+            form.remember_objects(&query_places, None, &mut rng)
+                .is_err()
+        );
+    }
+}
+
+#[test]
+fn between_the_gates_maps_are_added_on_one_scale() {
+    let mut rng = Rng::seed(9);
+    let normal = images(30, 1, 1);
+    let mut config = EvidenceConfig::default();
+    // A quarter of the way to the whole weight.
+    let alike = ClosedForm::fit(&normal, None, &config)
+        .unwrap()
+        .summary()
+        .alike;
+    config.patches.alike_from = alike - config.patches.alike_over / 4.0;
+    let mut form = ClosedForm::fit(&normal, None, &config).unwrap();
+    assert!((form.patch_share() - 0.25).abs() < 1e-9);
+    let mut tokens = || {
+        let block = Array3::from_shape_simple_fn((30, 9, 5), || standard_normal(&mut rng) as f32);
+        PatchTokens::new(vec![block]).unwrap()
+    };
+    assert_eq!(form.object_images(), form.patch_images());
+    let broken = form.remember(&tokens(), &mut Rng::seed(1)).unwrap();
+    let objects = form
+        .remember_objects(&tokens(), None, &mut Rng::seed(1))
         .unwrap();
-    assert!(
-        judged[0]
-            .map
-            .as_ref()
-            .unwrap()
-            .iter()
-            .all(|d| d.is_finite())
-    );
+    let alone = |objects: &Vec<f32>, broken: &Vec<f32>| form.map_of(Some(objects), Some(broken));
+    let zeros = vec![0.0; 9];
+    for (object, broken) in objects.iter().zip(&broken) {
+        let (both, only) = (
+            alone(object, broken).unwrap(),
+            alone(&zeros, broken).unwrap(),
+        );
+        for ((both, only), object) in both.iter().zip(&only).zip(object) {
+            assert!((both - only - 0.75 * object).abs() < 1e-5);
+        }
+    }
+    assert_eq!(form.map_of(None, Some(&broken[0])), None);
+    assert_eq!(form.map_of(Some(&objects[0]), None), None);
 }
