@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use defend_core::data::{
     Cifar, CifarLabels, ClassFolder, ClassId, Coco, Crowd, Dataset, Difficult, GrayImage, Idx,
-    Manifest, MvtecAd, RgbImage, Split, Voc,
+    Manifest, MvtecAd, ObjectBox, RgbImage, Split, Voc,
 };
 use serde::{Deserialize, Serialize};
 
@@ -240,6 +240,7 @@ impl DataConfig {
 struct Renumbered {
     inner: Arc<dyn Dataset>,
     classes: Vec<Vec<ClassId>>,
+    boxes: Vec<Vec<ObjectBox>>,
     class_names: Vec<String>,
 }
 
@@ -258,8 +259,16 @@ impl Renumbered {
                 classes
             })
             .collect();
+        let boxed = |found: &ObjectBox| {
+            let class = place(&found.class)?;
+            Some(ObjectBox { class, ..*found })
+        };
+        let boxes = (0..inner.len())
+            .map(|index| inner.boxes(index).iter().filter_map(boxed).collect())
+            .collect();
         Self {
             classes,
+            boxes,
             class_names: class_names.to_vec(),
             inner,
         }
@@ -281,6 +290,10 @@ impl Dataset for Renumbered {
 
     fn classes(&self, index: usize) -> &[ClassId] {
         self.classes.get(index).map_or(&[], Vec::as_slice)
+    }
+
+    fn boxes(&self, index: usize) -> &[ObjectBox] {
+        self.boxes.get(index).map_or(&[], Vec::as_slice)
     }
 
     fn mask(&self, index: usize) -> Result<Option<GrayImage>, defend_core::data::Error> {

@@ -27,6 +27,12 @@ pub enum ProtocolConfig {
         /// The normal sets.
         sets: Vec<Vec<String>>,
     },
+    /// As one-vs-all, of a data set with boxes: do maps show which object is the novel one?
+    Objects {
+        /// These classes only; all without it.
+        #[serde(default)]
+        classes: Vec<String>,
+    },
     /// Industrial inspection: everything but the class "good" is abnormal, with masks where the data set has them.
     Defects,
 }
@@ -47,6 +53,7 @@ impl ProtocolConfig {
             Self::OneVsAll { .. } => "one-vs-all",
             Self::AllVsOne { .. } => "all-vs-one",
             Self::NormalSets { .. } => "normal-sets",
+            Self::Objects { .. } => "objects",
             Self::Defects => "defects",
         }
     }
@@ -94,7 +101,7 @@ impl ProtocolConfig {
             names.iter().map(one).collect()
         };
         match self {
-            Self::OneVsAll { classes } => {
+            Self::OneVsAll { classes } | Self::Objects { classes } => {
                 each(classes, &|id| Box::new(MultiObject { normal: vec![id] }))
             }
             // With several objects a picture, one that shows any other class is normal (METHOD.md, section 4).

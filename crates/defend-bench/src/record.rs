@@ -114,6 +114,13 @@ pub struct Figures {
     pub pixel_auroc: Option<f64>,
     /// Per-region overlap up to a false positive rate of 0.3, likewise.
     pub pro: Option<f64>,
+    /// Area under the ROC curve over patches in boxes of normal objects and of others, of all images, where the protocol asks for
+    /// it and the system has maps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object_auroc: Option<f64>,
+    /// The same within an image, mean over the images that show both.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object_auroc_within: Option<f64>,
 }
 
 /// A test image.

@@ -48,6 +48,7 @@ pub fn report(outputs: &[&Path], root: &Path) -> Result<Report, Error> {
     for group in &groups {
         tables.push(group.table()?);
         tables.extend(group.pixel_table());
+        tables.extend(group.object_table());
     }
     let write = |name: &str, text: &str| {
         let path = folder.join(name);
@@ -296,15 +297,48 @@ impl<'a> Group<'a> {
 
     /// Image and pixel figures, where pixels were scored.
     fn pixel_table(&self) -> Option<Table> {
-        self.records
-            .iter()
-            .find(|record| record.figures.pixel_auroc.is_some())?;
+        self.figures_table(
+            "pixels",
+            format!(
+                "In %; pixels at {0} x {0}, PRO up to a false positive rate of 0.3.",
+                crate::PIXEL_SIDE
+            ),
+            [
+                ("AUROC", &|r| Some(r.figures.auroc)),
+                ("average precision", &|r| Some(r.figures.average_precision)),
+                ("pixel AUROC", &|r| r.figures.pixel_auroc),
+                ("PRO", &|r| r.figures.pro),
+            ],
+        )
+    }
+
+    /// Image and object figures, where maps were judged by boxes.
+    fn object_table(&self) -> Option<Table> {
+        self.figures_table(
+            "objects",
+            "In %; patches in boxes of normal objects against patches in boxes of others, of all images together and within an \
+             image (mean over the images that show both)."
+                .into(),
+            [
+                ("AUROC", &|r| Some(r.figures.auroc)),
+                ("patches", &|r| r.figures.object_auroc),
+                ("patches within an image", &|r| r.figures.object_auroc_within),
+            ],
+        )
+    }
+
+    /// Means over the experiments of some figures, where a system has the last of them.
+    fn figures_table<const N: usize>(
+        &self,
+        kind: &str,
+        note: String,
+        figures: [(&str, &dyn Fn(&Record) -> Option<f64>); N],
+    ) -> Option<Table> {
+        let (_, last) = figures.last()?;
+        self.records.iter().find(|record| last(record).is_some())?;
         let rows = self.systems.iter().map(|system| {
-            let records: Vec<&&Record> = self
-                .records
-                .iter()
-                .filter(|r| r.key.system == *system)
-                .collect();
+            let records = self.records.iter();
+            let records: Vec<&&Record> = records.filter(|r| r.key.system == *system).collect();
             let mean = |figure: &dyn Fn(&Record) -> Option<f64>| {
                 let values: Option<Vec<f64>> = records.iter().map(|r| figure(r)).collect();
                 values.map_or_else(
@@ -312,26 +346,19 @@ impl<'a> Group<'a> {
                     |values| percent(values.iter().sum::<f64>() / values.len() as f64),
                 )
             };
-            vec![
-                (*system).to_owned(),
-                mean(&|r| Some(r.figures.auroc)),
-                mean(&|r| Some(r.figures.average_precision)),
-                mean(&|r| r.figures.pixel_auroc),
-                mean(&|r| r.figures.pro),
-            ]
+            let means = figures.iter().map(|(_, figure)| mean(figure));
+            [(*system).to_owned()].into_iter().chain(means).collect()
         });
+        let names = figures.iter().map(|(name, _)| *name);
         Some(Table {
-            name: [self.data, self.protocol, "pixels"]
-                .map(file_name)
-                .join("-"),
-            title: format!("{}, {}: images and pixels", self.data, self.protocol),
-            note: format!(
-                "In %; pixels at {0} x {0}, PRO up to a false positive rate of 0.3.",
-                crate::PIXEL_SIDE
-            ),
-            header: ["system", "AUROC", "average precision", "pixel AUROC", "PRO"]
+            name: [self.data, self.protocol, kind].map(file_name).join("-"),
+            title: format!("{}, {}: images and {kind}", self.data, self.protocol),
+            note,
+            header: ["system"]
+                .into_iter()
+                .chain(names)
                 .map(String::from)
-                .to_vec(),
+                .collect(),
             rows: rows.collect(),
         })
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use defend_baselines::Teacher;
-use defend_core::data::{Dataset, Fit};
+use defend_core::data::{Dataset, Fit, Label};
 use defend_core::metrics::{auroc, average_precision};
 use defend_core::vit::{CacheConfig, Encoder, ImageSource, TrainScope, weights_hash};
 use defend_core::{
@@ -13,10 +13,12 @@ use defend_core::{
 use ndarray::ArrayView1;
 
 use crate::data::Halves;
+use crate::objects::object_figures;
 use crate::pixels::{masks, pixel_figures};
+use crate::protocol::Experiment;
 use crate::record::{Figures, Record, RunKey, Scored, Software, Worst, file_name, write_json};
 use crate::split::{Split, Splitter};
-use crate::{BenchConfig, DataConfig, DataEntry, Error, SystemEntry};
+use crate::{BenchConfig, DataConfig, DataEntry, Error, ProtocolConfig, SystemEntry};
 
 /// Errors of each kind whose maps are kept.
 const WORST: usize = 6;
@@ -117,6 +119,14 @@ struct TestSet<'a> {
     masks: Option<Vec<Option<Vec<bool>>>>,
 }
 
+/// What is fitted and judged in a run.
+struct Task<'a> {
+    system: &'a SystemEntry,
+    split: &'a Split,
+    /// Where objects are to be judged: what is normal.
+    experiment: Option<&'a Experiment>,
+}
+
 impl Bench<'_> {
     fn data_set(
         &mut self,
@@ -184,7 +194,15 @@ impl Bench<'_> {
                             seed,
                         };
                         let order = [*place, system_place];
-                        self.run(key, order, system, split, &test, progress)?;
+                        // Boxes are shares of the whole picture, which maps lie over only when it was squashed.
+                        let objects = matches!(protocol, ProtocolConfig::Objects { .. })
+                            && self.config.fit == Fit::Squash;
+                        let task = Task {
+                            system,
+                            split,
+                            experiment: objects.then_some(&experiment),
+                        };
+                        self.run(key, order, &task, &test, progress)?;
                     }
                 }
                 *place += 1;
@@ -197,8 +215,7 @@ impl Bench<'_> {
         &mut self,
         key: RunKey,
         order: [usize; 2],
-        system: &SystemEntry,
-        split: &Split,
+        task: &Task<'_>,
         test: &TestSet<'_>,
         progress: &mut dyn Progress,
     ) -> Result<(), Error> {
@@ -221,7 +238,7 @@ impl Bench<'_> {
             }
             (record, true)
         } else {
-            let record = self.fit_and_score(key, order, system, split, test, progress)?;
+            let record = self.fit_and_score(key, order, task, test, progress)?;
             record.write(&path)?;
             (record, false)
         };
@@ -239,20 +256,21 @@ impl Bench<'_> {
         &self,
         key: RunKey,
         order: [usize; 2],
-        system: &SystemEntry,
-        split: &Split,
+        task: &Task<'_>,
         test: &TestSet<'_>,
         progress: &mut dyn Progress,
     ) -> Result<Record, Error> {
+        let split = task.split;
         let start = Instant::now();
         let normal =
             defend_core::data::Subset::new(test.halves.train.clone(), split.train.clone())?;
-        let system = system.system.system();
+        let system = task.system.system.system();
         let detector = system.fit(&self.teacher, Arc::new(normal), key.seed, progress)?;
         let fit_seconds = start.elapsed().as_secs_f64();
 
         let start = Instant::now();
-        let novelties = score(&*detector, &test.pictures, test.masks.is_some())?;
+        let with_maps = test.masks.is_some() || task.experiment.is_some();
+        let novelties = score(&*detector, &test.pictures, with_maps)?;
         let score_seconds = start.elapsed().as_secs_f64();
         let scores: Vec<Scored> = (split.test.iter().zip(&split.abnormal).zip(&novelties))
             .map(|((&index, &abnormal), novelty)| Scored {
@@ -274,12 +292,21 @@ impl Bench<'_> {
         let maps: Vec<Option<&PatchMap>> = novelties.iter().map(|n| n.map.as_ref()).collect();
         let all_maps: Option<Vec<&PatchMap>> = maps.iter().copied().collect();
         let pixels = pixel_figures(test.masks.as_deref(), &maps)?;
+        let objects = match task.experiment {
+            Some(experiment) => {
+                let normal = |class| experiment.protocol.label(&[class]) == Label::Normal;
+                object_figures(&*test.halves.test, &split.test, &normal, &maps)?
+            }
+            None => None,
+        };
         Ok(Record {
             figures: Figures {
                 auroc: auroc(values, truth)?,
                 average_precision: average_precision(values, truth)?,
                 pixel_auroc: pixels.map(|p| p.auroc),
                 pro: pixels.map(|p| p.pro),
+                object_auroc: objects.map(|o| o.pooled),
+                object_auroc_within: objects.map(|o| o.within),
             },
             worst: worst(&*detector, &test.pictures, &scores, &novelties)?,
             map_scale: all_maps.map(|maps| MapScale::of(&maps, 1.0)),

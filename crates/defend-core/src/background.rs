@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::Device;
 use defend_data::{Dataset, Fit};
-use defend_evidence::Embeddings;
+use defend_evidence::{Embeddings, PatchTokens};
 use defend_nn::Rng;
 use defend_vit::{Encoder, ImageSource, weights_hash};
 use ndarray::{Array2, Axis};
@@ -19,17 +19,21 @@ use crate::normals::Normals;
 use crate::observer::{Observer, Stage};
 use crate::persist::write_atomically;
 use crate::scan::preprocess_of;
-use crate::tokens::{TokenBlocks, cube};
+use crate::tokens::{TokenBlocks, Wanted};
 use crate::{Error, Pictures};
 
 /// Metadata key of everything but the tensors.
 const KEY: &str = "defend.background";
+/// Tensor of what is around some patches.
+const PLACES: &str = "places";
 /// Raised whenever files of an older version would be read wrongly.
-const FORMAT_VERSION: u32 = 1;
-/// Patch tokens that are kept of each photo.
-const PATCHES_A_PHOTO: usize = 2;
+const FORMAT_VERSION: u32 = 2;
+/// The version that kept patch tokens of the last block, which maps of objects cannot use.
+const WITHOUT_PLACES: u32 = 1;
+/// Places that are kept of each photo.
+const PLACES_A_PHOTO: usize = 1;
 /// Stream of the random choice of these.
-const PATCH_STREAM: u64 = 4;
+const PLACE_STREAM: u64 = 4;
 /// Limit of the memory for resized photos: they are looked at once.
 const PICTURE_BYTES: usize = 64 << 20;
 
@@ -98,7 +102,7 @@ pub struct Background {
     teacher: TeacherIdentity,
     source: String,
     parts: Vec<Quantized>,
-    patches: Quantized,
+    places: Option<Quantized>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -163,28 +167,39 @@ impl Background {
             observer,
         )?;
         let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
-        let mut rng = Rng::stream(0, PATCH_STREAM);
-        let (mut batches, mut patches) = (Vec::new(), Vec::new());
+        let mut rng = Rng::stream(0, PLACE_STREAM);
+        let (mut batches, mut places) = (Vec::new(), Vec::new());
         let all: Vec<usize> = (0..pictures.len()).collect();
         let teacher_pass = Normals::new(teacher, &blocks, &pictures);
-        teacher_pass.pass(&all, false, Stage::Background, observer, |embedded| {
-            batches.push(embedded.images);
-            if let Some(tokens) = embedded.last_patches {
-                for image in cube(&tokens)?.axis_iter(Axis(0)) {
-                    let some = sample(&mut rng, image.nrows(), PATCHES_A_PHOTO.min(image.nrows()));
-                    patches.push(image.select(Axis(0), &some.into_vec()));
+        let wanted = Wanted {
+            patches: false,
+            places: true,
+        };
+        teacher_pass.pass(
+            &all,
+            |_| wanted,
+            Stage::Background,
+            observer,
+            |embedded| {
+                batches.push(embedded.images);
+                for block in embedded.places.iter().flat_map(PatchTokens::blocks) {
+                    for image in block.axis_iter(Axis(0)) {
+                        let some =
+                            sample(&mut rng, image.nrows(), PLACES_A_PHOTO.min(image.nrows()));
+                        places.push(image.select(Axis(0), &some.into_vec()));
+                    }
                 }
-            }
-            Ok(())
-        })?;
-        let views: Vec<_> = patches.iter().map(|rows| rows.view()).collect();
-        let patches = ndarray::concatenate(Axis(0), &views).map_err(candle_core::Error::msg)?;
+                Ok(())
+            },
+        )?;
+        let views: Vec<_> = places.iter().map(|rows| rows.view()).collect();
+        let places = ndarray::concatenate(Axis(0), &views).map_err(candle_core::Error::msg)?;
         let images = Embeddings::joined(&batches)?;
         Ok(Self {
             teacher: identity,
             source,
             parts: images.parts().iter().map(Quantized::of).collect(),
-            patches: Quantized::of(&patches),
+            places: Some(Quantized::of(&places)),
         })
     }
 
@@ -214,6 +229,15 @@ impl Background {
         )?)
     }
 
+    /// What is around some patches of the photos, unit rows `[places, D]`, for
+    /// [`ClosedForm::remember_objects`](defend_evidence::ClosedForm::remember_objects); `None` in a file of an earlier version.
+    pub fn places(&self) -> Option<Array2<f32>> {
+        let rows = self.places.as_ref()?.restored();
+        let places = PatchTokens::new(vec![rows.insert_axis(Axis(0))]).ok()?;
+        let unit = places.blocks().first()?.index_axis(Axis(0), 0);
+        Some(unit.to_owned())
+    }
+
     /// Writes a safetensors file, which appears whole or not at all.
     ///
     /// # Errors
@@ -221,7 +245,11 @@ impl Background {
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
         let header = Header {
-            format_version: FORMAT_VERSION,
+            format_version: if self.places.is_some() {
+                FORMAT_VERSION
+            } else {
+                WITHOUT_PLACES
+            },
             library_version: env!("CARGO_PKG_VERSION").into(),
             teacher: self.teacher.clone(),
             photos: self.photos(),
@@ -238,7 +266,8 @@ impl Background {
             .enumerate()
             .map(|(i, part)| (format!("part.{i}"), part));
         let mut buffers: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> = BTreeMap::new();
-        for (name, rows) in named.chain([("patches".to_owned(), &self.patches)]) {
+        let places = self.places.iter().map(|rows| (PLACES.to_owned(), rows));
+        for (name, rows) in named.chain(places) {
             let bytes = rows.values.iter().map(|v| v.to_ne_bytes()[0]).collect();
             let scales: Vec<u8> = rows.scales.iter().flat_map(|s| s.to_le_bytes()).collect();
             buffers.insert(
@@ -298,9 +327,10 @@ impl Background {
         })?;
         let header: Header =
             serde_json::from_str(json).map_err(|e| fault(format!("{KEY}: {e}")))?;
-        if header.format_version != FORMAT_VERSION {
+        let old = header.format_version == WITHOUT_PLACES;
+        if !old && header.format_version != FORMAT_VERSION {
             return Err(fault(format!(
-                "format version {} (written by {}), this library reads version {FORMAT_VERSION}",
+                "format version {} (written by {}), this library reads versions {WITHOUT_PLACES} and {FORMAT_VERSION}",
                 header.format_version, header.library_version
             )));
         }
@@ -349,8 +379,20 @@ impl Background {
             }
             parts.push(part);
         }
-        let patches = rows("patches")?.ok_or_else(|| fault("no \"patches\"".into()))?;
-        if parts.is_empty() || tensors.len() != 2 * parts.len() + 2 {
+        let places = if old {
+            None
+        } else {
+            let places = rows(PLACES)?;
+            Some(places.ok_or_else(|| fault(format!("no \"{PLACES}\"")))?)
+        };
+        // The older version's patch tokens have no use any more.
+        let names = 2 * parts.len();
+        let fits = if old {
+            tensors.len() == names || tensors.len() == names + 2
+        } else {
+            tensors.len() == names + 2
+        };
+        if parts.is_empty() || !fits {
             return Err(fault(format!(
                 "{} tensors, which are not those of a background",
                 tensors.len()
@@ -360,7 +402,7 @@ impl Background {
             teacher: header.teacher,
             source: header.source,
             parts,
-            patches,
+            places,
         })
     }
 }

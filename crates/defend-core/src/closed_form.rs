@@ -7,7 +7,7 @@ use defend_evidence::{ClosedForm, Embeddings};
 use defend_vit::{Encoder, Grid};
 
 use crate::novelty::{Explanation, NearestNormal};
-use crate::tokens::{Embedded, TokenBlocks};
+use crate::tokens::{Embedded, TokenBlocks, Wanted};
 use crate::{Error, Novelty, PatchMap};
 
 /// A teacher, and what its tokens of the normal images say.
@@ -26,19 +26,25 @@ impl ClosedFormStudent {
         images: &Tensor,
         with_maps: bool,
     ) -> Result<(Vec<Novelty>, Embeddings), Error> {
-        let embedded = self.embed(images, with_maps || self.needs_patches())?;
+        let wanted = self.wanted(with_maps);
+        let embedded = self.embed(images, wanted)?;
         let novelties = self.judge(images, &embedded, with_maps)?;
         Ok((novelties, embedded.images))
     }
 
-    /// Whether the score needs patch tokens.
-    pub(crate) fn needs_patches(&self) -> bool {
-        self.evidence.memory().is_some() && self.evidence.patch_weight() > 0.0
+    /// What scores, and maps if asked for, need of a pass.
+    pub(crate) fn wanted(&self, with_maps: bool) -> Wanted {
+        let (evidence, share) = (&self.evidence, self.evidence.patch_share());
+        let scored = evidence.patch_weight() > 0.0 || (with_maps && share > 0.0);
+        Wanted {
+            patches: evidence.memory().is_some() && scored,
+            places: evidence.objects().is_some() && with_maps && share < 1.0,
+        }
     }
 
     /// The teacher's pass over a batch.
-    pub(crate) fn embed(&self, images: &Tensor, with_patches: bool) -> Result<Embedded, Error> {
-        self.blocks.embed(&*self.teacher, images, with_patches)
+    pub(crate) fn embed(&self, images: &Tensor, wanted: Wanted) -> Result<Embedded, Error> {
+        self.blocks.embed(&*self.teacher, images, wanted)
     }
 
     /// Scores without verdicts of images that are embedded.
@@ -49,16 +55,18 @@ impl ClosedFormStudent {
         with_maps: bool,
     ) -> Result<Vec<Novelty>, Error> {
         let patches = embedded.patches.as_ref();
-        let patches = patches.filter(|_| with_maps || self.needs_patches());
+        let patches = patches.filter(|_| self.wanted(with_maps).patches);
         let judgements = self.evidence.evaluate(&embedded.images, patches)?;
+        let mut maps = vec![None; judgements.len()];
+        if with_maps {
+            maps = self.evidence.maps(&judgements, embedded.places.as_ref())?;
+        }
         let grid = self.grid(images)?;
-        let novelties = judgements.into_iter().map(|judgement| Novelty {
+        let judged = judgements.into_iter().zip(maps);
+        let novelties = judged.map(|(judgement, map)| Novelty {
             score: judgement.score,
             verdict: None,
-            map: judgement
-                .map
-                .filter(|_| with_maps)
-                .map(|values| PatchMap { grid, values }),
+            map: map.map(|values| PatchMap { grid, values }),
             explanation: Some(Explanation {
                 posterior: judgement.posterior,
                 contrast: judgement.contrast,

@@ -6,7 +6,7 @@ use candle_core::Device;
 use defend_data::Dataset;
 use defend_dense::{DenseObjective, DenseReport, DenseTuner, PrototypeObjective};
 use defend_distill::{DistillReport, Distiller, MaskPolicy};
-use defend_evidence::{ClosedForm, EvidenceConfig, Summary};
+use defend_evidence::Summary;
 use defend_metrics::FalseAlarmRate;
 use defend_nn::{Rng, TrainingStep};
 use defend_vit::{
@@ -16,13 +16,10 @@ use defend_vit::{
 
 use crate::background::Checked;
 use crate::builder::Source;
-use crate::closed_form::ClosedFormStudent;
 use crate::detector::StudentStage;
 use crate::masked::MaskedStudent;
-use crate::normals::Normals;
 use crate::observer::{Event, Observer, Stage};
 use crate::scan::{Skipped, preprocess_of};
-use crate::tokens::TokenBlocks;
 use crate::{
     Background, BackgroundSource, DefendBuilder, DefendConfig, Detector, Error, MapScale,
     MaskedConfig, NoveltyDetector, PatchMap, Pictures, Student, TeacherIdentity,
@@ -32,11 +29,12 @@ use crate::{
 pub(crate) const PASS_BATCH: usize = 32;
 
 /// Purposes of the independent random streams of a seed.
-mod stream {
-    pub(super) const DENSE: u64 = 1;
-    pub(super) const STUDENT: u64 = 2;
-    pub(super) const DISTILL: u64 = 3;
-    pub(super) const PATCHES: u64 = 5;
+pub(crate) mod stream {
+    pub(crate) const DENSE: u64 = 1;
+    pub(crate) const STUDENT: u64 = 2;
+    pub(crate) const DISTILL: u64 = 3;
+    pub(crate) const PATCHES: u64 = 5;
+    pub(crate) const PLACES: u64 = 6;
 }
 
 /// A fitted detector and how the fit went.
@@ -162,12 +160,12 @@ fn needs_backbone() -> Error {
 }
 
 /// What both student stages work with.
-struct Stages<'a> {
-    config: DefendConfig,
+pub(crate) struct Stages<'a> {
+    pub(crate) config: DefendConfig,
     device: Device,
-    pictures: Pictures,
-    drop_suspects: usize,
-    observer: &'a mut dyn Observer,
+    pub(crate) pictures: Pictures,
+    pub(crate) drop_suspects: usize,
+    pub(crate) observer: &'a mut dyn Observer,
 }
 
 impl DefendBuilder {
@@ -377,76 +375,6 @@ impl Stages<'_> {
             tuner.tune(&**teacher, &*objective, pictures, &mut rng, on_step)
         })?;
         Ok(Some(report))
-    }
-
-    fn closed_form(
-        &mut self,
-        teacher: Arc<dyn Encoder>,
-        background: Option<&Background>,
-        config: &EvidenceConfig,
-    ) -> Result<(ClosedFormStudent, ClosedFormReport, MapScale), Error> {
-        let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
-        let mut normals = Normals::new(&*teacher, &blocks, &self.pictures);
-        let images = normals.embeddings(self.observer)?;
-        let ordinary = background.map(Background::embeddings).transpose()?;
-        // Places of the images that are fitted on, among all.
-        let mut used: Vec<usize> = (0..images.len()).collect();
-        let mut dropped = Vec::new();
-        let seed = self.config.seed;
-        // The closed form, the place of each kept image among all, and maps of left-out images.
-        let mut fit = |used: &[usize]| -> Result<_, Error> {
-            let mut evidence = ClosedForm::fit(&images.select(used), ordinary.as_ref(), config)?;
-            let kept = evidence.kept().iter();
-            let kept: Vec<usize> = kept.filter_map(|&i| used.get(i).copied()).collect();
-            let wanted = evidence.patch_images();
-            let wanted: Vec<usize> = wanted
-                .into_iter()
-                .filter_map(|row| kept.get(row).copied())
-                .collect();
-            let patches = normals.patches(&wanted, self.observer)?;
-            let mut rng = Rng::stream(seed, stream::PATCHES);
-            let maps = evidence.remember(&patches, &mut rng)?;
-            Ok((evidence, kept, maps))
-        };
-        let mut fitted = fit(&used)?;
-        if self.drop_suspects > 0 {
-            let odd = fitted.0.images_of_suspects(&images, self.drop_suspects)?;
-            if odd.len() == images.len() {
-                return Err(Error::Config {
-                    field: "drop_suspects",
-                    value: self.drop_suspects.to_string(),
-                    expected: format!(
-                        "fewer than the {} groups of images",
-                        fitted.0.groups().len()
-                    ),
-                });
-            }
-            dropped = odd.iter().map(|&i| self.pictures.name(i)).collect();
-            used.retain(|image| odd.binary_search(image).is_err());
-            fitted = fit(&used)?;
-        }
-        let (evidence, kept, maps) = fitted;
-        let grid = teacher.spec().architecture.grid();
-        let maps: Vec<PatchMap> = maps
-            .into_iter()
-            .map(|values| PatchMap { grid, values })
-            .collect();
-        let scale = MapScale::of(&maps.iter().collect::<Vec<_>>(), 2.0);
-        let names = kept.iter().map(|&i| self.pictures.name(i)).collect();
-        let report = ClosedFormReport {
-            summary: *evidence.summary(),
-            contrast_weight: evidence.contrast_weight(),
-            patch_weight: evidence.patch_weight(),
-            background: background.map(|background| background.source().to_owned()),
-            dropped,
-        };
-        let student = ClosedFormStudent {
-            teacher,
-            blocks,
-            evidence,
-            names,
-        };
-        Ok((student, report, scale))
     }
 
     fn masked(

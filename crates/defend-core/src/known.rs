@@ -10,6 +10,7 @@ use defend_vit::ImageSource;
 
 use crate::normals::Normals;
 use crate::observer::{Observer, Stage};
+use crate::tokens::Wanted;
 use crate::{CalibrationSource, Detector, Error, Pictures, Skipped};
 
 /// Limit of the memory for resized pictures: they are looked at once.
@@ -168,10 +169,16 @@ impl Detector {
         let all: Vec<usize> = (0..pictures.len()).collect();
         let mut batches = Vec::new();
         let pass = Normals::new(&*closed.teacher, &closed.blocks, &pictures);
-        pass.pass(&all, false, Stage::Embed, observer, |embedded| {
-            batches.push(embedded.images);
-            Ok(())
-        })?;
+        pass.pass(
+            &all,
+            |_| Wanted::default(),
+            Stage::Embed,
+            observer,
+            |embedded| {
+                batches.push(embedded.images);
+                Ok(())
+            },
+        )?;
         Ok((Embeddings::joined(&batches)?, pictures))
     }
 

@@ -31,6 +31,7 @@
 
 mod background;
 mod builder;
+mod closed_fit;
 mod closed_form;
 mod config;
 mod detector;

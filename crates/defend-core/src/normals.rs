@@ -6,7 +6,7 @@ use ndarray::{Array3, Axis};
 
 use crate::fit::PASS_BATCH;
 use crate::observer::{Event, Observer, Stage};
-use crate::tokens::{Embedded, TokenBlocks};
+use crate::tokens::{Embedded, TokenBlocks, Wanted};
 use crate::{Error, Pictures};
 
 /// Of so few images the patch tokens stay in memory, 300 KB each for ViT-Ti; of more, those that are wanted are computed
@@ -19,6 +19,9 @@ pub(crate) struct Normals<'a> {
     blocks: &'a TokenBlocks,
     pictures: &'a Pictures,
     patches: Vec<PatchTokens>,
+    /// The batch and row of each image in `patches`.
+    order: Vec<usize>,
+    places: Option<(Vec<usize>, PatchTokens)>,
 }
 
 impl<'a> Normals<'a> {
@@ -32,21 +35,55 @@ impl<'a> Normals<'a> {
             blocks,
             pictures,
             patches: Vec::new(),
+            order: Vec::new(),
+            places: None,
         }
     }
 
-    /// Embeddings of all images.
-    pub(crate) fn embeddings(&mut self, observer: &mut dyn Observer) -> Result<Embeddings, Error> {
-        let keep = self.pictures.len() <= KEPT_PATCH_IMAGES;
-        let all: Vec<usize> = (0..self.pictures.len()).collect();
-        let (mut batches, mut patches) = (Vec::new(), Vec::new());
-        self.pass(&all, keep, Stage::Embed, observer, |embedded| {
+    /// Embeddings of all images; what is around the patches of `looked_at` of them is kept.
+    pub(crate) fn embeddings(
+        &mut self,
+        looked_at: usize,
+        observer: &mut dyn Observer,
+    ) -> Result<Embeddings, Error> {
+        let total = self.pictures.len();
+        let keep = total <= KEPT_PATCH_IMAGES;
+        // Evenly spread, so that they are of different bursts; they come first, in batches of their own as far as possible.
+        let chosen: Vec<usize> = (0..looked_at.min(total))
+            .map(|i| i * total / looked_at.min(total))
+            .collect();
+        let others = (0..total).filter(|image| chosen.binary_search(image).is_err());
+        let order: Vec<usize> = chosen.iter().copied().chain(others).collect();
+        let (mut batches, mut patches, mut places) = (Vec::new(), Vec::new(), Vec::new());
+        let wanted = |first: usize| Wanted {
+            patches: keep,
+            places: first < chosen.len(),
+        };
+        self.pass(&order, wanted, Stage::Embed, observer, |embedded| {
             batches.push(embedded.images);
             patches.extend(embedded.patches);
+            places.extend(embedded.places);
             Ok(())
         })?;
         self.patches = patches;
-        Ok(Embeddings::joined(&batches)?)
+        let mut place_of = vec![0; total];
+        for (place, &image) in order.iter().enumerate() {
+            place_of[image] = place;
+        }
+        if !places.is_empty() {
+            let rows: Vec<usize> = (0..chosen.len()).collect();
+            self.places = Some((chosen, rows_of(&places, &rows)?));
+        }
+        let embeddings = Embeddings::joined(&batches)?.select(&place_of);
+        self.order = place_of;
+        Ok(embeddings)
+    }
+
+    /// The images whose surroundings of patches are kept, and these.
+    pub(crate) fn places(&self) -> Option<(&[usize], &PatchTokens)> {
+        self.places
+            .as_ref()
+            .map(|(images, places)| (images.as_slice(), places))
     }
 
     /// Patch tokens of some images, in the order asked for.
@@ -55,38 +92,36 @@ impl<'a> Normals<'a> {
         images: &[usize],
         observer: &mut dyn Observer,
     ) -> Result<PatchTokens, Error> {
-        let (mut again, mut rows) = (Vec::new(), images.to_vec());
-        if self.patches.is_empty() {
-            self.pass(images, true, Stage::Patches, observer, |embedded| {
+        if !self.patches.is_empty() {
+            let places = images.iter().filter_map(|&i| self.order.get(i).copied());
+            return rows_of(&self.patches, &places.collect::<Vec<_>>());
+        }
+        let (mut again, wanted) = (
+            Vec::new(),
+            Wanted {
+                patches: true,
+                places: false,
+            },
+        );
+        self.pass(
+            images,
+            |_| wanted,
+            Stage::Patches,
+            observer,
+            |embedded| {
                 again.extend(embedded.patches);
                 Ok(())
-            })?;
-            rows = (0..images.len()).collect();
-        }
-        let patches = if self.patches.is_empty() {
-            &again
-        } else {
-            &self.patches
-        };
-        let blocks = patches.first().map_or(0, |tokens| tokens.blocks().len());
-        let join = |block: usize| -> Result<Array3<f32>, Error> {
-            let of_image = |&row: &usize| {
-                let (batch, at) = (row / PASS_BATCH, row % PASS_BATCH);
-                let tokens = patches.get(batch)?.blocks().get(block)?;
-                Some(tokens.index_axis(Axis(0), at))
-            };
-            let views: Vec<_> = rows.iter().filter_map(of_image).collect();
-            Ok(ndarray::stack(Axis(0), &views).map_err(candle_core::Error::msg)?)
-        };
-        let blocks = (0..blocks).map(join).collect::<Result<Vec<_>, Error>>()?;
-        Ok(PatchTokens::new(blocks)?)
+            },
+        )?;
+        rows_of(&again, &(0..images.len()).collect::<Vec<_>>())
     }
 
-    /// Hands over what is taken of each batch; features that are not finite name their image.
+    /// Hands over what is taken of each batch; `wanted` of the one that begins at a place in `images`. Features that are not finite
+    /// name their image.
     pub(crate) fn pass(
         &self,
         images: &[usize],
-        with_patches: bool,
+        wanted: impl Fn(usize) -> Wanted,
         stage: Stage,
         observer: &mut dyn Observer,
         mut on_batch: impl FnMut(Embedded) -> Result<(), Error>,
@@ -96,10 +131,12 @@ impl<'a> Normals<'a> {
             images: images.len() as u64,
         });
         self.pictures.announce(images);
-        for batch in images.chunks(PASS_BATCH) {
-            let embedded =
-                self.blocks
-                    .embed(self.teacher, &self.pictures.images(batch)?, with_patches);
+        for (number, batch) in images.chunks(PASS_BATCH).enumerate() {
+            let embedded = self.blocks.embed(
+                self.teacher,
+                &self.pictures.images(batch)?,
+                wanted(number * PASS_BATCH),
+            );
             on_batch(embedded.map_err(|error| {
                 match error {
                     Error::Evidence(defend_evidence::Error::NotFinite { image, .. }) => {
@@ -120,4 +157,20 @@ impl<'a> Normals<'a> {
         observer.on(&Event::Finished { stage });
         Ok(())
     }
+}
+
+/// Rows of batches of [`PASS_BATCH`] images, in the order asked for.
+fn rows_of(batches: &[PatchTokens], rows: &[usize]) -> Result<PatchTokens, Error> {
+    let blocks = batches.first().map_or(0, |tokens| tokens.blocks().len());
+    let join = |block: usize| -> Result<Array3<f32>, Error> {
+        let of_image = |&row: &usize| {
+            let (batch, at) = (row / PASS_BATCH, row % PASS_BATCH);
+            let tokens = batches.get(batch)?.blocks().get(block)?;
+            Some(tokens.index_axis(Axis(0), at))
+        };
+        let views: Vec<_> = rows.iter().filter_map(of_image).collect();
+        Ok(ndarray::stack(Axis(0), &views).map_err(candle_core::Error::msg)?)
+    };
+    let blocks = (0..blocks).map(join).collect::<Result<Vec<_>, Error>>()?;
+    Ok(PatchTokens::new(blocks)?)
 }

@@ -28,6 +28,23 @@ const FORMAT_VERSION: u32 = 2;
 /// Names of the closed form's arrays begin so.
 const EVIDENCE: &str = "evidence.";
 
+/// A setting that earlier versions saved, of what they kept for maps.
+const NO_SETTING_ANY_MORE: &str = "core_for_maps";
+
+/// Removes a field wherever it is.
+fn forget(json: &mut serde_json::Value, field: &str) {
+    match json {
+        serde_json::Value::Object(fields) => {
+            fields.remove(field);
+            fields.values_mut().for_each(|value| forget(value, field));
+        }
+        serde_json::Value::Array(values) => {
+            values.iter_mut().for_each(|value| forget(value, field));
+        }
+        _ => (),
+    }
+}
+
 /// What a model file says beside its tensors.
 #[derive(Serialize, Deserialize)]
 struct Header {
@@ -166,7 +183,11 @@ impl Detector {
             1 => serde_json::from_str::<HeaderOfFormat1>(json)
                 .map_err(fault)?
                 .into(),
-            FORMAT_VERSION => serde_json::from_str(json).map_err(fault)?,
+            FORMAT_VERSION => {
+                let mut json: serde_json::Value = serde_json::from_str(json).map_err(fault)?;
+                forget(&mut json, NO_SETTING_ANY_MORE);
+                serde_json::from_value(json).map_err(fault)?
+            }
             other => {
                 return Err(wrong(format!(
                     "format version {other} (written by {}), this library reads versions 1 to {FORMAT_VERSION}",

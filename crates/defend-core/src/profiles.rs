@@ -9,6 +9,7 @@ use defend_data::{Dataset, Failure, Preprocess};
 
 use crate::closed_form::ClosedFormStudent;
 use crate::scan::ScoredBy;
+use crate::tokens::Wanted;
 use crate::{Detector, Error, Maps, Novelty, Observer, TeacherIdentity, scan_each};
 
 /// Models of one teacher, in closed form: what each calls normal is a *profile*. The teacher's pass, by far the most of the work,
@@ -105,11 +106,15 @@ impl ProfileSet {
         let Some(first) = students.first() else {
             return Ok(Vec::new());
         };
-        let patches = students.iter().any(|student| student.needs_patches());
+        let patches = students.iter().any(|student| student.wanted(false).patches);
+        let wanted = Wanted {
+            patches,
+            places: false,
+        };
         for detector in &self.detectors {
             detector.check(images)?;
         }
-        let embedded = first.embed(images, patches)?;
+        let embedded = first.embed(images, wanted)?;
         let of_profile = |(student, detector): (&&ClosedFormStudent, &Detector)| {
             let mut novelties = student.judge(images, &embedded, false)?;
             detector.decide(&mut novelties)?;

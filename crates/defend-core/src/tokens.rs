@@ -7,6 +7,15 @@ use ndarray::{Array2, Array3};
 
 use crate::Error;
 
+/// What is wanted of a pass beside the embeddings.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    /// Patch tokens of the middle blocks: what is broken?
+    pub(crate) patches: bool,
+    /// What is around each patch: which object is novel?
+    pub(crate) places: bool,
+}
+
 /// The blocks that are looked at: CLS tokens of the last two and the mean patch token of the last; patch tokens of the middle,
 /// the 5th and 8th of 12.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,15 +54,19 @@ impl TokenBlocks {
         all
     }
 
-    /// Embeddings of a batch, and the patch tokens of the middle blocks where they are asked for.
+    /// Embeddings of a batch, and what else is asked for.
     pub(crate) fn embed(
         &self,
         teacher: &dyn Encoder,
         images: &Tensor,
-        with_patches: bool,
+        wanted: Wanted,
     ) -> Result<Embedded, Error> {
-        let blocks = self.all(with_patches);
-        let layers = teacher.intermediates(images, &blocks)?;
+        let blocks = self.all(wanted.patches);
+        let (layers, local) = if wanted.places {
+            teacher.intermediates_and_local(images, &blocks)?
+        } else {
+            (teacher.intermediates(images, &blocks)?, None)
+        };
         let layer = |block: &usize| -> Result<&Layer, Error> {
             let found = blocks
                 .iter()
@@ -69,13 +82,17 @@ impl TokenBlocks {
         for block in &self.last {
             parts.push(matrix(&layer(block)?.cls)?);
         }
-        let mut last_patches = None;
+        let mut places = local;
         if let Some(block) = self.last.last() {
             let patches = &layer(block)?.patches;
             parts.push(matrix(&patches.to_dtype(DType::F32)?.mean(1)?)?);
-            last_patches = Some(patches.clone());
+            places = places.or_else(|| wanted.places.then(|| patches.clone()));
         }
-        let patches = if with_patches {
+        let places = match places {
+            Some(places) => Some(PatchTokens::new(vec![cube(&places)?])?),
+            None => None,
+        };
+        let patches = if wanted.patches {
             let blocks = self.middle.iter().map(|block| cube(&layer(block)?.patches));
             Some(PatchTokens::new(blocks.collect::<Result<_, Error>>()?)?)
         } else {
@@ -84,7 +101,7 @@ impl TokenBlocks {
         Ok(Embedded {
             images: Embeddings::new(parts)?,
             patches,
-            last_patches,
+            places,
         })
     }
 }
@@ -93,8 +110,8 @@ impl TokenBlocks {
 pub(crate) struct Embedded {
     pub(crate) images: Embeddings,
     pub(crate) patches: Option<PatchTokens>,
-    /// Patch tokens of the last block, `[B, N, D]`.
-    pub(crate) last_patches: Option<Tensor>,
+    /// Local CLS tokens, or patch tokens of the last block of a teacher without such.
+    pub(crate) places: Option<PatchTokens>,
 }
 
 fn values(tensor: &Tensor) -> Result<Vec<f32>, Error> {
@@ -108,7 +125,7 @@ fn matrix(tensor: &Tensor) -> Result<Array2<f32>, Error> {
     )
 }
 
-pub(crate) fn cube(tensor: &Tensor) -> Result<Array3<f32>, Error> {
+fn cube(tensor: &Tensor) -> Result<Array3<f32>, Error> {
     Ok(
         Array3::from_shape_vec(tensor.dims3()?, values(tensor)?)
             .map_err(candle_core::Error::msg)?,

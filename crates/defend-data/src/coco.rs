@@ -11,7 +11,7 @@ use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::published::{expect_folder, open_file, read_picture};
-use crate::{ClassId, Dataset, Error, dataset::sample};
+use crate::{ClassId, Dataset, Error, ObjectBox, dataset::sample};
 
 const MISSING: &str = "download the pictures (train2017.zip, val2017.zip) and the annotations \
     (annotations_trainval2017.zip, or those of 2014) of MS COCO from the data set's own page and unpack \
@@ -33,15 +33,22 @@ pub enum Crowd {
 /// categories in the order of their ids, so that 1 to 90 with gaps become 0 to 79.
 #[derive(Debug, Clone)]
 pub struct Coco {
-    samples: Vec<(PathBuf, Vec<ClassId>)>,
+    samples: Vec<Sample>,
     class_names: Vec<String>,
+}
+
+#[derive(Debug, Clone)]
+struct Sample {
+    picture: PathBuf,
+    classes: Vec<ClassId>,
+    boxes: Vec<ObjectBox>,
 }
 
 impl Coco {
     /// Reads an `instances_*.json` of 2014 or 2017; `images` is the folder of its pictures.
     ///
     /// The file is read as a stream, in any order of its parts: of each annotation no more stays than
-    /// that this category is in this picture, so memory grows with the pictures and not with the
+    /// that this category is in this picture and its box, so memory does not grow with the
     /// outlines, which are most of the file's 450 MB.
     ///
     /// # Errors
@@ -83,15 +90,19 @@ impl Dataset for Coco {
     fn name(&self, index: usize) -> Cow<'_, str> {
         self.samples
             .get(index)
-            .map_or(Cow::Borrowed(""), |(path, _)| path.to_string_lossy())
+            .map_or(Cow::Borrowed(""), |s| s.picture.to_string_lossy())
     }
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
-        read_picture(&sample(&self.samples, index)?.0, MISSING)
+        read_picture(&sample(&self.samples, index)?.picture, MISSING)
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {
-        self.samples.get(index).map_or(&[], |(_, classes)| classes)
+        self.samples.get(index).map_or(&[], |s| &s.classes)
+    }
+
+    fn boxes(&self, index: usize) -> &[ObjectBox] {
+        self.samples.get(index).map_or(&[], |s| &s.boxes)
     }
 
     fn class_names(&self) -> &[String] {
@@ -103,7 +114,7 @@ impl Dataset for Coco {
 #[derive(Deserialize)]
 struct Instances {
     images: Vec<Picture>,
-    annotations: Presences,
+    annotations: Annotations,
     categories: Vec<Category>,
 }
 
@@ -111,6 +122,11 @@ struct Instances {
 struct Picture {
     id: u64,
     file_name: String,
+    /// Pixels; without them and the height there are no boxes.
+    #[serde(default)]
+    width: f64,
+    #[serde(default)]
+    height: f64,
 }
 
 #[derive(Deserialize)]
@@ -125,12 +141,20 @@ struct Annotation {
     category_id: u64,
     #[serde(default)]
     iscrowd: u8,
+    /// Left, top, width and height, pixels.
+    #[serde(default)]
+    bbox: Option<[f64; 4]>,
 }
 
-/// Which category is in which picture: (picture, category, whether it is a crowd), each once.
-struct Presences(BTreeSet<(u64, u64, bool)>);
+#[derive(Default)]
+struct Annotations {
+    /// Which category is in which picture: (picture, category, whether it is a crowd), each once.
+    presences: BTreeSet<(u64, u64, bool)>,
+    /// The same, and where.
+    boxes: Vec<(u64, u64, bool, [f64; 4])>,
+}
 
-impl<'de> Deserialize<'de> for Presences {
+impl<'de> Deserialize<'de> for Annotations {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_seq(Fold)
     }
@@ -140,18 +164,23 @@ impl<'de> Deserialize<'de> for Presences {
 struct Fold;
 
 impl<'de> Visitor<'de> for Fold {
-    type Value = Presences;
+    type Value = Annotations;
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("a list of annotations")
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut annotations: A) -> Result<Presences, A::Error> {
-        let mut all = BTreeSet::new();
+    fn visit_seq<A: SeqAccess<'de>>(self, mut annotations: A) -> Result<Annotations, A::Error> {
+        let mut all = Annotations::default();
         while let Some(found) = annotations.next_element::<Annotation>()? {
-            all.insert((found.image_id, found.category_id, found.iscrowd != 0));
+            let (image, category, is_crowd) =
+                (found.image_id, found.category_id, found.iscrowd != 0);
+            all.presences.insert((image, category, is_crowd));
+            if let Some(corners) = found.bbox {
+                all.boxes.push((image, category, is_crowd, corners));
+            }
         }
-        Ok(Presences(all))
+        Ok(all)
     }
 }
 
@@ -181,7 +210,7 @@ impl Instances {
                 return Err(fault(found, "an id for each"));
             }
         }
-        for (image, category, is_crowd) in self.annotations.0 {
+        for (image, category, is_crowd) in self.annotations.presences {
             let Some(&class) = class_of.get(&category) else {
                 let found = format!("an annotation of the category {category}");
                 return Err(fault(found, "only those under \"categories\""));
@@ -195,9 +224,26 @@ impl Instances {
                 classes.push(class);
             }
         }
-        let samples = self.images.into_iter().map(|picture| {
-            let classes = classes_of.remove(&picture.id).unwrap_or_default();
-            (folder.join(picture.file_name), classes)
+        let sizes: HashMap<u64, [f64; 2]> = self
+            .images
+            .iter()
+            .map(|picture| (picture.id, [picture.width, picture.height]))
+            .collect();
+        let mut boxes_of: HashMap<u64, Vec<ObjectBox>> = HashMap::new();
+        for (image, category, is_crowd, [left, top, width, height]) in self.annotations.boxes {
+            // Each has its presence, which was checked.
+            if let (Some(&class), Some(&size)) = (class_of.get(&category), sizes.get(&image))
+                && (!is_crowd || crowd == Crowd::Counted)
+            {
+                let corners = [left, top, left + width, top + height];
+                let found = ObjectBox::of_pixels(class, corners, size);
+                boxes_of.entry(image).or_default().extend(found);
+            }
+        }
+        let samples = self.images.into_iter().map(|picture| Sample {
+            picture: folder.join(picture.file_name),
+            classes: classes_of.remove(&picture.id).unwrap_or_default(),
+            boxes: boxes_of.remove(&picture.id).unwrap_or_default(),
         });
         Ok(Coco {
             samples: samples.collect(),
@@ -215,7 +261,7 @@ mod tests {
     use super::*;
 
     const IMAGES: &str = r#""images": [
-        {"id": 7, "file_name": "7.png", "width": 2, "license": 1},
+        {"id": 7, "file_name": "7.png", "width": 4, "height": 2, "license": 1},
         {"id": 3, "file_name": "3.png"}, {"id": 5, "file_name": "5.png"}]"#;
     const ANNOTATIONS: &str = r#""annotations": [
         {"id": 1, "image_id": 7, "category_id": 90, "iscrowd": 0, "segmentation": [[1.5, 2], [3, 4]]},
@@ -254,8 +300,17 @@ mod tests {
             assert_eq!(set.classes(1), [ClassId(1)]);
             assert!(set.classes(2).is_empty() && set.classes(3).is_empty());
             assert!(set.name(1).ends_with("3.png"));
+            // Cut at the picture's edge.
+            let corners = set
+                .boxes(0)
+                .iter()
+                .map(|b| (b.class, [b.left, b.top, b.right, b.bottom]));
+            let expected = [(ClassId(0), [0.0, 0.0, 0.75, 1.0])];
+            assert_eq!(corners.collect::<Vec<_>>(), expected);
+            assert!(set.boxes(1).is_empty());
             let single = open(&folder, Crowd::Ignored).unwrap();
             assert_eq!(single.classes(0), [ClassId(2)]);
+            assert!(single.boxes(0).is_empty());
         }
     }
 

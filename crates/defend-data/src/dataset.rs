@@ -13,6 +13,47 @@ use crate::Error;
 #[serde(transparent)]
 pub struct ClassId(pub u32);
 
+/// A box around an object, in shares of the picture's width and height, `0..=1`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ObjectBox {
+    /// What the object is.
+    pub class: ClassId,
+    /// Its left side.
+    pub left: f32,
+    /// Its upper side.
+    pub top: f32,
+    /// Its right side.
+    pub right: f32,
+    /// Its lower side.
+    pub bottom: f32,
+}
+
+impl ObjectBox {
+    /// From corners in pixels; `None` for a picture or a box without an area.
+    pub(crate) fn of_pixels(
+        class: ClassId,
+        [left, top, right, bottom]: [f64; 4],
+        [width, height]: [f64; 2],
+    ) -> Option<Self> {
+        let share = |at: f64, of: f64| (at / of).clamp(0.0, 1.0) as f32;
+        let found = Self {
+            class,
+            left: share(left, width),
+            top: share(top, height),
+            right: share(right, width),
+            bottom: share(bottom, height),
+        };
+        // False for what is no number too.
+        (width > 0.0 && height > 0.0 && found.left < found.right && found.top < found.bottom)
+            .then_some(found)
+    }
+
+    /// Whether it holds a point, in shares of width and height.
+    pub fn contains(&self, x: f32, y: f32) -> bool {
+        (self.left..=self.right).contains(&x) && (self.top..=self.bottom).contains(&y)
+    }
+}
+
 /// The two halves of a data set that its authors split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -45,6 +86,12 @@ pub trait Dataset: Send + Sync {
     /// Classes of the objects in a picture, each once, ascending; empty for an unlabelled picture
     /// and past the end.
     fn classes(&self, index: usize) -> &[ClassId];
+
+    /// Boxes around the objects that [`Dataset::classes`] names; empty for sets without boxes, and past the end.
+    fn boxes(&self, index: usize) -> &[ObjectBox] {
+        let _ = index;
+        &[]
+    }
 
     /// Where the novelty is: non-zero pixels, in the picture's own size; `None` for sets without masks
     /// and for normal pictures.
@@ -86,6 +133,10 @@ impl<T: Dataset + ?Sized> Dataset for Arc<T> {
 
     fn classes(&self, index: usize) -> &[ClassId] {
         (**self).classes(index)
+    }
+
+    fn boxes(&self, index: usize) -> &[ObjectBox] {
+        (**self).boxes(index)
     }
 
     fn mask(&self, index: usize) -> Result<Option<GrayImage>, Error> {

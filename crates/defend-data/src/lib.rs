@@ -51,7 +51,7 @@ mod voc;
 pub use batches::{Batch, Batches, Failure};
 pub use cifar::{Cifar, CifarLabels};
 pub use coco::{Coco, Crowd};
-pub use dataset::{ClassId, Dataset, Split};
+pub use dataset::{ClassId, Dataset, ObjectBox, Split};
 pub use decode::{MAX_DECODED_BYTES, decode_image, read_image};
 pub use error::Error;
 pub use folder::{ClassFolder, ImageFolder};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use image::{GrayImage, RgbImage};
 
-use crate::{ClassId, Dataset, Error, dataset::sample};
+use crate::{ClassId, Dataset, Error, ObjectBox, dataset::sample};
 
 /// Some pictures of another data set, in an order of one's own.
 #[derive(Clone)]
@@ -52,6 +52,12 @@ impl Dataset for Subset {
         self.indices
             .get(index)
             .map_or(&[], |&i| self.whole.classes(i))
+    }
+
+    fn boxes(&self, index: usize) -> &[ObjectBox] {
+        self.indices
+            .get(index)
+            .map_or(&[], |&i| self.whole.boxes(i))
     }
 
     fn mask(&self, index: usize) -> Result<Option<GrayImage>, Error> {

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use roxmltree::{Document, Node};
 
 use crate::published::{read_picture, read_text};
-use crate::{ClassId, Dataset, Error, dataset::sample};
+use crate::{ClassId, Dataset, Error, ObjectBox, dataset::sample};
 
 /// The classes of PASCAL VOC since 2007; the position is the [`ClassId`].
 pub const VOC_CLASSES: [&str; 20] = [
@@ -52,8 +52,21 @@ pub enum Difficult {
 /// One split of PASCAL VOC with the classes of all annotated objects.
 #[derive(Debug, Clone)]
 pub struct Voc {
-    samples: Vec<(PathBuf, Vec<ClassId>)>,
+    samples: Vec<Sample>,
     class_names: Vec<String>,
+}
+
+#[derive(Debug, Clone)]
+struct Sample {
+    picture: PathBuf,
+    objects: Objects,
+}
+
+/// What is in a picture.
+#[derive(Debug, Clone, Default)]
+struct Objects {
+    classes: Vec<ClassId>,
+    boxes: Vec<ObjectBox>,
 }
 
 impl Voc {
@@ -67,7 +80,7 @@ impl Voc {
         let root = root.as_ref();
         Self::listed(root, "Main", split, |id| {
             let annotation = root.join("Annotations").join(format!("{id}.xml"));
-            classes_in(&read_text(&annotation, MISSING)?, &annotation, difficult)
+            objects_in(&read_text(&annotation, MISSING)?, &annotation, difficult)
         })
     }
 
@@ -81,16 +94,19 @@ impl Voc {
         let root = root.as_ref();
         Self::listed(root, "Segmentation", split, |id| {
             let path = root.join("SegmentationClass").join(format!("{id}.png"));
-            classes_of_mask(&read_picture(&path, MISSING)?, &path)
+            Ok(Objects {
+                classes: classes_of_mask(&read_picture(&path, MISSING)?, &path)?,
+                boxes: Vec::new(),
+            })
         })
     }
 
-    /// The pictures of an image set, with the classes that `classes` finds for each id.
+    /// The pictures of an image set, with what `objects` finds for each id.
     fn listed(
         root: &Path,
         kind: &str,
         split: &str,
-        classes: impl Fn(&str) -> Result<Vec<ClassId>, Error> + Sync,
+        objects: impl Fn(&str) -> Result<Objects, Error> + Sync,
     ) -> Result<Self, Error> {
         let list = root
             .join("ImageSets")
@@ -104,7 +120,10 @@ impl Voc {
             .collect();
         let sample = |id: &&str| {
             let picture = root.join("JPEGImages").join(format!("{id}.jpg"));
-            Ok((picture, classes(id)?))
+            Ok(Sample {
+                picture,
+                objects: objects(id)?,
+            })
         };
         let samples = ids
             .par_iter()
@@ -131,15 +150,19 @@ impl Dataset for Voc {
     fn name(&self, index: usize) -> Cow<'_, str> {
         self.samples
             .get(index)
-            .map_or(Cow::Borrowed(""), |(path, _)| path.to_string_lossy())
+            .map_or(Cow::Borrowed(""), |s| s.picture.to_string_lossy())
     }
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
-        read_picture(&sample(&self.samples, index)?.0, MISSING)
+        read_picture(&sample(&self.samples, index)?.picture, MISSING)
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {
-        self.samples.get(index).map_or(&[], |(_, classes)| classes)
+        self.samples.get(index).map_or(&[], |s| &s.objects.classes)
+    }
+
+    fn boxes(&self, index: usize) -> &[ObjectBox] {
+        self.samples.get(index).map_or(&[], |s| &s.objects.boxes)
     }
 
     fn class_names(&self) -> &[String] {
@@ -147,8 +170,8 @@ impl Dataset for Voc {
     }
 }
 
-/// Classes of the objects in an annotation, each once, ascending.
-fn classes_in(text: &str, path: &Path, difficult: Difficult) -> Result<Vec<ClassId>, Error> {
+/// The objects in an annotation: classes each once, ascending, and the boxes of those that have one.
+fn objects_in(text: &str, path: &Path, difficult: Difficult) -> Result<Objects, Error> {
     let document = Document::parse(text).map_err(|source| Error::Xml {
         path: path.into(),
         source,
@@ -161,7 +184,8 @@ fn classes_in(text: &str, path: &Path, difficult: Difficult) -> Result<Vec<Class
             expected: "<annotation>",
         });
     }
-    let mut classes = Vec::new();
+    let size = child(root, "size").and_then(|size| numbers(size, ["width", "height"]));
+    let mut objects = Objects::default();
     for object in root.children().filter(|node| node.has_tag_name("object")) {
         if difficult == Difficult::Ignored && text_of(object, "difficult") == Some("1") {
             continue;
@@ -175,11 +199,31 @@ fn classes_in(text: &str, path: &Path, difficult: Difficult) -> Result<Vec<Class
                 expected: "one of the 20 classes of PASCAL VOC",
             });
         };
-        classes.push(ClassId(class as u32));
+        let class = ClassId(class as u32);
+        objects.classes.push(class);
+        let corners = child(object, "bndbox")
+            .and_then(|corners| numbers(corners, ["xmin", "ymin", "xmax", "ymax"]));
+        if let (Some(corners), Some(size)) = (corners, size) {
+            let found = ObjectBox::of_pixels(class, corners, size);
+            objects.boxes.extend(found);
+        }
     }
-    classes.sort_unstable();
-    classes.dedup();
-    Ok(classes)
+    objects.classes.sort_unstable();
+    objects.classes.dedup();
+    Ok(objects)
+}
+
+/// The numbers in some elements; `None` unless all are there.
+fn numbers<const N: usize>(node: Node<'_, '_>, tags: [&str; N]) -> Option<[f64; N]> {
+    let mut numbers = [0.0; N];
+    for (number, tag) in numbers.iter_mut().zip(tags) {
+        *number = text_of(node, tag)?.parse().ok()?;
+    }
+    Some(numbers)
+}
+
+fn child<'a, 'b>(node: Node<'a, 'b>, tag: &str) -> Option<Node<'a, 'b>> {
+    node.children().find(|node| node.has_tag_name(tag))
 }
 
 /// Classes with a pixel in a segmentation of VOC's colours, ascending; background and the undecided border are none.
@@ -219,11 +263,7 @@ fn voc_colour(label: u8) -> [u8; 3] {
 }
 
 fn text_of<'a>(object: Node<'a, '_>, tag: &str) -> Option<&'a str> {
-    object
-        .children()
-        .find(|node| node.has_tag_name(tag))?
-        .text()
-        .map(str::trim)
+    child(object, tag)?.text().map(str::trim)
 }
 
 #[cfg(test)]
@@ -280,9 +320,11 @@ mod tests {
         assert!(matches!(open(), Err(Error::Missing { .. })));
     }
 
-    const TWO_DOGS: &str = "<annotation>
-        <object><name>person</name><difficult>1</difficult><part><name>head</name></part></object>
-        <object><name>dog</name><difficult>0</difficult></object>
+    const TWO_DOGS: &str = "<annotation><size><width>200</width><height>100</height></size>
+        <object><name>person</name><difficult>1</difficult><part><name>head</name></part>
+            <bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>
+        <object><name>dog</name><difficult>0</difficult>
+            <bndbox><xmin>50</xmin><ymin>20.5</ymin><xmax>250</xmax><ymax>100</ymax></bndbox></object>
         <object><name> dog </name></object></annotation>";
 
     fn voc(annotation: Option<&str>) -> tempfile::TempDir {
@@ -310,6 +352,17 @@ mod tests {
         assert!(all.name(0).ends_with("a.jpg"));
         let easy = Voc::open(root.path(), "train", Difficult::Ignored).unwrap();
         assert_eq!(easy.classes(0), [ClassId(11)]);
+        // Up to the picture's edge; the second dog has no box.
+        let dog = ObjectBox {
+            class: ClassId(11),
+            left: 0.25,
+            top: 0.205,
+            right: 1.0,
+            bottom: 1.0,
+        };
+        assert_eq!((easy.boxes(0), all.boxes(0).len()), (&[dog][..], 2));
+        assert!(dog.contains(0.3, 0.3) && !dog.contains(0.3, 0.2));
+        assert!(all.boxes(1).is_empty());
     }
 
     #[test]

@@ -199,7 +199,7 @@ impl Default for PatchConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ObjectConfig {
-    /// Images whose places are looked at.
+    /// Images whose places are looked at; more of them hardly help.
     pub images: usize,
     /// Places of them that are kept, a random part of all.
     pub places: usize,
@@ -210,8 +210,8 @@ pub struct ObjectConfig {
 impl Default for ObjectConfig {
     fn default() -> Self {
         Self {
-            images: 64,
-            places: 2000,
+            images: 32,
+            places: 1000,
             width: 6.0,
         }
     }

@@ -5,7 +5,7 @@ use ndarray::{Array2, ArrayView2, Axis, s};
 use rand::seq::index::sample;
 use rayon::prelude::*;
 
-use crate::linear::product;
+use crate::linear::{exp_of_negative, product, vectorised};
 use crate::{ClosedForm, CoreSet, Error, Judgement, PatchMemory, PatchTokens, Standard};
 
 /// Densities are not taken to be less before the logarithm.
@@ -96,8 +96,10 @@ impl ObjectMemory {
         known: &Array2<f32>,
         left_out: impl Fn(usize) -> bool,
     ) -> Vec<f64> {
-        let counted: Vec<bool> = (0..known.nrows()).map(|row| !left_out(row)).collect();
-        let count = counted.iter().filter(|counted| **counted).count();
+        let weights: Vec<f32> = (0..known.nrows())
+            .map(|row| if left_out(row) { 0.0 } else { 1.0 })
+            .collect();
+        let count = weights.iter().filter(|weight| **weight > 0.0).count();
         if count == 0 {
             return vec![0.0; places.nrows()];
         }
@@ -105,12 +107,13 @@ impl ObjectMemory {
         let factor = (2.0 * self.width) as f32;
         let similarities = product(places, known.view());
         let of_place = similarities.rows().into_iter().map(|row| {
-            let counted = row.iter().zip(&counted).filter(|(_, counted)| **counted);
-            let kernels =
-                counted.map(|(similarity, _)| f64::from((factor * (similarity - 1.0)).exp()));
-            (kernels.sum::<f64>() / count as f64)
-                .max(LEAST_DENSITY)
-                .ln()
+            let sum = row.as_slice().map_or(0.0, |row| {
+                vectorised(
+                    #[inline(always)]
+                    || kernels(row, &weights, factor),
+                )
+            });
+            (f64::from(sum) / count as f64).max(LEAST_DENSITY).ln()
         });
         of_place.collect()
     }
@@ -137,6 +140,24 @@ impl ObjectMemory {
     }
 }
 
+/// Sum of weighed `exp(factor (similarity - 1))`, lane by lane: the compiler keeps the order of a single sum.
+#[inline(always)]
+fn kernels(similarities: &[f32], weights: &[f32], factor: f32) -> f32 {
+    const LANES: usize = 32;
+    let mut lanes = [0f32; LANES];
+    let (values, rest) = similarities.as_chunks::<LANES>();
+    let (weights, of_rest) = weights.as_chunks::<LANES>();
+    for (values, weights) in values.iter().zip(weights) {
+        for ((lane, value), weight) in lanes.iter_mut().zip(values).zip(weights) {
+            *lane += weight * exp_of_negative(factor * (value - 1.0));
+        }
+    }
+    for ((lane, value), weight) in lanes.iter_mut().zip(rest).zip(of_rest) {
+        *lane += weight * exp_of_negative(factor * (value - 1.0));
+    }
+    lanes.iter().sum()
+}
+
 /// What maps of objects are made of.
 #[derive(Debug, Clone)]
 pub(crate) struct ScaledObjects {
@@ -157,38 +178,24 @@ impl ClosedForm {
         }
     }
 
-    /// Kept images whose places [`ClosedForm::remember_objects`] wants, of other groups as far as possible; among
-    /// [`ClosedForm::patch_images`] where there are any. None where maps show patch distances alone.
-    pub fn object_images(&self) -> Vec<usize> {
-        if self.patch_share() >= 1.0 {
-            return Vec::new();
-        }
-        let limit = self.config.objects.images;
-        if self.patch_weight > 0.0 {
-            crate::closed_form::spread(&self.patch_images(), limit)
-        } else {
-            self.leaders_first(limit)
-        }
-    }
-
-    /// Chooses the object memory from the places of [`ClosedForm::object_images`], in that order (one block; the surroundings of
-    /// each patch), and from unit rows of ordinary images; returns the values that these images' places have when their groups are
-    /// left out, in standard deviations.
+    /// Chooses the object memory from places of some normal images (one block; the surroundings of each patch) and from unit rows
+    /// of ordinary images; returns the values that the normal images' places have when their groups are left out, in standard
+    /// deviations. `groups`: number of each image's group, or another number above them for an image that is not kept.
     ///
     /// # Errors
     /// [`Error::Shape`] for places of another number of images or other widths.
     pub fn remember_objects(
         &mut self,
         places: &PatchTokens,
+        groups: &[usize],
         ordinary: Option<Array2<f32>>,
         rng: &mut Rng,
     ) -> Result<Vec<Vec<f32>>, Error> {
-        let images = self.object_images();
-        if places.len() != images.len() || places.blocks().len() != 1 {
+        if places.len() != groups.len() || places.blocks().len() != 1 {
             return Err(Error::Shape {
                 what: "places (blocks, images, places)".into(),
                 found: vec![places.blocks().len(), places.len(), places.patches()],
-                expected: vec![1, images.len(), places.patches()],
+                expected: vec![1, groups.len(), places.patches()],
             });
         }
         let widths = places.blocks().iter().map(|block| block.len_of(Axis(2)));
@@ -201,20 +208,16 @@ impl ClosedForm {
                 expected: vec![ordinary.nrows(), width],
             });
         }
-        let groups: Vec<usize> = images
-            .iter()
-            .filter_map(|&image| self.groups.of.get(image).copied())
-            .collect();
         let settings = self.config.objects;
         let memory = ObjectMemory::choose(
             places,
-            &groups,
+            groups,
             ordinary,
             (settings.places, settings.width),
             rng,
         );
         self.set_objects(memory);
-        self.object_values(places, Some(&groups))
+        self.object_values(places, Some(groups))
     }
 
     /// Takes an object memory, with the scale that its own places give.

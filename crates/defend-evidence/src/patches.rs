@@ -88,6 +88,15 @@ impl PatchTokens {
         self.blocks.first().map_or(0, |block| block.len_of(Axis(1)))
     }
 
+    /// Some of the images, in the order asked for.
+    #[must_use]
+    pub fn select(&self, images: &[usize]) -> Self {
+        let blocks = self.blocks.iter();
+        Self {
+            blocks: blocks.map(|block| block.select(Axis(0), images)).collect(),
+        }
+    }
+
     /// Unit rows of each block, `[images, patches, channels]`.
     pub fn blocks(&self) -> &[Array3<f32>] {
         &self.blocks

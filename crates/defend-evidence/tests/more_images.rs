@@ -299,8 +299,10 @@ fn what_patches_decide_needs_the_images_and_maps_lose_what_is_forgotten() {
     config.patches.weight = 0.0;
     let mut form = ClosedForm::fit(&normal, None, &config).unwrap();
     assert_eq!((form.patch_images().len(), form.patch_share()), (0, 0.0));
-    assert_eq!(form.object_images().len(), 30);
-    form.remember_objects(&tokens(30, &mut rng), None, &mut Rng::seed(1))
+    let mut groups = form.groups().of.clone();
+    // An image that is not kept.
+    groups[29] = 1000;
+    form.remember_objects(&tokens(30, &mut rng), &groups, None, &mut Rng::seed(1))
         .unwrap();
     let forgotten = form.groups().of[4];
     let left: Vec<usize> = (0..30)
@@ -315,12 +317,8 @@ fn what_patches_decide_needs_the_images_and_maps_lose_what_is_forgotten() {
         .count();
     assert!(own > 0);
     assert_eq!(after_normal.patches.nrows(), before.patches.nrows() - own);
-    assert!(
-        after_normal
-            .groups
-            .iter()
-            .all(|group| *group < after.groups().len())
-    );
+    let unknown = |groups: &[usize], known: usize| groups.iter().filter(|g| **g >= known).count();
+    assert_eq!(unknown(&after_normal.groups, after.groups().len()), 9);
     let judged = after.evaluate(&images(1, 1, 8), None).unwrap();
     let maps = after.maps(&judged, Some(&tokens(1, &mut rng))).unwrap();
     let map = maps[0].as_ref().unwrap();
@@ -354,7 +352,12 @@ fn maps_show_the_place_that_is_novel() {
         let mut form = ClosedForm::fit(&normal, background, &config).unwrap();
         assert_eq!(form.contrast_weight() > 0.0, background.is_some());
         let left = form
-            .remember_objects(&normal_places, Some(ordinary.clone()), &mut Rng::seed(1))
+            .remember_objects(
+                &normal_places,
+                &form.groups().of.clone(),
+                Some(ordinary.clone()),
+                &mut Rng::seed(1),
+            )
             .unwrap();
         let left: Vec<f64> = left.concat().into_iter().map(f64::from).collect();
         // Standard deviations of normal places.
@@ -380,7 +383,7 @@ fn maps_show_the_place_that_is_novel() {
         assert_eq!(form.maps(&judged, None).unwrap(), vec![None; 4]);
         assert!(form.maps(&judged[..2], Some(&query_places)).is_err());
         assert!(
-            form.remember_objects(&query_places, None, &mut rng)
+            form.remember_objects(&query_places, &[0; 3], None, &mut rng)
                 .is_err()
         );
     }
@@ -403,10 +406,15 @@ fn between_the_gates_maps_are_added_on_one_scale() {
         let block = Array3::from_shape_simple_fn((30, 9, 5), || standard_normal(&mut rng) as f32);
         PatchTokens::new(vec![block]).unwrap()
     };
-    assert_eq!(form.object_images(), form.patch_images());
+    assert_eq!(form.patch_images().len(), 30);
     let broken = form.remember(&tokens(), &mut Rng::seed(1)).unwrap();
     let objects = form
-        .remember_objects(&tokens(), None, &mut Rng::seed(1))
+        .remember_objects(
+            &tokens(),
+            &form.groups().of.clone(),
+            None,
+            &mut Rng::seed(1),
+        )
         .unwrap();
     let alone = |objects: &Vec<f32>, broken: &Vec<f32>| form.map_of(Some(objects), Some(broken));
     let zeros = vec![0.0; 9];
