@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Tensor};
 use defend_evidence::{Embeddings, PatchTokens};
+use defend_nn::ops;
 use defend_vit::{Encoder, Layer};
 use ndarray::{Array2, Array3};
 
@@ -82,15 +83,19 @@ impl TokenBlocks {
         for block in &self.last {
             parts.push(matrix(&layer(block)?.cls)?);
         }
-        let mut places = local;
         if let Some(block) = self.last.last() {
             let patches = &layer(block)?.patches;
             parts.push(matrix(&patches.to_dtype(DType::F32)?.mean(1)?)?);
-            places = places.or_else(|| wanted.places.then(|| patches.clone()));
         }
-        let places = match places {
-            Some(places) => Some(PatchTokens::new(vec![cube(&places)?])?),
-            None => None,
+        let places = match (wanted.places, self.last.first(), self.last.last()) {
+            (true, Some(first), Some(last)) => {
+                let places = match local {
+                    Some(local) => surroundings(&local, &layer(first)?.patches)?,
+                    None => layer(last)?.patches.clone(),
+                };
+                Some(PatchTokens::new(vec![cube(&places)?])?)
+            }
+            _ => None,
         };
         let patches = if wanted.patches {
             let blocks = self.middle.iter().map(|block| cube(&layer(block)?.patches));
@@ -106,11 +111,22 @@ impl TokenBlocks {
     }
 }
 
+/// Weight of a patch's own token beside its local CLS token, which weighs 1.
+const OWN_TOKEN: f64 = 0.7;
+
+/// What says of each patch what it shows: its local CLS token, which knows of objects, and its own token of the last but one block,
+/// which knows where they end; `[B, N, 2 D]`.
+fn surroundings(local: &Tensor, own: &Tensor) -> Result<Tensor, Error> {
+    let unit = |tokens: &Tensor| ops::l2_normalize(&tokens.to_dtype(DType::F32)?);
+    let own = (unit(own)? * OWN_TOKEN)?;
+    Ok(Tensor::cat(&[unit(local)?, own], 2)?)
+}
+
 /// What was taken of a batch.
 pub(crate) struct Embedded {
     pub(crate) images: Embeddings,
     pub(crate) patches: Option<PatchTokens>,
-    /// Local CLS tokens, or patch tokens of the last block of a teacher without such.
+    /// What is around each patch: [`surroundings`], or patch tokens of the last block of a teacher without local CLS tokens.
     pub(crate) places: Option<PatchTokens>,
 }
 

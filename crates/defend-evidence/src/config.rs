@@ -162,8 +162,10 @@ impl Default for TogetherConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PatchConfig {
-    /// Patches that are kept of each block.
+    /// Patches that are kept of each block because the others are near one of them (greedy k-centre).
     pub core: usize,
+    /// Patches of each block that are kept at random beside these.
+    pub random: usize,
     /// Patches that they are chosen from, a random part of all.
     pub candidates: usize,
     /// Channels of the random projection that the choice is made in.
@@ -184,6 +186,7 @@ impl Default for PatchConfig {
     fn default() -> Self {
         Self {
             core: 3000,
+            random: 500,
             candidates: 60_000,
             projected: 64,
             images: 2000,

@@ -150,14 +150,15 @@ impl PatchMemory {
         Self { blocks, worst }
     }
 
-    /// Chooses patches of each block by greedy k-centre in a random projection; `groups`: of each image.
+    /// Chooses patches of each block by greedy k-centre in a random projection, and some more at random: the former reach out to
+    /// every patch there is, the latter stand where most are. `groups`: of each image.
     pub fn choose(
         tokens: &PatchTokens,
         groups: &[usize],
         config: &PatchConfig,
         rng: &mut Rng,
     ) -> Self {
-        let size = config.core;
+        let (size, random) = (config.core, config.random);
         // Random numbers in the order of the blocks; then a block on each thread.
         let drawn: Vec<_> = tokens
             .blocks
@@ -170,7 +171,7 @@ impl PatchMemory {
                 for (mut target, &i) in rows.rows_mut().into_iter().zip(&candidates) {
                     target.assign(&block.slice(s![i / patches, i % patches, ..]));
                 }
-                let projected = (size < candidates.len())
+                let projected = (size + random < candidates.len())
                     .then(|| eight_bits(&project(rows.view(), config.projected, rng)));
                 let images: Vec<usize> = candidates.iter().map(|i| i / patches).collect();
                 (rows, images, projected)
@@ -178,7 +179,9 @@ impl PatchMemory {
             .collect();
         let blocks = drawn.into_par_iter().map(|(rows, images, projected)| {
             let chosen = match projected {
-                Some(projected) => farthest_first(&projected, size),
+                Some(projected) => {
+                    and_others(farthest_first(&projected, size), images.len(), random)
+                }
                 None => (0..images.len()).collect(),
             };
             CoreSet {
@@ -327,6 +330,16 @@ fn eight_bits(rows: &Array2<f32>) -> Array2<i8> {
     rows.mapv(|v| (v * scale).round() as i8)
 }
 
+/// Some numbers below `total` and the `count` first others.
+fn and_others(mut chosen: Vec<usize>, total: usize, count: usize) -> Vec<usize> {
+    let mut taken = vec![false; total];
+    for &i in &chosen {
+        taken[i] = true;
+    }
+    chosen.extend((0..total).filter(|&i| !taken[i]).take(count));
+    chosen
+}
+
 /// Numbers of `size` of the rows that cover all: from the first on, each next one is the farthest from those before (greedy
 /// k-centre); fewer than `size` when all others are equal to one of them.
 fn farthest_first(rows: &Array2<i8>, size: usize) -> Vec<usize> {
@@ -464,6 +477,7 @@ mod tests {
         let choose = |core, projected| {
             let config = PatchConfig {
                 core,
+                random: 3,
                 projected,
                 ..PatchConfig::default()
             };
@@ -474,8 +488,10 @@ mod tests {
                 let heap = |row: ndarray::ArrayView1<'_, f32>| row.iter().position(|v| *v > 0.5);
                 let mut heaps: Vec<_> = core.patches.rows().into_iter().filter_map(heap).collect();
                 heaps.sort_unstable();
+                heaps.dedup();
                 assert_eq!(heaps, [0, 1, 2, 3, 4], "{width} channels");
-                assert_eq!(core.groups.len(), 5);
+                // Three more at random.
+                assert_eq!(core.groups.len(), 8);
             }
         }
         let all = choose(9999, 16);
