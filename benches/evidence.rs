@@ -7,15 +7,19 @@
     reason = "a benchmark, not an interface"
 )]
 
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use candle_core::Tensor;
 use criterion::{Criterion, criterion_group, criterion_main};
 use defend_benches::{frozen_vit, noise};
-use defend_core::data::{Memory, RgbImage};
+use defend_core::data::{Dataset, Memory, RgbImage, Subset};
 use defend_core::evidence::{ClosedForm, Embeddings, EvidenceConfig};
 use defend_core::nn::Rng;
-use defend_core::{Defend, DefendConfig, Detector, MaskedConfig, NoveltyDetector, Silent, Student};
+use defend_core::{
+    Background, Defend, DefendConfig, Detector, MaskedConfig, NoveltyDetector, ProfileSet, Silent,
+    Student,
+};
 use defend_vit::{Architecture, Encoder, TrainScope, Vit};
 use ndarray::Array2;
 use rand::RngExt;
@@ -40,6 +44,20 @@ fn pictures(count: usize) -> Memory {
     memory
 }
 
+/// Pictures of noise look like any other noise: the contrast counts, in scores and in maps.
+fn background() -> Background {
+    static READY: OnceLock<Background> = OnceLock::new();
+    let ready = READY.get_or_init(|| {
+        let builder =
+            Defend::builder().teacher(teacher().copy(TrainScope::Frozen).expect("a copy"));
+        let photos = pictures(1000);
+        builder
+            .look_at_background(photos, "noise", &mut Silent)
+            .expect("a background")
+    });
+    ready.clone()
+}
+
 /// Settings under which patches count, or do not.
 fn closed_form(patches: bool) -> DefendConfig {
     let mut evidence = EvidenceConfig::default();
@@ -50,10 +68,11 @@ fn closed_form(patches: bool) -> DefendConfig {
     }
 }
 
-fn fitted(config: DefendConfig, normal: Memory) -> Detector {
+fn fitted(config: DefendConfig, normal: impl Dataset + 'static) -> Detector {
     let builder = Defend::builder().teacher(teacher().copy(TrainScope::Frozen).expect("a copy"));
     builder
         .config(config)
+        .background(background())
         .fit(normal, &mut Silent)
         .expect("a fit")
         .detector
@@ -88,13 +107,23 @@ fn scoring(c: &mut Criterion) {
     };
     let plain = fitted(closed_form(false), normal.clone());
     score("closed form", &plain, false);
-    score("closed form, with maps", &plain, true);
+    score("closed form, with maps of objects", &plain, true);
+    let patches = fitted(closed_form(true), normal.clone());
+    score("closed form, patches count", &patches, false);
     score(
-        "closed form, patches count",
-        &fitted(closed_form(true), normal),
-        false,
+        "closed form, patches count, with maps of what is broken",
+        &patches,
+        true,
     );
     score("masked distillation", &fitted(masked, pictures(32)), false);
+    let profile = |i: usize| {
+        let some = Subset::new(Arc::new(normal.clone()), (i..NORMAL).collect()).expect("a part");
+        (i.to_string(), fitted(closed_form(false), some))
+    };
+    let profiles = ProfileSet::new((0..50).map(profile).collect()).expect("one teacher");
+    group.bench_function("50 closed forms in one pass", |b| {
+        b.iter(|| profiles.score(&images).expect("scores"));
+    });
     group.finish();
 }
 

@@ -133,11 +133,15 @@ pub(crate) struct Extend {
     #[arg(long)]
     pub(crate) model: PathBuf,
     /// Folder of known abnormal pictures. May be given several times.
-    #[arg(long, required_unless_present_any = ["normal", "forget"])]
+    #[arg(long, required_unless_present_any = ["normal", "forget", "marked"])]
     pub(crate) abnormal: Vec<PathBuf>,
     /// Folder of further normal pictures. May be given several times.
     #[arg(long)]
     pub(crate) normal: Vec<PathBuf>,
+    /// CSV table of `defend score`, `sort` or `suspects` to which you have added a column "mark" with normal or abnormal beside the
+    /// pictures that you know. May be given several times.
+    #[arg(long)]
+    pub(crate) marked: Vec<PathBuf>,
     /// Normal picture to forget, by its path at the fit. May be given several times.
     #[arg(long)]
     pub(crate) forget: Vec<String>,

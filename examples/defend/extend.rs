@@ -4,12 +4,19 @@ use anyhow::Result;
 use defend_core::{Learnt, ProgressBar};
 
 use crate::arguments::Extend;
+use crate::marked::Marked;
 use crate::pictures::{check_writable, find};
 
 pub(crate) fn run(arguments: &Extend) -> Result<()> {
     let out = arguments.out.as_ref().unwrap_or(&arguments.model);
     check_writable(out)?;
     let strict = arguments.common.strict;
+    let (mut normal, mut abnormal) = (arguments.normal.clone(), arguments.abnormal.clone());
+    for table in &arguments.marked {
+        let marked = Marked::read(table)?;
+        normal.extend(marked.normal);
+        abnormal.extend(marked.abnormal);
+    }
     let mut detector = arguments.common.load(&arguments.model)?;
     let mut dropped = false;
     let mut say = |what: &str, learnt: &Learnt| {
@@ -21,15 +28,15 @@ pub(crate) fn run(arguments: &Extend) -> Result<()> {
         let learnt = detector.forget(&arguments.forget, arguments.forget_group)?;
         say("forgot", &learnt);
     }
-    if !arguments.normal.is_empty() {
-        let normal = find(&arguments.normal, strict)?.dataset();
+    if !normal.is_empty() {
+        let normal = find(&normal, strict)?.dataset();
         say(
             "learnt as normal",
             &detector.learn_normal(normal, &mut ProgressBar::new())?,
         );
     }
-    if !arguments.abnormal.is_empty() {
-        let abnormal = find(&arguments.abnormal, strict)?.dataset();
+    if !abnormal.is_empty() {
+        let abnormal = find(&abnormal, strict)?.dataset();
         say(
             "learnt as abnormal",
             &detector.learn_abnormal(abnormal, &mut ProgressBar::new())?,

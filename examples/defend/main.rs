@@ -11,6 +11,7 @@ mod evaluate;
 mod extend;
 mod fit;
 mod maps;
+mod marked;
 mod pictures;
 mod score;
 mod sort;

@@ -273,10 +273,26 @@ fn a_background_is_made_saved_checked_and_used() -> Result<(), Error> {
     for (a, b) in both[0].iter().zip(&both[1]) {
         assert!((a - b).abs() < 1e-9, "{a} {b}: both are rounded alike");
     }
+    // Maps know ordinary surroundings, and those of the photos are kept at 48 channels: local CLS token and the patch's own.
+    let maps = |detector: &Detector| -> Vec<f32> {
+        let scan = scan_with_maps(detector, pictures(3, 0..3, 0), &mut Silent).unwrap();
+        let maps = scan.findings.into_iter().filter_map(|f| f.novelty.map);
+        maps.flat_map(|map| map.values).collect()
+    };
+    let places = made.places().expect("places");
+    assert_eq!(places.dim(), (320, 48));
+    for row in places.rows() {
+        assert!((row.dot(&row) - 1.0).abs() < 1e-5);
+    }
+    let seen = fitted.detector.evidence().unwrap().objects().unwrap();
+    assert_eq!(seen.ordinary(), Some(&places));
+    let alone = with(BackgroundSource::None)?;
+    assert_ne!(maps(&fitted.detector), maps(&alone.detector));
     let model = folder.path().join("model.defend");
     fitted.detector.save(&model)?;
     let again = Detector::load(&model, &Device::Cpu)?;
     assert_eq!(scores(&again, pictures(3, 0..6, 0)), both[0]);
+    assert_eq!(maps(&again), maps(&fitted.detector));
 
     // Another teacher's is refused by both names before any picture is read.
     let error = with(look(8)?.into()).err().unwrap();
