@@ -27,6 +27,8 @@ pub(crate) enum Command {
     Suspects(Suspects),
     /// Scores a folder as a whole: many abnormal pictures tell what abnormal ones look like.
     Sort(Sort),
+    /// Writes what a backbone says of pictures, for other tools or for `defend fit --features`.
+    Embed(Embed),
     /// Chooses a model's threshold from held-out normal pictures.
     Calibrate(Calibrate),
     /// Prints a line for each picture: score, verdict, path.
@@ -65,7 +67,7 @@ pub(crate) struct Bench {
 #[derive(Args)]
 pub(crate) struct Fit {
     /// Folder of normal pictures; its sub-folders count too. May be given several times.
-    #[arg(long, required = true)]
+    #[arg(long, required_unless_present = "features")]
     pub(crate) normal: Vec<PathBuf>,
     /// Model file to write.
     #[arg(long)]
@@ -101,10 +103,13 @@ pub(crate) struct Fit {
     /// Share of normal pictures that the model may call novel, about; between 0 and 1. `defend calibrate` gives a guarantee.
     #[arg(long)]
     pub(crate) false_alarm_rate: Option<f64>,
+    /// Features of normal pictures, a safetensors file of `defend embed`, in place of --normal.
+    #[arg(long, conflicts_with = "normal")]
+    pub(crate) features: Option<PathBuf>,
     /// For masked students: folder that keeps the backbone's features for the next fit on the same pictures; pays with
     /// --no-dense.
     #[arg(long)]
-    pub(crate) features: Option<PathBuf>,
+    pub(crate) feature_folder: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) common: Common,
 }
@@ -123,6 +128,25 @@ pub(crate) struct Background {
     /// Side that pictures are resized to, pixels; what the backbone was trained at without it.
     #[arg(long)]
     pub(crate) image_size: Option<usize>,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Embed {
+    /// File to write: .safetensors has everything, and `defend fit --features` takes it back; .npy has what the default compares
+    /// (phi), beside a table of names and hashes.
+    #[arg(long)]
+    pub(crate) out: PathBuf,
+    /// Pretrained weights, as for `defend fit`.
+    #[arg(long)]
+    pub(crate) backbone: Option<String>,
+    /// Side that pictures are resized to, pixels; what the backbone was trained at without it.
+    #[arg(long)]
+    pub(crate) image_size: Option<usize>,
+    /// Pictures and folders of pictures.
+    #[arg(required = true)]
+    pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) common: Common,
 }

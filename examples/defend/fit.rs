@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Result;
 use defend_core::evidence::ClosedForm;
 use defend_core::vit::Precision;
-use defend_core::{ClosedFormReport, Defend, Fitted, ProgressBar, StudentReport};
+use defend_core::{ClosedFormReport, Defend, FeatureTable, Fitted, ProgressBar, StudentReport};
 
 use crate::arguments::{Fit, pretrained};
 use crate::background;
@@ -15,7 +15,6 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
     let start = Instant::now();
     let config = arguments.settings()?;
     check_writable(&arguments.out)?;
-    let normal = find(&arguments.normal, arguments.common.strict)?.dataset();
     let mut builder = Defend::builder()
         .config(config)
         .device(arguments.common.device())
@@ -30,10 +29,15 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
         builder = builder.abnormal(find(&arguments.abnormal, arguments.common.strict)?.dataset());
     }
     builder = builder.drop_suspects(arguments.drop_suspects);
-    if let Some(folder) = &arguments.features {
+    if let Some(folder) = &arguments.feature_folder {
         builder = builder.feature_folder(folder, Precision::Full);
     }
-    let fitted = builder.fit(normal, &mut ProgressBar::new())?;
+    let fitted = if let Some(table) = &arguments.features {
+        builder.fit_features(&FeatureTable::load(table)?, &mut ProgressBar::new())?
+    } else {
+        let normal = find(&arguments.normal, arguments.common.strict)?.dataset();
+        builder.fit(normal, &mut ProgressBar::new())?
+    };
     fitted.detector.save(&arguments.out)?;
     summarize(&fitted);
     let out = arguments.out.display();

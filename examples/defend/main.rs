@@ -7,6 +7,7 @@ mod background;
 mod bench;
 mod calibrate;
 mod demo;
+mod embed;
 mod evaluate;
 mod extend;
 mod fit;
@@ -48,6 +49,7 @@ fn run(command: Command) -> Result<()> {
         Command::Extend(arguments) => extend::run(&arguments),
         Command::Suspects(arguments) => suspects::run(&arguments),
         Command::Sort(arguments) => sort::run(&arguments),
+        Command::Embed(arguments) => embed::run(&arguments),
         Command::Calibrate(arguments) => calibrate::run(&arguments),
         Command::Score(arguments) => score::run(&arguments),
         Command::Evaluate(arguments) => evaluate::run(&arguments),

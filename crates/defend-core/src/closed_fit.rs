@@ -26,72 +26,30 @@ impl Stages<'_> {
         let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
         let mut normals = Normals::new(&*teacher, &blocks, &self.pictures);
         let images = normals.embeddings(config.objects.images, self.observer)?;
-        let ordinary = background.map(Background::embeddings).transpose()?;
         let fit = Fit {
             images: &images,
-            ordinary: ordinary.as_ref(),
+            names: &|image| self.pictures.name(image),
             background,
-            normals: &normals,
+            normals: Some(&normals),
             config,
             seed: self.config.seed,
+            drop_suspects: self.drop_suspects,
         };
-        let mut used: Vec<usize> = (0..images.len()).collect();
-        let mut dropped = Vec::new();
-        let mut learnt = fit.on(&used, self.observer)?;
-        if self.drop_suspects > 0 {
-            let odd = (learnt.evidence).images_of_suspects(&images, self.drop_suspects)?;
-            if odd.len() == images.len() {
-                return Err(Error::Config {
-                    field: "drop_suspects",
-                    value: self.drop_suspects.to_string(),
-                    expected: format!(
-                        "fewer than the {} groups of images",
-                        learnt.evidence.groups().len()
-                    ),
-                });
-            }
-            dropped = odd.iter().map(|&i| self.pictures.name(i)).collect();
-            used.retain(|image| odd.binary_search(image).is_err());
-            learnt = fit.on(&used, self.observer)?;
-        }
-        let Learnt {
-            evidence,
-            kept,
-            maps,
-        } = learnt;
-        let grid = teacher.spec().architecture.grid();
-        let maps: Vec<PatchMap> = maps
-            .into_iter()
-            .map(|values| PatchMap { grid, values })
-            .collect();
-        let scale = MapScale::of(&maps.iter().collect::<Vec<_>>(), HEADROOM);
-        let names = kept.iter().map(|&i| self.pictures.name(i)).collect();
-        let report = ClosedFormReport {
-            summary: *evidence.summary(),
-            contrast_weight: evidence.contrast_weight(),
-            patch_weight: evidence.patch_weight(),
-            background: background.map(|background| background.source().to_owned()),
-            dropped,
-        };
-        let student = ClosedFormStudent {
-            teacher,
-            blocks,
-            evidence,
-            names,
-        };
-        Ok((student, report, scale))
+        fit.learn(Arc::clone(&teacher), blocks.clone(), self.observer)
     }
 }
 
 /// What a closed form is fitted from.
-struct Fit<'a> {
+pub(crate) struct Fit<'a> {
     /// All images.
-    images: &'a Embeddings,
-    ordinary: Option<&'a Embeddings>,
-    background: Option<&'a Background>,
-    normals: &'a Normals<'a>,
-    config: &'a EvidenceConfig,
-    seed: u64,
+    pub(crate) images: &'a Embeddings,
+    pub(crate) names: &'a dyn Fn(usize) -> String,
+    pub(crate) background: Option<&'a Background>,
+    /// Where patches come from; none for features that were taken before.
+    pub(crate) normals: Option<&'a Normals<'a>>,
+    pub(crate) config: &'a EvidenceConfig,
+    pub(crate) seed: u64,
+    pub(crate) drop_suspects: usize,
 }
 
 struct Learnt {
@@ -103,20 +61,88 @@ struct Learnt {
 }
 
 impl Fit<'_> {
+    pub(crate) fn learn(
+        &self,
+        teacher: Arc<dyn Encoder>,
+        blocks: TokenBlocks,
+        observer: &mut dyn Observer,
+    ) -> Result<(ClosedFormStudent, ClosedFormReport, MapScale), Error> {
+        let ordinary = self.background.map(Background::embeddings).transpose()?;
+        let mut used: Vec<usize> = (0..self.images.len()).collect();
+        let mut dropped = Vec::new();
+        let mut learnt = self.on(&used, ordinary.as_ref(), observer)?;
+        if self.drop_suspects > 0 {
+            let evidence = &learnt.evidence;
+            let odd = evidence.images_of_suspects(self.images, self.drop_suspects)?;
+            if odd.len() == self.images.len() {
+                return Err(Error::Config {
+                    field: "drop_suspects",
+                    value: self.drop_suspects.to_string(),
+                    expected: format!(
+                        "fewer than the {} groups of images",
+                        evidence.groups().len()
+                    ),
+                });
+            }
+            dropped = odd.iter().map(|&image| (self.names)(image)).collect();
+            used.retain(|image| odd.binary_search(image).is_err());
+            learnt = self.on(&used, ordinary.as_ref(), observer)?;
+        }
+        let Learnt {
+            evidence,
+            kept,
+            maps,
+        } = learnt;
+        let grid = teacher.spec().architecture.grid();
+        let maps: Vec<PatchMap> = maps
+            .into_iter()
+            .map(|values| PatchMap { grid, values })
+            .collect();
+        let mut scale = MapScale::of(&maps.iter().collect::<Vec<_>>(), HEADROOM);
+        // Without any map there is nothing usual.
+        scale.usual.resize(grid.patches(), 0.0);
+        let report = ClosedFormReport {
+            summary: *evidence.summary(),
+            contrast_weight: evidence.contrast_weight(),
+            patch_weight: evidence.patch_weight(),
+            background: self.background.map(|b| b.source().to_owned()),
+            dropped,
+        };
+        let student = ClosedFormStudent {
+            teacher,
+            blocks,
+            evidence,
+            names: kept.iter().map(|&image| (self.names)(image)).collect(),
+        };
+        Ok((student, report, scale))
+    }
+
     /// On those of the images that are `used`, ascending.
-    fn on(&self, used: &[usize], observer: &mut dyn Observer) -> Result<Learnt, Error> {
-        let mut evidence = ClosedForm::fit(&self.images.select(used), self.ordinary, self.config)?;
+    fn on(
+        &self,
+        used: &[usize],
+        ordinary: Option<&Embeddings>,
+        observer: &mut dyn Observer,
+    ) -> Result<Learnt, Error> {
+        let mut evidence = ClosedForm::fit(&self.images.select(used), ordinary, self.config)?;
         let kept = evidence.kept().iter();
         let kept: Vec<usize> = kept.filter_map(|&i| used.get(i).copied()).collect();
         let wanted = evidence.patch_images().into_iter();
         let wanted: Vec<usize> = wanted.filter_map(|row| kept.get(row).copied()).collect();
         let mut distances = Vec::new();
         if !wanted.is_empty() {
-            let patches = self.normals.patches(&wanted, observer)?;
+            let normals = self.normals.ok_or_else(|| Error::Config {
+                field: "features",
+                value: "given".into(),
+                expected: "the pictures: these are so alike that small parts decide, and features hold no patches; \
+                           patches.weight = 0 does without them"
+                    .into(),
+            })?;
+            let patches = normals.patches(&wanted, observer)?;
             distances =
                 evidence.remember(&patches, &mut Rng::stream(self.seed, stream::PATCHES))?;
         }
-        let maps = match self.normals.places() {
+        let maps = match self.normals.and_then(Normals::places) {
             Some((looked_at, places)) if evidence.patch_share() < 1.0 => {
                 let rows: Vec<usize> = (0..looked_at.len())
                     .filter(|&row| used.binary_search(&looked_at[row]).is_ok())

@@ -154,6 +154,15 @@ impl Detector {
         }
     }
 
+    /// The threshold that a closed form has from its fit; too few images for the rate leave it without one, which the caller sees.
+    pub(crate) fn calibrate_fitted(&mut self) -> Result<(), Error> {
+        if self.evidence().is_some() {
+            let rate = FalseAlarmRate::new(self.config.false_alarm_rate)?;
+            self.calibrate_if_enough(rate)?;
+        }
+        Ok(())
+    }
+
     /// The student in closed form.
     ///
     /// # Errors
@@ -303,7 +312,8 @@ fn needs_closed_form() -> Error {
     Error::Config {
         field: "student",
         value: "masked".into(),
-        expected: "closed-form, which can learn more without a new fit".into(),
+        expected: "closed-form: a masked student can neither learn on, name suspects nor sort"
+            .into(),
     }
 }
 

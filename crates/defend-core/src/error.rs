@@ -78,6 +78,24 @@ pub enum Error {
         /// The teacher of the fit.
         teacher: String,
     },
+    /// A file is no table of features of this library, or damaged.
+    #[error("{}: {reason}", path.display())]
+    Features {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what is expected.
+        reason: String,
+    },
+    /// Features were made by another teacher than the one that is fitted with.
+    #[error(
+        "the features were made by {features}, expected the teacher {teacher}: make them with `defend embed`"
+    )]
+    OtherFeatures {
+        /// The teacher that made them.
+        features: String,
+        /// The teacher of the fit.
+        teacher: String,
+    },
     /// An image was given as abnormal that the detector was fitted on as normal.
     #[error("{name} is one of the normal images that were fitted on, expected an abnormal one")]
     AlsoNormal {

@@ -7,7 +7,6 @@ use defend_data::Dataset;
 use defend_dense::{DenseObjective, DenseReport, DenseTuner, PrototypeObjective};
 use defend_distill::{DistillReport, Distiller, MaskPolicy};
 use defend_evidence::Summary;
-use defend_metrics::FalseAlarmRate;
 use defend_nn::{Rng, TrainingStep};
 use defend_vit::{
     Arithmetic, Backbone, BackboneSpec, CacheConfig, Cached, Encoder, ImageSource, TrainScope,
@@ -16,13 +15,15 @@ use defend_vit::{
 
 use crate::background::Checked;
 use crate::builder::Source;
+use crate::closed_fit::Fit;
 use crate::detector::StudentStage;
 use crate::masked::MaskedStudent;
 use crate::observer::{Event, Observer, Stage};
 use crate::scan::{Skipped, preprocess_of};
+use crate::tokens::TokenBlocks;
 use crate::{
-    Background, BackgroundSource, DefendBuilder, DefendConfig, Detector, Error, MapScale,
-    MaskedConfig, NoveltyDetector, PatchMap, Pictures, Student, TeacherIdentity,
+    Background, BackgroundSource, DefendBuilder, DefendConfig, Detector, Error, FeatureTable,
+    MapScale, MaskedConfig, NoveltyDetector, PatchMap, Pictures, Student, TeacherIdentity,
 };
 
 /// Images a pass of the teacher over the normal images and the background.
@@ -249,11 +250,7 @@ impl DefendBuilder {
             Some(scale) => scale,
             None => map_scale_of(&detector, &stages.pictures)?,
         };
-        if detector.evidence().is_some() {
-            let rate = FalseAlarmRate::new(detector.config.false_alarm_rate)?;
-            // Too few images for the rate leave it without a threshold, which the caller sees.
-            detector.calibrate_if_enough(rate)?;
-        }
+        detector.calibrate_fitted()?;
         if let Some(abnormal) = abnormal {
             let learnt = detector.learn_abnormal_of(&abnormal, strict, stages.observer)?;
             skipped.extend(learnt.skipped);
@@ -267,6 +264,110 @@ impl DefendBuilder {
         })
     }
 
+    /// What the builder's teacher says of some pictures, for tools of one's own and for [`DefendBuilder::fit_features`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] for settings that tune the teacher; as [`DefendBuilder::fit`].
+    pub fn embed(
+        self,
+        images: impl Dataset + 'static,
+        observer: &mut dyn Observer,
+    ) -> Result<(FeatureTable, Vec<Skipped>), Error> {
+        let config = self.untuned("features are those of a teacher that stays as it is")?;
+        let teacher = load_teacher(self.backbone, &config, &self.device)?;
+        let identity = TeacherIdentity::of(teacher.encoder(), config.fit)?;
+        let teacher = teacher.frozen_encoder(config.arithmetic)?;
+        FeatureTable::collect(
+            &*teacher,
+            identity,
+            &(Arc::new(images) as Arc<dyn Dataset>),
+            (&self.device, self.strict),
+            observer,
+        )
+    }
+
+    /// As [`DefendBuilder::fit`] for the closed form, on features that were taken before. Such a detector has no maps of objects.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a masked student, settings that tune the teacher, and features of images so alike that patches count;
+    /// [`Error::OtherFeatures`] for those of another teacher; as [`DefendBuilder::fit`].
+    pub fn fit_features(
+        mut self,
+        table: &FeatureTable,
+        observer: &mut dyn Observer,
+    ) -> Result<Fitted, Error> {
+        let config = self.untuned("features are those of a teacher that stays as it is")?;
+        self.check_roles()?;
+        let Student::ClosedForm(evidence) = &config.student else {
+            return Err(Error::Config {
+                field: "student",
+                value: "masked".into(),
+                expected: "closed-form: a masked student learns from the pictures".into(),
+            });
+        };
+        let (device, strict) = (self.device.clone(), self.strict);
+        let (embedded, abnormal) = (self.backbone.is_none(), self.abnormal.take());
+        let teacher = load_teacher(self.backbone.take(), &config, &device)?;
+        let identity = TeacherIdentity::of(teacher.encoder(), config.fit)?;
+        table.check(&identity)?;
+        let background = Checked::new(
+            std::mem::take(&mut self.background),
+            || Ok(identity.clone()),
+            false,
+            embedded,
+        )?;
+        let preprocess = preprocess_of(teacher.encoder().spec(), config.fit);
+        let teacher = teacher.frozen_encoder(config.arithmetic)?;
+        let background = background.ready(&*teacher, config.fit, (&device, strict), observer)?;
+        let names = |image: usize| table.names().get(image).cloned().unwrap_or_default();
+        let fit = Fit {
+            images: table.embeddings(),
+            names: &names,
+            background: background.as_ref(),
+            normals: None,
+            config: evidence,
+            seed: config.seed,
+            drop_suspects: self.drop_suspects,
+        };
+        let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
+        let (student, report, map_scale) = fit.learn(teacher, blocks, observer)?;
+        let mut detector = Detector {
+            student: StudentStage::ClosedForm(Box::new(student)),
+            config,
+            preprocess,
+            device,
+            calibration: None,
+            map_scale,
+        };
+        detector.calibrate_fitted()?;
+        let mut skipped = Vec::new();
+        if let Some(abnormal) = abnormal {
+            skipped = detector
+                .learn_abnormal_of(&abnormal, strict, observer)?
+                .skipped;
+        }
+        Ok(Fitted {
+            detector,
+            dense: None,
+            student: StudentReport::ClosedForm(report),
+            images: table.len(),
+            skipped,
+        })
+    }
+
+    /// Checked settings without a dense stage.
+    fn untuned(&self, expected: &str) -> Result<DefendConfig, Error> {
+        self.config.validate()?;
+        if self.config.dense.is_some() {
+            return Err(Error::Config {
+                field: "dense",
+                value: "set".into(),
+                expected: format!("null: {expected}"),
+            });
+        }
+        Ok(self.config.clone())
+    }
+
     /// What ordinary photos look like to the builder's teacher, for [`DefendBuilder::background`] of later fits.
     ///
     /// # Errors
@@ -277,17 +378,10 @@ impl DefendBuilder {
         source: impl Into<String>,
         observer: &mut dyn Observer,
     ) -> Result<Background, Error> {
-        self.config.validate()?;
-        let config = self.config;
-        if config.dense.is_some() {
-            return Err(Error::Config {
-                field: "dense",
-                value: "set".into(),
-                expected: "null: a background file is for teachers that stay as they are; give a fit that tunes its teacher \
-                           the photos themselves"
-                    .into(),
-            });
-        }
+        let config = self.untuned(
+            "a background file is for teachers that stay as they are; give a fit that tunes its teacher the photos \
+             themselves",
+        )?;
         let teacher = load_teacher(self.backbone, &config, &self.device)?;
         let identity = TeacherIdentity::of(teacher.encoder(), config.fit)?;
         let teacher = teacher.frozen_encoder(config.arithmetic)?;

@@ -14,6 +14,12 @@ impl ClosedForm {
     /// [`Error::NeedsImages`] where patches count, before or after, and for a form that was saved without its background;
     /// [`Error::AlsoAbnormal`] for one of `more` that is a known abnormal image; as [`ClosedForm::fit`].
     pub fn refit(&self, rows: &[usize], more: Option<&Embeddings>) -> Result<Self, Error> {
+        let patches_count = Error::NeedsImages {
+            reason: "patches count in this model, and they are chosen from the images",
+        };
+        if self.patch_weight > 0.0 {
+            return Err(patches_count);
+        }
         if self.contrast.is_some() && self.background.is_none() {
             return Err(Error::NeedsImages {
                 reason: "the model was saved by an earlier version, without its whole background",
@@ -31,10 +37,8 @@ impl ClosedForm {
         let all: Vec<Embeddings> = [kept].into_iter().chain(more.cloned()).collect();
         let all = Embeddings::joined(&all)?;
         let mut form = Self::fit(&all, self.background.as_ref(), &self.config)?;
-        if self.patch_weight > 0.0 || form.patch_weight > 0.0 {
-            return Err(Error::NeedsImages {
-                reason: "patches count in this model, and they are chosen from the images",
-            });
+        if form.patch_weight > 0.0 {
+            return Err(patches_count);
         }
         if let Some(known) = &self.known {
             form.learn_abnormal(&known.abnormal)?;

@@ -1,0 +1,243 @@
+//! What a teacher says of pictures, as a table for other tools.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use defend_data::{Dataset, content_hashes};
+use defend_evidence::Embeddings;
+use defend_vit::{Encoder, ImageSource};
+use ndarray::Array2;
+use safetensors::SafeTensors;
+use safetensors::tensor::Dtype;
+use serde::{Deserialize, Serialize};
+
+use crate::normals::Normals;
+use crate::observer::{Observer, Stage};
+use crate::persist::write_atomically;
+use crate::scan::preprocess_of;
+use crate::tokens::{TokenBlocks, Wanted};
+use crate::{Error, Pictures, Skipped, TeacherIdentity};
+
+/// Metadata key of everything but the tensors.
+const KEY: &str = "defend.features";
+/// Raised whenever files of an older version would be read wrongly.
+const FORMAT_VERSION: u32 = 1;
+/// Names of the tensors: CLS tokens of the last two blocks and the mean patch token of the last, each after the final norm.
+const PARTS: [&str; 3] = ["cls_before", "cls", "mean_patch"];
+/// Limit of the memory for resized pictures: they are looked at once.
+const PICTURE_BYTES: usize = 64 << 20;
+
+/// Features of pictures by one teacher, with the pictures' names and content hashes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FeatureTable {
+    teacher: TeacherIdentity,
+    names: Vec<String>,
+    hashes: Vec<String>,
+    embeddings: Embeddings,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Header {
+    format_version: u32,
+    library_version: String,
+    teacher: TeacherIdentity,
+    names: Vec<String>,
+    hashes: Vec<String>,
+}
+
+impl FeatureTable {
+    pub(crate) fn collect(
+        teacher: &dyn Encoder,
+        identity: TeacherIdentity,
+        images: &Arc<dyn Dataset>,
+        (device, strict): (&Device, bool),
+        observer: &mut dyn Observer,
+    ) -> Result<(Self, Vec<Skipped>), Error> {
+        let preprocess = preprocess_of(teacher.spec(), identity.fit);
+        let pictures = Pictures::read(
+            Arc::clone(images),
+            preprocess,
+            device,
+            PICTURE_BYTES,
+            strict,
+            observer,
+        )?;
+        let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
+        let all: Vec<usize> = (0..pictures.len()).collect();
+        let mut batches = Vec::new();
+        let pass = Normals::new(teacher, &blocks, &pictures);
+        pass.pass(
+            &all,
+            |_| Wanted::default(),
+            Stage::Embed,
+            observer,
+            |embedded| {
+                batches.push(embedded.images);
+                Ok(())
+            },
+        )?;
+        let skipped = pictures.skipped().to_vec();
+        let readable: Vec<usize> = (0..images.len())
+            .filter(|index| skipped.iter().all(|skipped| skipped.index != *index))
+            .collect();
+        let hashes = content_hashes(&**images, &readable)?;
+        let table = Self {
+            teacher: identity,
+            names: all.iter().map(|&i| pictures.name(i)).collect(),
+            hashes: hashes.iter().map(ToString::to_string).collect(),
+            embeddings: Embeddings::joined(&batches)?,
+        };
+        Ok((table, skipped))
+    }
+
+    /// Number of pictures.
+    pub fn len(&self) -> usize {
+        self.names.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.names.is_empty()
+    }
+
+    /// The teacher that looked at them.
+    pub fn teacher(&self) -> &TeacherIdentity {
+        &self.teacher
+    }
+
+    /// Names of the pictures.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// BLAKE3 of each picture's size and pixels, in hexadecimal digits: equal pictures have equal ones, whatever their files are called.
+    pub fn hashes(&self) -> &[String] {
+        &self.hashes
+    }
+
+    /// The features: CLS tokens of the last two blocks and the mean patch token of the last, each `[pictures, D]`.
+    pub fn embeddings(&self) -> &Embeddings {
+        &self.embeddings
+    }
+
+    pub(crate) fn check(&self, teacher: &TeacherIdentity) -> Result<(), Error> {
+        if self.teacher.fits(teacher) {
+            return Ok(());
+        }
+        Err(Error::OtherFeatures {
+            features: self.teacher.to_string(),
+            teacher: teacher.to_string(),
+        })
+    }
+
+    /// Writes a safetensors file, which appears whole or not at all: `cls_before`, `cls` and `mean_patch` in `f32`, and `phi`, what the
+    /// posterior compares: the three at unit length, joined, at unit length again. Names and hashes are JSON in its metadata, under
+    /// `defend.features`.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
+        let path = path.as_ref();
+        let fault = |reason: String| Error::Features {
+            path: path.to_owned(),
+            reason,
+        };
+        let header = Header {
+            format_version: FORMAT_VERSION,
+            library_version: env!("CARGO_PKG_VERSION").into(),
+            teacher: self.teacher.clone(),
+            names: self.names.clone(),
+            hashes: self.hashes.clone(),
+        };
+        let json = serde_json::to_string(&header).map_err(|e| fault(e.to_string()))?;
+        let parts = self.embeddings.parts().iter().cloned();
+        let phi = self.embeddings.phi(1.0).mapv(|value| value as f32);
+        let mut tensors = BTreeMap::new();
+        for (name, rows) in PARTS.into_iter().zip(parts).chain([("phi", phi)]) {
+            let shape = rows.dim();
+            let tensor = Tensor::from_iter(rows, &Device::Cpu)?.reshape(shape)?;
+            tensors.insert(name.to_owned(), tensor);
+        }
+        let metadata = HashMap::from([(KEY.to_owned(), json)]);
+        let bytes =
+            safetensors::serialize(&tensors, Some(metadata)).map_err(|e| fault(e.to_string()))?;
+        write_atomically(path, &bytes).map_err(|source| Error::Io {
+            path: path.to_owned(),
+            action: "writing the features",
+            source,
+        })
+    }
+
+    /// Reads a file of [`FeatureTable::save`].
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Features`] for a file that is damaged or no table of features.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = path.as_ref();
+        let fault = |reason: String| Error::Features {
+            path: path.to_owned(),
+            reason,
+        };
+        let bytes = std::fs::read(path).map_err(|source| Error::Io {
+            path: path.to_owned(),
+            action: "reading the features",
+            source,
+        })?;
+        let damaged =
+            |e: safetensors::SafeTensorError| fault(format!("no complete safetensors file: {e}"));
+        let tensors = SafeTensors::deserialize(&bytes).map_err(damaged)?;
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
+        let json = metadata.metadata().as_ref().and_then(|m| m.get(KEY));
+        let json = json.ok_or_else(|| {
+            fault(format!(
+                "no features of this library: no \"{KEY}\" in its metadata"
+            ))
+        })?;
+        let header: Header =
+            serde_json::from_str(json).map_err(|e| fault(format!("{KEY}: {e}")))?;
+        if header.format_version != FORMAT_VERSION {
+            return Err(fault(format!(
+                "format version {} (written by {}), this library reads version {FORMAT_VERSION}",
+                header.format_version, header.library_version
+            )));
+        }
+        let part = |name: &str| -> Result<Option<Array2<f32>>, Error> {
+            let Ok(tensor) = tensors.tensor(name) else {
+                return Ok(None);
+            };
+            let wrong = || {
+                fault(format!(
+                    "\"{name}\" is no f32 matrix with a row for each of {} names",
+                    header.names.len()
+                ))
+            };
+            let (&[rows, columns], Dtype::F32) = (tensor.shape(), tensor.dtype()) else {
+                return Err(wrong());
+            };
+            let values = tensor.data().as_chunks::<4>().0.iter();
+            let values = values.map(|b| f32::from_le_bytes(*b)).collect();
+            if rows != header.names.len() {
+                return Err(wrong());
+            }
+            Ok(Some(
+                Array2::from_shape_vec((rows, columns), values).map_err(|_| wrong())?,
+            ))
+        };
+        let mut parts = Vec::new();
+        for name in PARTS {
+            parts.extend(part(name)?);
+        }
+        if parts.is_empty() || header.hashes.len() != header.names.len() {
+            return Err(fault("features or hashes are missing".into()));
+        }
+        Ok(Self {
+            teacher: header.teacher,
+            names: header.names,
+            hashes: header.hashes,
+            embeddings: Embeddings::new(parts)?,
+        })
+    }
+}

@@ -1,0 +1,69 @@
+//! `defend embed`
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use defend_core::{Defend, DefendConfig, Device, FeatureTable, ProgressBar, Tensor};
+use serde::Serialize;
+
+use crate::arguments::{Embed, pretrained};
+use crate::pictures::{check_writable, find};
+
+pub(crate) fn run(arguments: &Embed) -> Result<()> {
+    let extension = arguments.out.extension().and_then(|e| e.to_str());
+    if !matches!(extension, Some("safetensors" | "npy")) {
+        bail!(
+            "{} is no .safetensors or .npy, which features can be written as",
+            arguments.out.display()
+        );
+    }
+    check_writable(&arguments.out)?;
+    let images = find(&arguments.paths, arguments.common.strict)?.dataset();
+    let mut builder = Defend::builder()
+        .config(DefendConfig {
+            image_size: arguments.image_size,
+            ..DefendConfig::default()
+        })
+        .device(arguments.common.device())
+        .strict(arguments.common.strict);
+    if let Some(weights) = pretrained(arguments.backbone.as_deref()) {
+        builder = builder.backbone(weights);
+    }
+    let (table, skipped) = builder.embed(images, &mut ProgressBar::new())?;
+    if extension == Some("npy") {
+        write_npy(&table, &arguments.out)?;
+    } else {
+        table.save(&arguments.out)?;
+    }
+    eprintln!(
+        "wrote {}: {} pictures by {}, {} could not be read",
+        arguments.out.display(),
+        table.len(),
+        table.teacher(),
+        skipped.len()
+    );
+    Ok(())
+}
+
+#[derive(Serialize)]
+struct Row<'a> {
+    path: &'a str,
+    hash: &'a str,
+}
+
+/// What the posterior compares as a matrix, and names and hashes as `<out>.csv`, row by row.
+fn write_npy(table: &FeatureTable, out: &Path) -> Result<()> {
+    let phi = table.embeddings().phi(1.0).mapv(|value| value as f32);
+    let shape = phi.dim();
+    Tensor::from_iter(phi, &Device::Cpu)?
+        .reshape(shape)?
+        .write_npy(out)
+        .with_context(|| format!("cannot write {}", out.display()))?;
+    let names = out.with_extension("npy.csv");
+    let said = || format!("cannot write {}", names.display());
+    let mut rows = csv::Writer::from_path(&names).with_context(said)?;
+    for (path, hash) in table.names().iter().zip(table.hashes()) {
+        rows.serialize(Row { path, hash }).with_context(said)?;
+    }
+    rows.flush().with_context(said)
+}
