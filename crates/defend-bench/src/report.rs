@@ -332,14 +332,14 @@ impl<'a> Group<'a> {
         &self,
         kind: &str,
         note: String,
-        figures: [(&str, &dyn Fn(&Record) -> Option<f64>); N],
+        figures: [(&str, Figure<'_>); N],
     ) -> Option<Table> {
         let (_, last) = figures.last()?;
         self.records.iter().find(|record| last(record).is_some())?;
         let rows = self.systems.iter().map(|system| {
             let records = self.records.iter();
             let records: Vec<&&Record> = records.filter(|r| r.key.system == *system).collect();
-            let mean = |figure: &dyn Fn(&Record) -> Option<f64>| {
+            let mean = |figure: Figure<'_>| {
                 let values: Option<Vec<f64>> = records.iter().map(|r| figure(r)).collect();
                 values.map_or_else(
                     || NONE.into(),
@@ -363,6 +363,9 @@ impl<'a> Group<'a> {
         })
     }
 }
+
+/// A figure of a run.
+type Figure<'a> = &'a dyn Fn(&Record) -> Option<f64>;
 
 /// Data sets by systems for each protocol, and normal sets by systems where they are given: the paper's Tables 2, 4
 /// and 5.

@@ -19,12 +19,12 @@ const HEADROOM: f32 = 2.0;
 impl Stages<'_> {
     pub(crate) fn closed_form(
         &mut self,
-        teacher: Arc<dyn Encoder>,
+        teacher: &Arc<dyn Encoder>,
         background: Option<&Background>,
         config: &EvidenceConfig,
     ) -> Result<(ClosedFormStudent, ClosedFormReport, MapScale), Error> {
         let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
-        let mut normals = Normals::new(&*teacher, &blocks, &self.pictures);
+        let mut normals = Normals::new(&**teacher, &blocks, &self.pictures);
         let images = normals.embeddings(config.objects.images, self.observer)?;
         let fit = Fit {
             images: &images,
@@ -35,7 +35,7 @@ impl Stages<'_> {
             seed: self.config.seed,
             drop_suspects: self.drop_suspects,
         };
-        fit.learn(Arc::clone(&teacher), blocks.clone(), self.observer)
+        fit.learn(Arc::clone(teacher), blocks.clone(), self.observer)
     }
 }
 

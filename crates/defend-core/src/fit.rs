@@ -218,7 +218,7 @@ impl DefendBuilder {
                 let background =
                     background.ready(&*teacher, config.fit, (&device, strict), stages.observer)?;
                 let (student, report, scale) =
-                    stages.closed_form(teacher, background.as_ref(), evidence)?;
+                    stages.closed_form(&teacher, background.as_ref(), evidence)?;
                 (
                     StudentStage::ClosedForm(Box::new(student)),
                     StudentReport::ClosedForm(report),

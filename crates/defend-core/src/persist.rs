@@ -36,10 +36,14 @@ fn forget(json: &mut serde_json::Value, field: &str) {
     match json {
         serde_json::Value::Object(fields) => {
             fields.remove(field);
-            fields.values_mut().for_each(|value| forget(value, field));
+            for value in fields.values_mut() {
+                forget(value, field);
+            }
         }
         serde_json::Value::Array(values) => {
-            values.iter_mut().for_each(|value| forget(value, field));
+            for value in values {
+                forget(value, field);
+            }
         }
         _ => (),
     }

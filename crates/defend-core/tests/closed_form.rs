@@ -222,19 +222,54 @@ fn few_pictures_fit_without_a_threshold() -> Result<(), Error> {
     Ok(())
 }
 
+/// Pictures of eight kinds, some like the normal ones.
+fn ordinary() -> Memory {
+    let mut all = pictures(0, 60..100, 0);
+    for kind in 1..8 {
+        for number in 0..40 {
+            all.push(format!("{kind}/{number}"), picture(kind, number, 0), vec![]);
+        }
+    }
+    all
+}
+
+#[test]
+fn maps_contrast_with_the_background_as_scores_do() -> Result<(), Error> {
+    let folder = tempfile::tempdir().unwrap();
+    let builder = || Defend::builder().teacher(teacher(7));
+    let made = builder().look_at_background(ordinary(), "stripes", &mut Silent)?;
+    let with = |background: BackgroundSource| {
+        let builder = builder().background(background);
+        builder.fit(pictures(0, 0..40, 0), &mut Silent)
+    };
+    let maps = |detector: &Detector| -> Vec<f32> {
+        let scan = scan_with_maps(detector, pictures(3, 0..3, 0), &mut Silent).unwrap();
+        let maps = scan.findings.into_iter().filter_map(|f| f.novelty.map);
+        maps.flat_map(|map| map.values).collect()
+    };
+    let fitted = with(made.clone().into())?;
+    assert!(fitted.closed_form().unwrap().contrast_weight > 0.0);
+    // Twice the width: the local CLS token of a place and its own token.
+    let places = made.places().expect("places");
+    assert_eq!(places.dim(), (320, 48));
+    for row in places.rows() {
+        assert!((row.dot(&row) - 1.0).abs() < 1e-5);
+    }
+    let seen = fitted.detector.evidence().unwrap().objects().unwrap();
+    assert_eq!(seen.ordinary(), Some(&places));
+    let alone = with(BackgroundSource::None)?;
+    assert_ne!(maps(&fitted.detector), maps(&alone.detector));
+    let model = folder.path().join("model.defend");
+    fitted.detector.save(&model)?;
+    let again = Detector::load(&model, &Device::Cpu)?;
+    assert_eq!(maps(&again), maps(&fitted.detector));
+    Ok(())
+}
+
 #[test]
 fn a_background_is_made_saved_checked_and_used() -> Result<(), Error> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("photos.background");
-    let ordinary = || {
-        let mut all = pictures(0, 60..100, 0);
-        for kind in 1..8 {
-            for number in 0..40 {
-                all.push(format!("{kind}/{number}"), picture(kind, number, 0), vec![]);
-            }
-        }
-        all
-    };
     let look = |seed| {
         Defend::builder().teacher(teacher(seed)).look_at_background(
             ordinary(),
@@ -273,26 +308,10 @@ fn a_background_is_made_saved_checked_and_used() -> Result<(), Error> {
     for (a, b) in both[0].iter().zip(&both[1]) {
         assert!((a - b).abs() < 1e-9, "{a} {b}: both are rounded alike");
     }
-    // Maps know ordinary surroundings, and those of the photos are kept at 48 channels: local CLS token and the patch's own.
-    let maps = |detector: &Detector| -> Vec<f32> {
-        let scan = scan_with_maps(detector, pictures(3, 0..3, 0), &mut Silent).unwrap();
-        let maps = scan.findings.into_iter().filter_map(|f| f.novelty.map);
-        maps.flat_map(|map| map.values).collect()
-    };
-    let places = made.places().expect("places");
-    assert_eq!(places.dim(), (320, 48));
-    for row in places.rows() {
-        assert!((row.dot(&row) - 1.0).abs() < 1e-5);
-    }
-    let seen = fitted.detector.evidence().unwrap().objects().unwrap();
-    assert_eq!(seen.ordinary(), Some(&places));
-    let alone = with(BackgroundSource::None)?;
-    assert_ne!(maps(&fitted.detector), maps(&alone.detector));
     let model = folder.path().join("model.defend");
     fitted.detector.save(&model)?;
     let again = Detector::load(&model, &Device::Cpu)?;
     assert_eq!(scores(&again, pictures(3, 0..6, 0)), both[0]);
-    assert_eq!(maps(&again), maps(&fitted.detector));
 
     // Another teacher's is refused by both names before any picture is read.
     let error = with(look(8)?.into()).err().unwrap();

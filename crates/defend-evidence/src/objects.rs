@@ -198,8 +198,8 @@ impl ClosedForm {
                 expected: vec![1, groups.len(), places.patches()],
             });
         }
-        let widths = places.blocks().iter().map(|block| block.len_of(Axis(2)));
-        if let (Some(ordinary), Some(width)) = (&ordinary, widths.last())
+        let width = places.blocks().first().map(|block| block.len_of(Axis(2)));
+        if let (Some(ordinary), Some(width)) = (&ordinary, width)
             && ordinary.ncols() != width
         {
             return Err(Error::Shape {
