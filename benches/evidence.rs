@@ -69,10 +69,13 @@ fn closed_form(patches: bool) -> DefendConfig {
 }
 
 fn fitted(config: DefendConfig, normal: impl Dataset + 'static) -> Detector {
-    let builder = Defend::builder().teacher(teacher().copy(TrainScope::Frozen).expect("a copy"));
+    let mut builder =
+        Defend::builder().teacher(teacher().copy(TrainScope::Frozen).expect("a copy"));
+    if let Student::ClosedForm(_) = config.student {
+        builder = builder.background(background());
+    }
     builder
         .config(config)
-        .background(background())
         .fit(normal, &mut Silent)
         .expect("a fit")
         .detector

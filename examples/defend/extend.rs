@@ -12,20 +12,27 @@ pub(crate) fn run(arguments: &Extend) -> Result<()> {
     check_writable(out)?;
     let strict = arguments.common.strict;
     let (mut normal, mut abnormal) = (arguments.normal.clone(), arguments.abnormal.clone());
+    let mut forgotten = arguments.forget.clone();
+    let mut detector = arguments.common.load(&arguments.model)?;
     for table in &arguments.marked {
         let marked = Marked::read(table)?;
+        // A normal picture of the fit that is abnormal after all, as a suspect may be.
+        let names = marked
+            .abnormal
+            .iter()
+            .map(|path| path.display().to_string());
+        forgotten.extend(names.filter(|name| detector.normal_names().contains(name)));
         normal.extend(marked.normal);
         abnormal.extend(marked.abnormal);
     }
-    let mut detector = arguments.common.load(&arguments.model)?;
     let mut dropped = false;
     let mut say = |what: &str, learnt: &Learnt| {
         let (images, skipped) = (learnt.images, learnt.skipped.len());
         eprintln!("{what} {images} pictures, {skipped} could not be read");
         dropped |= learnt.calibration_dropped;
     };
-    if !arguments.forget.is_empty() {
-        let learnt = detector.forget(&arguments.forget, arguments.forget_group)?;
+    if !forgotten.is_empty() {
+        let learnt = detector.forget(&forgotten, arguments.forget_group)?;
         say("forgot", &learnt);
     }
     if !normal.is_empty() {

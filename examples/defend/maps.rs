@@ -33,6 +33,11 @@ impl MapFolder {
         })
     }
 
+    /// Whether no map was written.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.written.is_empty()
+    }
+
     /// Writes the overlay of a finding; `inside` is its path within what was asked for.
     pub(crate) fn write(
         &mut self,

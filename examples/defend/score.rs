@@ -49,7 +49,13 @@ pub(crate) fn run(arguments: &Score) -> Result<()> {
             let inside = inside.context("a finding without a picture")?;
             maps.write(inside, &finding, &dataset, &resized)
         },
-    )
+    )?;
+    if maps.is_some_and(|maps| maps.is_empty()) {
+        eprintln!(
+            "no map was written: the model has none, as one that was fitted on features or on a single picture"
+        );
+    }
+    Ok(())
 }
 
 /// Scores against several models in one pass of their backbone.

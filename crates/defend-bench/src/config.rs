@@ -210,6 +210,15 @@ impl BenchConfig {
             "systems",
             self.systems.iter().map(SystemEntry::name).collect(),
         )?;
+        let mut protocols = self.data.iter().flat_map(|data| &data.protocols);
+        if self.fit != Fit::Squash
+            && protocols.any(|protocol| matches!(protocol, ProtocolConfig::Objects { .. }))
+        {
+            return Err(
+                "the protocol \"objects\" needs fit = \"squash\", whose maps lie over the whole picture"
+                    .into(),
+            );
+        }
         for system in &self.systems {
             let unknown = system.seeds.iter().find(|seed| !self.seeds.contains(seed));
             if let Some(seed) = unknown {
@@ -296,6 +305,11 @@ mod tests {
         };
         fails("kind = \"patch-core\"", "kind = \"csi\"", "csi");
         fails("output", "outputs", "outputs");
+        fails(
+            "{ kind = \"one-vs-all\" }",
+            "{ kind = \"objects\" }",
+            "needs fit",
+        );
         fails("share = 0.01", "shares = 0.01", "shares");
         fails(
             "seeds = [0]",

@@ -43,6 +43,14 @@ pub enum Error {
         /// The classes that there are.
         known: Vec<String>,
     },
+    /// A protocol judges objects by their boxes, and there are none.
+    #[error(
+        "the data set \"{data}\" has no boxes around objects, expected one that has, such as VOC or COCO, for \"objects\""
+    )]
+    NoBoxes {
+        /// Name of the data set.
+        data: String,
+    },
     /// An experiment cannot be scored.
     #[error(
         "{experiment}: {train} training images, {normal} normal and {abnormal} abnormal test images, expected at least one of each"

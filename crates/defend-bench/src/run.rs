@@ -85,6 +85,13 @@ pub fn run(
     // Names are checked and runs are counted before hours of work.
     for (data, halves) in config.data.iter().zip(&halves) {
         for protocol in &data.protocols {
+            let boxed = |index| !halves.test.boxes(index).is_empty();
+            if matches!(protocol, ProtocolConfig::Objects { .. })
+                && !(0..halves.test.len()).any(boxed)
+            {
+                let data = data.name.clone();
+                return Err(Error::NoBoxes { data });
+            }
             let experiments = protocol.experiments(&data.name, &*halves.train)?.len();
             let systems = config.systems.iter();
             let systems = systems.filter(|s| s.runs_on(&data.name, protocol.name()));
@@ -194,9 +201,7 @@ impl Bench<'_> {
                             seed,
                         };
                         let order = [*place, system_place];
-                        // Boxes are shares of the whole picture, which maps lie over only when it was squashed.
-                        let objects = matches!(protocol, ProtocolConfig::Objects { .. })
-                            && self.config.fit == Fit::Squash;
+                        let objects = matches!(protocol, ProtocolConfig::Objects { .. });
                         let task = Task {
                             system,
                             split,

@@ -231,11 +231,16 @@ impl Background {
 
     /// What is around some patches of the photos, unit rows `[places, D]`, for
     /// [`ClosedForm::remember_objects`](defend_evidence::ClosedForm::remember_objects); `None` in a file of an earlier version.
-    pub fn places(&self) -> Option<Array2<f32>> {
-        let rows = self.places.as_ref()?.restored();
-        let places = PatchTokens::new(vec![rows.insert_axis(Axis(0))]).ok()?;
-        let unit = places.blocks().first()?.index_axis(Axis(0), 0);
-        Some(unit.to_owned())
+    ///
+    /// # Errors
+    /// [`Error::Evidence`] for tokens that are no finite numbers.
+    pub fn places(&self) -> Result<Option<Array2<f32>>, Error> {
+        let Some(places) = &self.places else {
+            return Ok(None);
+        };
+        let places = PatchTokens::new(vec![places.restored().insert_axis(Axis(0))])?;
+        let unit = places.blocks().first();
+        Ok(unit.map(|block| block.index_axis(Axis(0), 0).to_owned()))
     }
 
     /// Writes a safetensors file, which appears whole or not at all.
@@ -385,6 +390,9 @@ impl Background {
             let places = rows(PLACES)?;
             Some(places.ok_or_else(|| fault(format!("no \"{PLACES}\"")))?)
         };
+        if places.as_ref().is_some_and(|rows| rows.scales.is_empty()) {
+            return Err(fault(format!("\"{PLACES}\" is empty")));
+        }
         // The older version's patch tokens have no use any more.
         let names = 2 * parts.len();
         let fits = if old {
@@ -516,6 +524,37 @@ fn shipped() -> Option<Background> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_without_places_is_of_the_older_format_and_loads() {
+        let rows = |n: usize, d: usize| {
+            Quantized::of(&Array2::from_shape_fn((n, d), |(i, j)| (1 + i + j) as f32))
+        };
+        let background = |places| Background {
+            teacher: TeacherIdentity {
+                name: "small".into(),
+                weights: "0".into(),
+                image_size: 32,
+                fit: Fit::Squash,
+                blocks: vec![1, 2],
+            },
+            source: "rows".into(),
+            parts: vec![rows(4, 6), rows(4, 6), rows(4, 6)],
+            places,
+        };
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("b");
+        for places in [None, Some(rows(7, 12))] {
+            let made = background(places);
+            made.save(&path).expect("a file");
+            let bytes = std::fs::read(&path).expect("bytes");
+            let version = if made.places.is_some() { 2 } else { 1 };
+            let said = format!("\\\"format_version\\\":{version}");
+            assert!(String::from_utf8_lossy(&bytes).contains(&said));
+            assert_eq!(Background::load(&path).expect("a background"), made);
+        }
+        assert!(background(None).places().expect("places").is_none());
+    }
 
     #[test]
     fn eight_bits_keep_a_row_within_half_a_step() {

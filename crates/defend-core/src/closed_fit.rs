@@ -149,10 +149,11 @@ impl Fit<'_> {
                     .collect();
                 let images: Vec<usize> = rows.iter().map(|&row| looked_at[row]).collect();
                 let places = places.select(&rows);
+                let ordinary = self.background.map(Background::places).transpose()?;
                 let objects = evidence.remember_objects(
                     &places,
-                    &groups_of(&evidence, &kept, &images),
-                    self.background.and_then(Background::places),
+                    &evidence.groups_of(&self.images.select(&images))?,
+                    ordinary.flatten(),
                     &mut Rng::stream(self.seed, stream::PLACES),
                 )?;
                 // An image whose patches were not looked at has none that is broken.
@@ -176,15 +177,4 @@ impl Fit<'_> {
             maps,
         })
     }
-}
-
-/// The group of each of some images; numbers of their own, beyond those of the groups, for images that are not kept.
-fn groups_of(evidence: &ClosedForm, kept: &[usize], images: &[usize]) -> Vec<usize> {
-    let groups = evidence.groups();
-    let group = |(place, image): (usize, &usize)| {
-        let row = kept.iter().position(|kept| kept == image);
-        row.and_then(|row| groups.of.get(row).copied())
-            .unwrap_or(groups.len() + place)
-    };
-    images.iter().enumerate().map(group).collect()
 }

@@ -123,13 +123,16 @@ impl FeatureTable {
         &self.embeddings
     }
 
-    pub(crate) fn check(&self, teacher: &TeacherIdentity) -> Result<(), Error> {
-        if self.teacher.fits(teacher) {
+    /// Refuses features of another teacher, or of another width than that of `teacher`, whose tokens are `width` wide.
+    pub(crate) fn check(&self, teacher: &TeacherIdentity, width: usize) -> Result<(), Error> {
+        let widths = vec![width; teacher.blocks.len() + 1];
+        let found = self.embeddings.widths();
+        if self.teacher.fits(teacher) && found == widths {
             return Ok(());
         }
         Err(Error::OtherFeatures {
-            features: self.teacher.to_string(),
-            teacher: teacher.to_string(),
+            features: format!("{} with parts of {found:?} channels", self.teacher),
+            teacher: format!("{teacher} with parts of {widths:?}"),
         })
     }
 
@@ -156,7 +159,10 @@ impl FeatureTable {
         let parts = self.embeddings.parts().iter().cloned();
         let phi = self.embeddings.phi(1.0).mapv(|value| value as f32);
         let mut tensors = BTreeMap::new();
-        for (name, rows) in PARTS.into_iter().zip(parts).chain([("phi", phi)]) {
+        // A teacher of a single block has no token before it.
+        let names = &PARTS[PARTS.len().saturating_sub(parts.len())..];
+        let named = names.iter().copied().zip(parts);
+        for (name, rows) in named.chain([("phi", phi)]) {
             let shape = rows.dim();
             let tensor = Tensor::from_iter(rows, &Device::Cpu)?.reshape(shape)?;
             tensors.insert(name.to_owned(), tensor);
@@ -237,7 +243,7 @@ impl FeatureTable {
             teacher: header.teacher,
             names: header.names,
             hashes: header.hashes,
-            embeddings: Embeddings::new(parts)?,
+            embeddings: Embeddings::new(parts).map_err(|e| fault(e.to_string()))?,
         })
     }
 }

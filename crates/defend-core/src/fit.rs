@@ -309,7 +309,7 @@ impl DefendBuilder {
         let (embedded, abnormal) = (self.backbone.is_none(), self.abnormal.take());
         let teacher = load_teacher(self.backbone.take(), &config, &device)?;
         let identity = TeacherIdentity::of(teacher.encoder(), config.fit)?;
-        table.check(&identity)?;
+        table.check(&identity, teacher.encoder().spec().architecture.width)?;
         let background = Checked::new(
             std::mem::take(&mut self.background),
             || Ok(identity.clone()),

@@ -72,7 +72,7 @@ impl Detector {
     }
 
     /// Learns more normal images: the detector is then what a fit on all of them from scratch gives, without a new pass over the
-    /// old ones. Of more than 4,000 images only the leaders of groups are there to go on from.
+    /// old ones. Of more than 4,000 images only the leaders of groups are there to go on from. Maps go on with the old images' places.
     ///
     /// A failure leaves the detector as it was.
     ///

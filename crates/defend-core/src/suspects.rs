@@ -18,6 +18,11 @@ pub struct SuspectImage {
 }
 
 impl Detector {
+    /// Names of the kept normal images at the fit, which [`Detector::forget`] takes; none for a masked student.
+    pub fn normal_names(&self) -> &[String] {
+        self.closed_form().map_or(&[], |closed| &closed.names)
+    }
+
     /// The `count` oddest normal images, each for its group of near copies: what does not belong in the folder, if anything. Known
     /// abnormal images do not matter here.
     ///

@@ -15,11 +15,13 @@ use std::sync::Arc;
 
 use defend_core::data::{Memory, RgbImage};
 use defend_core::evidence::EvidenceConfig;
+use defend_core::nn::Rng;
 use defend_core::prelude::*;
 use defend_core::vit::{BackboneSpec, Encoder, Layer, Vit};
 use defend_core::{
     Background, BackgroundSource, CalibrationSource, Error, Student, Tensor, scan_with_maps,
 };
+use rand::RngExt;
 use small::teacher;
 
 /// Stripes of some period, place and colour, all different; `copy` dims the picture a little.
@@ -233,6 +235,41 @@ fn ordinary() -> Memory {
     all
 }
 
+/// More pictures than a batch, of which the first are looked at apart from the others.
+#[test]
+fn each_picture_is_explained_by_itself() -> Result<(), Error> {
+    // Noise, of which no two are near copies.
+    let pictures = || {
+        let mut all = Memory::default();
+        for number in 0..45 {
+            let mut rng = Rng::seed(number);
+            let picture = RgbImage::from_fn(32, 32, |_, _| [(); 3].map(|()| rng.random()).into());
+            all.push(number.to_string(), picture, vec![]);
+        }
+        all
+    };
+    let mut evidence = EvidenceConfig::default();
+    for patches_count in [false, true] {
+        evidence.patches.alike_from = if patches_count { -2.0 } else { 2.0 };
+        let config = DefendConfig {
+            student: Student::ClosedForm(evidence.clone()),
+            ..DefendConfig::default()
+        };
+        let builder = Defend::builder().teacher(teacher(7)).config(config);
+        let detector = builder.fit(pictures(), &mut Silent)?.detector;
+        let found = scan(&detector, pictures(), &mut Silent)?.findings;
+        for finding in found {
+            let explanation = finding.novelty.explanation.expect("an explanation");
+            assert_eq!(explanation.nearest[0].name, finding.name);
+            if let Some(patches) = explanation.patches {
+                // Its own patches are in the memory, which is larger than all of them.
+                assert!(patches.z < 0.0, "{} {}", finding.name, patches.z);
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn maps_contrast_with_the_background_as_scores_do() -> Result<(), Error> {
     let folder = tempfile::tempdir().unwrap();
@@ -250,7 +287,7 @@ fn maps_contrast_with_the_background_as_scores_do() -> Result<(), Error> {
     let fitted = with(made.clone().into())?;
     assert!(fitted.closed_form().unwrap().contrast_weight > 0.0);
     // Twice the width: the local CLS token of a place and its own token.
-    let places = made.places().expect("places");
+    let places = made.places()?.expect("places");
     assert_eq!(places.dim(), (320, 48));
     for row in places.rows() {
         assert!((row.dot(&row) - 1.0).abs() < 1e-5);

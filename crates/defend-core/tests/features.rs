@@ -6,7 +6,7 @@ mod small;
 use defend_core::data::{Memory, RgbImage};
 use defend_core::evidence::EvidenceConfig;
 use defend_core::prelude::*;
-use defend_core::{Error, FeatureTable, Recipe, Student, scan_with_maps};
+use defend_core::{Error, FeatureTable, MaskedConfig, Student, scan_with_maps};
 use small::teacher;
 
 /// Blots whose place and colours are the picture's own.
@@ -103,7 +103,10 @@ fn what_does_not_fit_is_refused_by_name() -> Result<(), Error> {
     assert!(matches!(other.err().unwrap(), Error::OtherFeatures { .. }));
     let masked = Defend::builder()
         .teacher(teacher(7))
-        .recipe(Recipe::Masked)
+        .config(DefendConfig {
+            student: Student::Masked(MaskedConfig::default()),
+            ..DefendConfig::default()
+        })
         .fit_features(&made, &mut Silent);
     assert!(matches!(
         masked.err().unwrap(),

@@ -124,9 +124,9 @@ struct Picture {
     file_name: String,
     /// Pixels; without them and the height there are no boxes.
     #[serde(default)]
-    width: f64,
+    width: Option<f64>,
     #[serde(default)]
-    height: f64,
+    height: Option<f64>,
 }
 
 #[derive(Deserialize)]
@@ -143,7 +143,7 @@ struct Annotation {
     iscrowd: u8,
     /// Left, top, width and height, pixels.
     #[serde(default)]
-    bbox: Option<[f64; 4]>,
+    bbox: Option<Vec<f64>>,
 }
 
 #[derive(Default)]
@@ -176,7 +176,7 @@ impl<'de> Visitor<'de> for Fold {
             let (image, category, is_crowd) =
                 (found.image_id, found.category_id, found.iscrowd != 0);
             all.presences.insert((image, category, is_crowd));
-            if let Some(corners) = found.bbox {
+            if let Some(corners) = found.bbox.and_then(|corners| corners.try_into().ok()) {
                 all.boxes.push((image, category, is_crowd, corners));
             }
         }
@@ -227,7 +227,10 @@ impl Instances {
         let sizes: HashMap<u64, [f64; 2]> = self
             .images
             .iter()
-            .map(|picture| (picture.id, [picture.width, picture.height]))
+            .map(|picture| {
+                let size = [picture.width, picture.height].map(Option::unwrap_or_default);
+                (picture.id, size)
+            })
             .collect();
         let mut boxes_of: HashMap<u64, Vec<ObjectBox>> = HashMap::new();
         for (image, category, is_crowd, [left, top, width, height]) in self.annotations.boxes {

@@ -1,12 +1,14 @@
 //! Which object is the novel one? How usual the surroundings of each patch are among normal images, and among ordinary ones.
 
 use defend_random::Rng;
-use ndarray::{Array2, ArrayView2, Axis, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, Axis, s};
 use rand::seq::index::sample;
 use rayon::prelude::*;
 
 use crate::linear::{exp_of_negative, product, vectorised};
-use crate::{ClosedForm, CoreSet, Error, Judgement, PatchMemory, PatchTokens, Standard};
+use crate::{
+    ClosedForm, CoreSet, Embeddings, Error, Judgement, PatchMemory, PatchTokens, Standard,
+};
 
 /// Densities are not taken to be less before the logarithm.
 const LEAST_DENSITY: f64 = 1e-30;
@@ -79,29 +81,33 @@ impl ObjectMemory {
         let among_normal = self.log_density(places, &self.normal.patches, |row| {
             own.is_some_and(|own| self.normal.groups.get(row) == Some(&own))
         });
+        let Some(among_normal) = among_normal else {
+            return vec![0.0; places.nrows()];
+        };
         let among_ordinary = match &self.ordinary {
             Some(ordinary) if weight > 0.0 => self.log_density(places, ordinary, |_| false),
-            _ => vec![0.0; among_normal.len()],
+            _ => None,
         };
+        let among_ordinary = among_ordinary.unwrap_or_else(|| vec![0.0; places.nrows()]);
         let pairs = among_normal.iter().zip(among_ordinary);
         pairs
             .map(|(normal, ordinary)| (weight * ordinary - normal) as f32)
             .collect()
     }
 
-    /// Logarithm of the mean kernel between each place and the rows of `known` that are not left out.
+    /// Logarithm of the mean kernel between each place and the rows of `known` that are not left out; `None` without any.
     fn log_density(
         &self,
         places: ArrayView2<'_, f32>,
         known: &Array2<f32>,
         left_out: impl Fn(usize) -> bool,
-    ) -> Vec<f64> {
+    ) -> Option<Vec<f64>> {
         let weights: Vec<f32> = (0..known.nrows())
             .map(|row| if left_out(row) { 0.0 } else { 1.0 })
             .collect();
         let count = weights.iter().filter(|weight| **weight > 0.0).count();
         if count == 0 {
-            return vec![0.0; places.nrows()];
+            return None;
         }
         // exp(-width |x - y|^2) = exp(2 width (x.y - 1)) of unit rows.
         let factor = (2.0 * self.width) as f32;
@@ -115,16 +121,17 @@ impl ObjectMemory {
             });
             (f64::from(sum) / count as f64).max(LEAST_DENSITY).ln()
         });
-        of_place.collect()
+        Some(of_place.collect())
     }
 
-    /// The scale of values: of the normal places themselves, each with its image's group left out.
-    fn scale(&self, weight: f64) -> Standard {
+    /// The scale of values: of the normal places themselves, each with its image's group left out; `None` for a single group, of
+    /// which nothing would be left.
+    fn scale(&self, weight: f64) -> Option<Standard> {
         let mut groups = self.normal.groups.clone();
         groups.sort_unstable();
         groups.dedup();
         if groups.len() < 2 {
-            return Standard::of(&[]);
+            return None;
         }
         let of_group = |group: &usize| {
             let rows = (0..self.normal.groups.len()).filter(|&i| self.normal.groups[i] == *group);
@@ -136,7 +143,7 @@ impl ObjectMemory {
         };
         let values: Vec<Vec<f32>> = groups.par_iter().map(of_group).collect();
         let values: Vec<f64> = values.concat().into_iter().map(f64::from).collect();
-        Standard::of(&values)
+        Some(Standard::of(&values))
     }
 }
 
@@ -180,7 +187,8 @@ impl ClosedForm {
 
     /// Chooses the object memory from places of some normal images (one block; the surroundings of each patch) and from unit rows
     /// of ordinary images; returns the values that the normal images' places have when their groups are left out, in standard
-    /// deviations. `groups`: number of each image's group, or another number above them for an image that is not kept.
+    /// deviations. `groups`: of each image, as [`ClosedForm::groups_of`] has them. From a single group nothing is remembered: it
+    /// has no left-out values, and so no scale.
     ///
     /// # Errors
     /// [`Error::Shape`] for places of another number of images or other widths.
@@ -220,10 +228,26 @@ impl ClosedForm {
         self.object_values(places, Some(groups))
     }
 
-    /// Takes an object memory, with the scale that its own places give.
+    /// Takes an object memory, with the scale that its own places give; none where they give none.
     pub(crate) fn set_objects(&mut self, memory: ObjectMemory) {
         let scale = memory.scale(self.ordinary_share());
-        self.objects = Some(ScaledObjects { memory, scale });
+        self.objects = scale.map(|scale| ScaledObjects { memory, scale });
+    }
+
+    /// The group of each of some images, kept or not: of the nearest leader.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for other widths.
+    pub fn groups_of(&self, images: &Embeddings) -> Result<Vec<usize>, Error> {
+        self.normal.check_widths(images, "the embeddings")?;
+        let first = self.config.posterior.first_part;
+        let leaders = self.normal.select(&self.groups.leaders).phi(first);
+        let similarities = product(images.phi(first).view(), leaders.view());
+        let nearest = |row: ArrayView1<'_, f64>| {
+            let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+            best.map_or(0, |(group, _)| group)
+        };
+        Ok(similarities.rows().into_iter().map(nearest).collect())
     }
 
     /// The object memory, once there is one.

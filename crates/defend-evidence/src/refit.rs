@@ -50,13 +50,7 @@ impl ClosedForm {
             ..*patches
         });
         if let Some(memory) = self.objects() {
-            // Places of images that were not kept stay, under numbers of their own.
-            let beyond = |group: usize| group.checked_sub(self.groups.len());
-            let place = |group| match beyond(group) {
-                Some(beyond) => Some(form.groups.len() + beyond),
-                None => number(group),
-            };
-            let normal = memory.normal().with_groups(place);
+            let normal = memory.normal().with_groups(number);
             form.set_objects(memory.with_normal(normal));
         }
         Ok(form)

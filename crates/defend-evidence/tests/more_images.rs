@@ -299,9 +299,10 @@ fn what_patches_decide_needs_the_images_and_maps_lose_what_is_forgotten() {
     config.patches.weight = 0.0;
     let mut form = ClosedForm::fit(&normal, None, &config).unwrap();
     assert_eq!((form.patch_images().len(), form.patch_share()), (0, 0.0));
-    let mut groups = form.groups().of.clone();
-    // An image that is not kept.
-    groups[29] = 1000;
+    let groups = form.groups_of(&normal).unwrap();
+    let own: Vec<usize> = form.kept().iter().map(|&image| groups[image]).collect();
+    assert_eq!(own, form.groups().of);
+    let groups = form.groups().of.clone();
     form.remember_objects(&tokens(30, &mut rng), &groups, None, &mut Rng::seed(1))
         .unwrap();
     let forgotten = form.groups().of[4];
@@ -317,8 +318,17 @@ fn what_patches_decide_needs_the_images_and_maps_lose_what_is_forgotten() {
         .count();
     assert!(own > 0);
     assert_eq!(after_normal.patches.nrows(), before.patches.nrows() - own);
-    let unknown = |groups: &[usize], known: usize| groups.iter().filter(|g| **g >= known).count();
-    assert_eq!(unknown(&after_normal.groups, after.groups().len()), 9);
+    assert!(
+        after_normal
+            .groups
+            .iter()
+            .all(|group| *group < after.groups().len())
+    );
+    // With a single group left there is no scale, and no map.
+    let one: Vec<usize> = (0..30)
+        .filter(|row| form.groups().of[*row] == form.groups().of[0])
+        .collect();
+    assert!(form.refit(&one, None).unwrap().objects().is_none());
     let judged = after.evaluate(&images(1, 1, 8), None).unwrap();
     let maps = after.maps(&judged, Some(&tokens(1, &mut rng))).unwrap();
     let map = maps[0].as_ref().unwrap();

@@ -178,7 +178,8 @@ pub trait Encoder: Send + Sync {
     ///
     /// Patch tokens of a network that was trained on its CLS token say little of objects. A [`Vit`](crate::Vit) gives *local CLS
     /// tokens*, `[B, N, D]`: what the CLS token would be if it had seen nothing but the surroundings of a patch in the last third
-    /// of the blocks. `None` for a network that has no such thing.
+    /// of the blocks. `None` for a network that has no such thing. What wraps another encoder without changing its weights passes this on:
+    /// backgrounds are made of it.
     ///
     /// # Errors
     /// As [`Encoder::intermediates`].
