@@ -305,11 +305,11 @@ mod tests {
         };
         fails("kind = \"patch-core\"", "kind = \"csi\"", "csi");
         fails("output", "outputs", "outputs");
-        fails(
-            "{ kind = \"one-vs-all\" }",
-            "{ kind = \"objects\" }",
-            "needs fit",
-        );
+        let objects = GOOD.replace("one-vs-all\" }", "objects\" }");
+        assert!(read(&objects).is_ok());
+        let cropped = "fit = { center-crop = { crop_pct = 0.9 } }\nbackbone";
+        let error = read(&objects.replace("backbone", cropped)).unwrap_err();
+        assert!(error.to_string().contains("needs fit"), "{error}");
         fails("share = 0.01", "shares = 0.01", "shares");
         fails(
             "seeds = [0]",
