@@ -47,10 +47,10 @@ pub(crate) fn exp_of_negative(x: f32) -> f32 {
     (sum * rest * rest + rest + 1.0) * power
 }
 
-/// Rows of a product that a thread computes at a time: few of a batch of images, so that each thread gets some, and more of
-/// a large product, so that the right side is packed less often.
+/// Rows of a product that a thread computes at a time: few of a batch of images, so that each thread gets some, and more of the
+/// patches of an image or of a larger product, so that the right side is packed less often.
 fn task_rows(rows: usize) -> usize {
-    if rows > 512 { 128 } else { 16 }
+    if rows > 128 { 128 } else { 16 }
 }
 
 /// A product has at least so many rows and columns: thinner ones are summed in another order, and an image's score would
