@@ -16,6 +16,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from golden_vit import local_cls
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
@@ -30,32 +31,14 @@ def picture(path):
     return (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
 
 
-def local_cls(model, entering, start, reach):
-    """See tools/golden_vit.py; `entering`: the tokens that enter each block."""
-    row, column = torch.arange(SIDE**2) // SIDE, torch.arange(SIDE**2) % SIDE
-    near = ((row[:, None] - row).abs() <= reach) & ((column[:, None] - column).abs() <= reach)
-    cls = entering[start][:, :1].expand(-1, SIDE**2, -1)
-    for block, tokens in list(zip(model.blocks, entering))[start:]:
-        a = block.attn
-        heads = lambda x: x.unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, own_k, own_v = heads(a.qkv(block.norm1(cls)))
-        _, k, v = heads(a.qkv(block.norm1(tokens[:, 1:])))
-        to_places = (q @ k.transpose(-2, -1)).masked_fill(~near, -torch.inf)
-        weights = (torch.cat([(q * own_k).sum(-1, keepdim=True), to_places], -1) / q.shape[-1] ** 0.5).softmax(-1)
-        out = weights[..., :1] * own_v + weights[..., 1:] @ v
-        cls = cls + a.proj(out.transpose(1, 2).flatten(2))
-        cls = cls + block.mlp(block.norm2(cls))
-    return model.norm(cls)
-
-
 VARIANTS = {
     "patch tokens of the last block": lambda m, x, out: out[-1],
     "patch tokens of the last but one block": lambda m, x, out: out[-2],
-    "local CLS, last seven blocks, 3 x 3": lambda m, x, out: local_cls(m, x, 5, 1),
-    "local CLS, last third, 3 x 3": lambda m, x, out: local_cls(m, x, 8, 1),
-    "local CLS, last half, 5 x 5": lambda m, x, out: local_cls(m, x, 6, 2),
-    "local CLS, last third, 5 x 5": lambda m, x, out: local_cls(m, x, 8, 2),
-    "local CLS, last third, 7 x 7": lambda m, x, out: local_cls(m, x, 8, 3),
+    "local CLS, last seven blocks, 3 x 3": lambda m, x, out: local_cls(m, x, 5, (SIDE, SIDE), 1),
+    "local CLS, last third, 3 x 3": lambda m, x, out: local_cls(m, x, 8, (SIDE, SIDE), 1),
+    "local CLS, last half, 5 x 5": lambda m, x, out: local_cls(m, x, 6, (SIDE, SIDE), 2),
+    "local CLS, last third, 5 x 5": lambda m, x, out: local_cls(m, x, 8, (SIDE, SIDE), 2),
+    "local CLS, last third, 7 x 7": lambda m, x, out: local_cls(m, x, 8, (SIDE, SIDE), 3),
 }
 
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use defend_core::vit::Pretrained;
-use defend_core::{DefendConfig, Detector, Device, Recipe, best_device};
+use defend_core::{Defend, DefendBuilder, DefendConfig, Detector, Device, Recipe, best_device};
 
 /// Does this picture show what I have called normal, even when other things are in it too?
 #[derive(Parser)]
@@ -122,6 +122,26 @@ pub(crate) struct Background {
     /// File to write.
     #[arg(long)]
     pub(crate) out: PathBuf,
+    #[command(flatten)]
+    pub(crate) look: Look,
+}
+
+#[derive(Args)]
+pub(crate) struct Embed {
+    /// File to write: .safetensors has everything, and `defend fit --features` takes it back; .npy has what the default compares
+    /// (phi), beside a table of names and hashes.
+    #[arg(long)]
+    pub(crate) out: PathBuf,
+    /// Pictures and folders of pictures.
+    #[arg(required = true)]
+    pub(crate) paths: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) look: Look,
+}
+
+/// How a backbone looks at pictures, without learning from them.
+#[derive(Args)]
+pub(crate) struct Look {
     /// Pretrained weights, as for `defend fit`.
     #[arg(long)]
     pub(crate) backbone: Option<String>,
@@ -132,23 +152,21 @@ pub(crate) struct Background {
     pub(crate) common: Common,
 }
 
-#[derive(Args)]
-pub(crate) struct Embed {
-    /// File to write: .safetensors has everything, and `defend fit --features` takes it back; .npy has what the default compares
-    /// (phi), beside a table of names and hashes.
-    #[arg(long)]
-    pub(crate) out: PathBuf,
-    /// Pretrained weights, as for `defend fit`.
-    #[arg(long)]
-    pub(crate) backbone: Option<String>,
-    /// Side that pictures are resized to, pixels; what the backbone was trained at without it.
-    #[arg(long)]
-    pub(crate) image_size: Option<usize>,
-    /// Pictures and folders of pictures.
-    #[arg(required = true)]
-    pub(crate) paths: Vec<PathBuf>,
-    #[command(flatten)]
-    pub(crate) common: Common,
+impl Look {
+    /// The library's entry, with these settings.
+    pub(crate) fn builder(&self) -> DefendBuilder {
+        let builder = Defend::builder()
+            .config(DefendConfig {
+                image_size: self.image_size,
+                ..DefendConfig::default()
+            })
+            .device(self.common.device())
+            .strict(self.common.strict);
+        match pretrained(self.backbone.as_deref()) {
+            Some(weights) => builder.backbone(weights),
+            None => builder,
+        }
+    }
 }
 
 #[derive(Args)]

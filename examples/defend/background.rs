@@ -1,26 +1,17 @@
 //! `defend background`
 
 use anyhow::Result;
-use defend_core::{BackgroundSource, Defend, DefendConfig, ProgressBar};
+use defend_core::{BackgroundSource, ProgressBar};
 use std::path::{Path, PathBuf};
 
-use crate::arguments::{Background, pretrained};
+use crate::arguments::Background;
 use crate::pictures::{check_writable, find};
 
 pub(crate) fn run(arguments: &Background) -> Result<()> {
     check_writable(&arguments.out)?;
-    let photos = find(&arguments.images, arguments.common.strict)?.dataset();
-    let mut builder = Defend::builder()
-        .config(DefendConfig {
-            image_size: arguments.image_size,
-            ..DefendConfig::default()
-        })
-        .device(arguments.common.device())
-        .strict(arguments.common.strict);
-    if let Some(weights) = pretrained(arguments.backbone.as_deref()) {
-        builder = builder.backbone(weights);
-    }
+    let photos = find(&arguments.images, arguments.look.common.strict)?.dataset();
     let source = named(&arguments.images);
+    let builder = arguments.look.builder();
     let background = builder.look_at_background(photos, source, &mut ProgressBar::new())?;
     background.save(&arguments.out)?;
     eprintln!(

@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use defend_core::{Defend, DefendConfig, Device, FeatureTable, ProgressBar, Tensor};
+use defend_core::{Device, FeatureTable, ProgressBar, Tensor};
 use serde::Serialize;
 
-use crate::arguments::{Embed, pretrained};
+use crate::arguments::Embed;
 use crate::pictures::{check_writable, find};
 
 pub(crate) fn run(arguments: &Embed) -> Result<()> {
@@ -18,18 +18,11 @@ pub(crate) fn run(arguments: &Embed) -> Result<()> {
         );
     }
     check_writable(&arguments.out)?;
-    let images = find(&arguments.paths, arguments.common.strict)?.dataset();
-    let mut builder = Defend::builder()
-        .config(DefendConfig {
-            image_size: arguments.image_size,
-            ..DefendConfig::default()
-        })
-        .device(arguments.common.device())
-        .strict(arguments.common.strict);
-    if let Some(weights) = pretrained(arguments.backbone.as_deref()) {
-        builder = builder.backbone(weights);
-    }
-    let (table, skipped) = builder.embed(images, &mut ProgressBar::new())?;
+    let images = find(&arguments.paths, arguments.look.common.strict)?.dataset();
+    let (table, skipped) = arguments
+        .look
+        .builder()
+        .embed(images, &mut ProgressBar::new())?;
     if extension == Some("npy") {
         write_npy(&table, &arguments.out)?;
     } else {

@@ -211,9 +211,7 @@ impl BenchConfig {
             self.systems.iter().map(SystemEntry::name).collect(),
         )?;
         let mut protocols = self.data.iter().flat_map(|data| &data.protocols);
-        if self.fit != Fit::Squash
-            && protocols.any(|protocol| matches!(protocol, ProtocolConfig::Objects { .. }))
-        {
+        if self.fit != Fit::Squash && protocols.any(ProtocolConfig::judges_objects) {
             return Err(
                 "the protocol \"objects\" needs fit = \"squash\", whose maps lie over the whole picture"
                     .into(),

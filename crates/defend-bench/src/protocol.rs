@@ -47,6 +47,11 @@ pub(crate) struct Experiment {
 }
 
 impl ProtocolConfig {
+    /// Whether maps are judged by the boxes around objects.
+    pub(crate) fn judges_objects(&self) -> bool {
+        matches!(self, Self::Objects { .. })
+    }
+
     /// Name for tables and files.
     pub fn name(&self) -> &'static str {
         match self {

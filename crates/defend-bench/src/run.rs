@@ -18,7 +18,7 @@ use crate::pixels::{masks, pixel_figures};
 use crate::protocol::Experiment;
 use crate::record::{Figures, Record, RunKey, Scored, Software, Worst, file_name, write_json};
 use crate::split::{Split, Splitter};
-use crate::{BenchConfig, DataConfig, DataEntry, Error, ProtocolConfig, SystemEntry};
+use crate::{BenchConfig, DataConfig, DataEntry, Error, SystemEntry};
 
 /// Errors of each kind whose maps are kept.
 const WORST: usize = 6;
@@ -86,9 +86,7 @@ pub fn run(
     for (data, halves) in config.data.iter().zip(&halves) {
         for protocol in &data.protocols {
             let boxed = |index| !halves.test.boxes(index).is_empty();
-            if matches!(protocol, ProtocolConfig::Objects { .. })
-                && !(0..halves.test.len()).any(boxed)
-            {
+            if protocol.judges_objects() && !(0..halves.test.len()).any(boxed) {
                 let data = data.name.clone();
                 return Err(Error::NoBoxes { data });
             }
@@ -201,11 +199,10 @@ impl Bench<'_> {
                             seed,
                         };
                         let order = [*place, system_place];
-                        let objects = matches!(protocol, ProtocolConfig::Objects { .. });
                         let task = Task {
                             system,
                             split,
-                            experiment: objects.then_some(&experiment),
+                            experiment: protocol.judges_objects().then_some(&experiment),
                         };
                         self.run(key, order, &task, &test, progress)?;
                     }

@@ -11,13 +11,12 @@ use defend_nn::Rng;
 use defend_vit::{Encoder, ImageSource, weights_hash};
 use ndarray::{Array2, Axis};
 use rand::seq::index::sample;
-use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
+use crate::files::{read, with_header, write};
 use crate::normals::Normals;
 use crate::observer::{Observer, Stage};
-use crate::persist::write_atomically;
 use crate::scan::preprocess_of;
 use crate::tokens::{TokenBlocks, Wanted};
 use crate::{Error, Pictures};
@@ -290,11 +289,7 @@ impl Background {
         let metadata = HashMap::from([(KEY.to_owned(), json)]);
         let bytes =
             safetensors::serialize(views, Some(metadata)).map_err(|e| fault(e.to_string()))?;
-        write_atomically(path, &bytes).map_err(|source| Error::Io {
-            path: path.to_owned(),
-            action: "writing the background",
-            source,
-        })
+        write(path, &bytes, "writing the background")
     }
 
     /// Reads a file of [`Background::save`].
@@ -303,11 +298,7 @@ impl Background {
     /// [`Error::Io`], [`Error::Background`] for a file that is damaged or no background.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|source| Error::Io {
-            path: path.to_owned(),
-            action: "reading the background",
-            source,
-        })?;
+        let bytes = read(path, "reading the background")?;
         Self::from_bytes(&bytes, &path.display().to_string())
     }
 
@@ -320,18 +311,8 @@ impl Background {
             origin: origin.to_owned(),
             reason,
         };
-        let damaged =
-            |e: safetensors::SafeTensorError| fault(format!("no complete safetensors file: {e}"));
-        let tensors = SafeTensors::deserialize(bytes).map_err(damaged)?;
-        let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
-        let json = metadata.metadata().as_ref().and_then(|m| m.get(KEY));
-        let json = json.ok_or_else(|| {
-            fault(format!(
-                "no background of this library: no \"{KEY}\" in its metadata"
-            ))
-        })?;
-        let header: Header =
-            serde_json::from_str(json).map_err(|e| fault(format!("{KEY}: {e}")))?;
+        let (tensors, header): (_, Header) =
+            with_header(bytes, KEY, "background").map_err(fault)?;
         let old = header.format_version == WITHOUT_PLACES;
         if !old && header.format_version != FORMAT_VERSION {
             return Err(fault(format!(

@@ -154,15 +154,6 @@ impl Detector {
         }
     }
 
-    /// The threshold that a closed form has from its fit; too few images for the rate leave it without one, which the caller sees.
-    pub(crate) fn calibrate_fitted(&mut self) -> Result<(), Error> {
-        if self.evidence().is_some() {
-            let rate = FalseAlarmRate::new(self.config.false_alarm_rate)?;
-            self.calibrate_if_enough(rate)?;
-        }
-        Ok(())
-    }
-
     /// The student in closed form.
     ///
     /// # Errors

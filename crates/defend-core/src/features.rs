@@ -9,15 +9,14 @@ use defend_data::{Dataset, content_hashes};
 use defend_evidence::Embeddings;
 use defend_vit::{Encoder, ImageSource};
 use ndarray::Array2;
-use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
+use crate::files::{read, with_header, write};
 use crate::normals::Normals;
-use crate::observer::{Observer, Stage};
-use crate::persist::write_atomically;
+use crate::observer::Observer;
 use crate::scan::preprocess_of;
-use crate::tokens::{TokenBlocks, Wanted};
+use crate::tokens::TokenBlocks;
 use crate::{Error, Pictures, Skipped, TeacherIdentity};
 
 /// Metadata key of everything but the tensors.
@@ -66,19 +65,7 @@ impl FeatureTable {
             observer,
         )?;
         let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
-        let all: Vec<usize> = (0..pictures.len()).collect();
-        let mut batches = Vec::new();
-        let pass = Normals::new(teacher, &blocks, &pictures);
-        pass.pass(
-            &all,
-            |_| Wanted::default(),
-            Stage::Embed,
-            observer,
-            |embedded| {
-                batches.push(embedded.images);
-                Ok(())
-            },
-        )?;
+        let embeddings = Normals::new(teacher, &blocks, &pictures).only_embeddings(observer)?;
         let skipped = pictures.skipped().to_vec();
         let readable: Vec<usize> = (0..images.len())
             .filter(|index| skipped.iter().all(|skipped| skipped.index != *index))
@@ -86,9 +73,9 @@ impl FeatureTable {
         let hashes = content_hashes(&**images, &readable)?;
         let table = Self {
             teacher: identity,
-            names: all.iter().map(|&i| pictures.name(i)).collect(),
+            names: (0..pictures.len()).map(|i| pictures.name(i)).collect(),
             hashes: hashes.iter().map(ToString::to_string).collect(),
-            embeddings: Embeddings::joined(&batches)?,
+            embeddings,
         };
         Ok((table, skipped))
     }
@@ -170,11 +157,7 @@ impl FeatureTable {
         let metadata = HashMap::from([(KEY.to_owned(), json)]);
         let bytes =
             safetensors::serialize(&tensors, Some(metadata)).map_err(|e| fault(e.to_string()))?;
-        write_atomically(path, &bytes).map_err(|source| Error::Io {
-            path: path.to_owned(),
-            action: "writing the features",
-            source,
-        })
+        write(path, &bytes, "writing the features")
     }
 
     /// Reads a file of [`FeatureTable::save`].
@@ -187,23 +170,8 @@ impl FeatureTable {
             path: path.to_owned(),
             reason,
         };
-        let bytes = std::fs::read(path).map_err(|source| Error::Io {
-            path: path.to_owned(),
-            action: "reading the features",
-            source,
-        })?;
-        let damaged =
-            |e: safetensors::SafeTensorError| fault(format!("no complete safetensors file: {e}"));
-        let tensors = SafeTensors::deserialize(&bytes).map_err(damaged)?;
-        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
-        let json = metadata.metadata().as_ref().and_then(|m| m.get(KEY));
-        let json = json.ok_or_else(|| {
-            fault(format!(
-                "no features of this library: no \"{KEY}\" in its metadata"
-            ))
-        })?;
-        let header: Header =
-            serde_json::from_str(json).map_err(|e| fault(format!("{KEY}: {e}")))?;
+        let bytes = read(path, "reading the features")?;
+        let (tensors, header): (_, Header) = with_header(&bytes, KEY, "features").map_err(fault)?;
         if header.format_version != FORMAT_VERSION {
             return Err(fault(format!(
                 "format version {} (written by {}), this library reads version {FORMAT_VERSION}",

@@ -7,6 +7,7 @@ use defend_data::Dataset;
 use defend_dense::{DenseObjective, DenseReport, DenseTuner, PrototypeObjective};
 use defend_distill::{DistillReport, Distiller, MaskPolicy};
 use defend_evidence::Summary;
+use defend_metrics::FalseAlarmRate;
 use defend_nn::{Rng, TrainingStep};
 use defend_vit::{
     Arithmetic, Backbone, BackboneSpec, CacheConfig, Cached, Encoder, ImageSource, TrainScope,
@@ -250,11 +251,7 @@ impl DefendBuilder {
             Some(scale) => scale,
             None => map_scale_of(&detector, &stages.pictures)?,
         };
-        detector.calibrate_fitted()?;
-        if let Some(abnormal) = abnormal {
-            let learnt = detector.learn_abnormal_of(&abnormal, strict, stages.observer)?;
-            skipped.extend(learnt.skipped);
-        }
+        skipped.extend(finish(&mut detector, abnormal, strict, stages.observer)?);
         Ok(Fitted {
             detector,
             dense,
@@ -339,13 +336,7 @@ impl DefendBuilder {
             calibration: None,
             map_scale,
         };
-        detector.calibrate_fitted()?;
-        let mut skipped = Vec::new();
-        if let Some(abnormal) = abnormal {
-            skipped = detector
-                .learn_abnormal_of(&abnormal, strict, observer)?
-                .skipped;
-        }
+        let skipped = finish(&mut detector, abnormal, strict, observer)?;
         Ok(Fitted {
             detector,
             dense: None,
@@ -522,6 +513,29 @@ impl Stages<'_> {
         }
         Ok((masked, report))
     }
+}
+
+/// The threshold that a closed form has from its fit, where there are enough images for the rate, and the abnormal images that it
+/// knows; those that could not be read.
+fn finish(
+    detector: &mut Detector,
+    abnormal: Option<Arc<dyn Dataset>>,
+    strict: bool,
+    observer: &mut dyn Observer,
+) -> Result<Vec<Skipped>, Error> {
+    if detector.evidence().is_some() {
+        let rate = FalseAlarmRate::new(detector.config.false_alarm_rate)?;
+        // Too few images for the rate leave it without a threshold, which the caller sees.
+        detector.calibrate_if_enough(rate)?;
+    }
+    Ok(match abnormal {
+        Some(abnormal) => {
+            detector
+                .learn_abnormal_of(&abnormal, strict, observer)?
+                .skipped
+        }
+        None => Vec::new(),
+    })
 }
 
 /// A random student for a teacher.

@@ -9,8 +9,7 @@ use defend_metrics::FalseAlarmRate;
 use defend_vit::ImageSource;
 
 use crate::normals::Normals;
-use crate::observer::{Observer, Stage};
-use crate::tokens::Wanted;
+use crate::observer::Observer;
 use crate::{CalibrationSource, Detector, Error, Pictures, Skipped};
 
 /// Limit of the memory for resized pictures: they are looked at once.
@@ -166,20 +165,9 @@ impl Detector {
             strict,
             observer,
         )?;
-        let all: Vec<usize> = (0..pictures.len()).collect();
-        let mut batches = Vec::new();
         let pass = Normals::new(&*closed.teacher, &closed.blocks, &pictures);
-        pass.pass(
-            &all,
-            |_| Wanted::default(),
-            Stage::Embed,
-            observer,
-            |embedded| {
-                batches.push(embedded.images);
-                Ok(())
-            },
-        )?;
-        Ok((Embeddings::joined(&batches)?, pictures))
+        let embeddings = pass.only_embeddings(observer)?;
+        Ok((embeddings, pictures))
     }
 
     /// Brings the threshold up to date after scores have changed; whether one from held-out images had to be dropped.

@@ -38,6 +38,7 @@ mod detector;
 mod device;
 mod error;
 mod features;
+mod files;
 mod fit;
 mod known;
 mod map;

@@ -79,6 +79,23 @@ impl<'a> Normals<'a> {
         Ok(embeddings)
     }
 
+    /// Embeddings of all images, where nothing else of them is wanted.
+    pub(crate) fn only_embeddings(&self, observer: &mut dyn Observer) -> Result<Embeddings, Error> {
+        let all: Vec<usize> = (0..self.pictures.len()).collect();
+        let mut batches = Vec::new();
+        self.pass(
+            &all,
+            |_| Wanted::default(),
+            Stage::Embed,
+            observer,
+            |embedded| {
+                batches.push(embedded.images);
+                Ok(())
+            },
+        )?;
+        Ok(Embeddings::joined(&batches)?)
+    }
+
     /// The images whose surroundings of patches are kept, and these.
     pub(crate) fn places(&self) -> Option<(&[usize], &PatchTokens)> {
         self.places

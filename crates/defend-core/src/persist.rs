@@ -1,7 +1,6 @@
 //! A detector in one file.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -17,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::closed_form::ClosedFormStudent;
 use crate::config::ConfigOfFormat1;
 use crate::detector::StudentStage;
+use crate::files::{read, write};
 use crate::masked::MaskedStudent;
 use crate::tokens::TokenBlocks;
 use crate::{Calibration, DefendConfig, Detector, Error, MapScale, Student};
@@ -152,11 +152,7 @@ impl Detector {
             path: path.to_owned(),
             reason,
         })?;
-        write_atomically(path, &bytes).map_err(|source| Error::Io {
-            path: path.to_owned(),
-            action: "writing the model",
-            source,
-        })
+        write(path, &bytes, "writing the model")
     }
 
     /// Reads a detector; it gives the same scores as the saved one, bit for bit on the same device.
@@ -170,11 +166,7 @@ impl Detector {
             path: path.to_owned(),
             reason,
         };
-        let bytes = std::fs::read(path).map_err(|source| Error::Io {
-            path: path.to_owned(),
-            action: "reading the model",
-            source,
-        })?;
+        let bytes = read(path, "reading the model")?;
         let mut weights = Weights::from_bytes(&bytes, &path.display().to_string())?;
         let json = weights.metadata(MODEL_KEY).ok_or_else(|| {
             wrong(format!(
@@ -370,27 +362,4 @@ fn serialize(header: &Header, tensors: &BTreeMap<String, Tensor>) -> Result<Vec<
     let json = serde_json::to_string(header).map_err(|e| e.to_string())?;
     let metadata = HashMap::from([(MODEL_KEY.to_owned(), json)]);
     safetensors::serialize(tensors, Some(metadata)).map_err(|e| e.to_string())
-}
-
-/// Writes beside the target and renames: a reader never sees half a file, and a failure leaves the old
-/// one.
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let mut file = tempfile::Builder::new()
-        .prefix(".defend-")
-        .tempfile_in(folder)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        // Temporary files are private; a model is as readable as any file.
-        file.as_file()
-            .set_permissions(std::fs::Permissions::from_mode(0o644))?;
-    }
-    file.persist(path)?;
-    Ok(())
 }

@@ -339,17 +339,12 @@ impl ClosedForm {
         &self.left_out
     }
 
-    /// Kept images whose patches [`ClosedForm::remember`] wants; none where patches do not count.
+    /// Kept images whose patches [`ClosedForm::remember`] wants, leaders of groups before others; none where patches do not count.
     pub fn patch_images(&self) -> Vec<usize> {
-        if self.patch_weight > 0.0 {
-            self.leaders_first(self.config.patches.images)
-        } else {
-            Vec::new()
+        if self.patch_weight <= 0.0 {
+            return Vec::new();
         }
-    }
-
-    /// At most `limit` of the judged images, ascending, leaders of groups before others.
-    pub(crate) fn leaders_first(&self, limit: usize) -> Vec<usize> {
+        let limit = self.config.patches.images;
         let (mut leading, mut others) = (Vec::new(), Vec::new());
         let mut leads = vec![false; self.normal.len()];
         for &leader in &self.groups.leaders {

@@ -7,7 +7,7 @@ use faer::linalg::matmul::matmul;
 use faer::linalg::solvers::{DenseSolveCore, Solve};
 use faer::traits::ComplexField;
 use faer::{Accum, MatMut, MatRef, Par, Side};
-use ndarray::{Array1, Array2, ArrayView2, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, s};
 use rayon::prelude::*;
 
 use crate::Error;
@@ -97,6 +97,15 @@ pub(crate) fn product<T: ComplexField + Copy + Send + Sync>(
     // The vector has this many values: it was made so.
     Array2::from_shape_vec((rows, columns), out)
         .unwrap_or_else(|_| Array2::from_elem((0, 0), T::zero_impl()))
+}
+
+/// The row of `right` that each row of `left` is most similar to; the last of equal ones, 0 of none.
+pub(crate) fn most_similar(left: ArrayView2<'_, f64>, right: ArrayView2<'_, f64>) -> Vec<usize> {
+    let best = |row: ArrayView1<'_, f64>| {
+        let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+        best.map_or(0, |(place, _)| place)
+    };
+    product(left, right).rows().into_iter().map(best).collect()
 }
 
 fn multiply<T: ComplexField + Copy>(out: &mut [T], left: &[T], right: MatRef<'_, T>) {

@@ -1,11 +1,11 @@
 //! Which object is the novel one? How usual the surroundings of each patch are among normal images, and among ordinary ones.
 
 use defend_random::Rng;
-use ndarray::{Array2, ArrayView1, ArrayView2, Axis, s};
+use ndarray::{Array2, ArrayView2, Axis, s};
 use rand::seq::index::sample;
 use rayon::prelude::*;
 
-use crate::linear::{exp_of_negative, product, vectorised};
+use crate::linear::{exp_of_negative, most_similar, product, vectorised};
 use crate::{
     ClosedForm, CoreSet, Embeddings, Error, Judgement, PatchMemory, PatchTokens, Standard,
 };
@@ -242,12 +242,11 @@ impl ClosedForm {
         self.normal.check_widths(images, "the embeddings")?;
         let first = self.config.posterior.first_part;
         let leaders = self.normal.select(&self.groups.leaders).phi(first);
-        let similarities = product(images.phi(first).view(), leaders.view());
-        let nearest = |row: ArrayView1<'_, f64>| {
-            let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
-            best.map_or(0, |(group, _)| group)
-        };
-        Ok(similarities.rows().into_iter().map(nearest).collect())
+        let mut groups = Vec::with_capacity(images.len());
+        for some in images.batches() {
+            groups.extend(most_similar(some.phi(first).view(), leaders.view()));
+        }
+        Ok(groups)
     }
 
     /// The object memory, once there is one.

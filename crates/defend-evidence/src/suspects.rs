@@ -1,6 +1,6 @@
 //! Normal images that the others do not explain.
 
-use crate::linear::product;
+use crate::linear::most_similar;
 use crate::{ClosedForm, Embeddings, Error};
 
 /// A group of normal images that the others do not explain.
@@ -68,9 +68,8 @@ impl ClosedForm {
         let kept = self.normal.phi(first);
         let mut belongs = Vec::with_capacity(images.len());
         for some in images.batches() {
-            for row in product(some.phi(first).view(), kept.view()).rows() {
-                let nearest = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
-                let group = nearest.and_then(|(nearest, _)| self.groups.of.get(nearest));
+            for nearest in most_similar(some.phi(first).view(), kept.view()) {
+                let group = self.groups.of.get(nearest);
                 belongs.push(group.is_some_and(|&group| odd.get(group) == Some(&true)));
             }
         }

@@ -1,0 +1,67 @@
+//! Files that are read whole, and written whole or not at all.
+
+use std::io::Write;
+use std::path::Path;
+
+use safetensors::SafeTensors;
+use serde::de::DeserializeOwned;
+
+use crate::Error;
+
+/// The content of a file; `action` is named in the error.
+pub(crate) fn read(path: &Path, action: &'static str) -> Result<Vec<u8>, Error> {
+    std::fs::read(path).map_err(|source| Error::Io {
+        path: path.to_owned(),
+        action,
+        source,
+    })
+}
+
+/// Writes a file that appears whole or not at all; `action` is named in the error.
+pub(crate) fn write(path: &Path, bytes: &[u8], action: &'static str) -> Result<(), Error> {
+    write_atomically(path, bytes).map_err(|source| Error::Io {
+        path: path.to_owned(),
+        action,
+        source,
+    })
+}
+
+/// The tensors of a safetensors file of this library, a `kind` of file, and its header: JSON under `key` in the metadata. An error is
+/// a reason.
+pub(crate) fn with_header<'a, H: DeserializeOwned>(
+    bytes: &'a [u8],
+    key: &str,
+    kind: &str,
+) -> Result<(SafeTensors<'a>, H), String> {
+    let damaged = |e: safetensors::SafeTensorError| format!("no complete safetensors file: {e}");
+    let tensors = SafeTensors::deserialize(bytes).map_err(damaged)?;
+    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
+    let json = metadata.metadata().as_ref().and_then(|m| m.get(key));
+    let json =
+        json.ok_or_else(|| format!("no {kind} of this library: no \"{key}\" in its metadata"))?;
+    let header = serde_json::from_str(json).map_err(|e| format!("{key}: {e}"))?;
+    Ok((tensors, header))
+}
+
+/// Writes beside the target and renames: a reader never sees half a file, and a failure leaves the old
+/// one.
+fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let mut file = tempfile::Builder::new()
+        .prefix(".defend-")
+        .tempfile_in(folder)?;
+    file.write_all(bytes)?;
+    file.as_file().sync_all()?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // Temporary files are private; a model is as readable as any file.
+        file.as_file()
+            .set_permissions(std::fs::Permissions::from_mode(0o644))?;
+    }
+    file.persist(path)?;
+    Ok(())
+}
