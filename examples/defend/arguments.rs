@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use defend_core::data::{Mask, Region, read_image};
 use defend_core::vit::Pretrained;
 use defend_core::{Defend, DefendBuilder, DefendConfig, Detector, Device, Recipe, best_device};
+use defend_core::{TileMemory, Tiles};
 
 /// Does this picture show what I have called normal, even when other things are in it too?
 #[derive(Parser)]
@@ -97,6 +99,11 @@ pub(crate) struct Fit {
     /// Seed of every random choice; overrides the settings.
     #[arg(long)]
     pub(crate) seed: Option<u64>,
+    /// Side that pictures are resized to, pixels: a multiple of the backbone's patch size; what the backbone was trained at without it.
+    #[arg(long)]
+    pub(crate) image_size: Option<usize>,
+    #[command(flatten)]
+    pub(crate) parts: Parts,
     /// Leaves the dense fine-tuning of the backbone out.
     #[arg(long)]
     pub(crate) no_dense: bool,
@@ -112,6 +119,88 @@ pub(crate) struct Fit {
     pub(crate) feature_folder: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) common: Common,
+}
+
+/// What is looked at of large pictures.
+#[derive(Args)]
+pub(crate) struct Parts {
+    /// Looks at large pictures in tiles, such as 2x2 (columns x rows), for faults that would be too small otherwise. Tiles count
+    /// where normal pictures are alike, such as parts on a line.
+    #[arg(long, value_parser = columns_and_rows)]
+    pub(crate) tiles: Option<(usize, usize)>,
+    /// Share of a tile that its neighbour shows too, 0 to 0.5.
+    #[arg(long, requires = "tiles")]
+    pub(crate) tile_overlap: Option<f64>,
+    /// Which tiles of the normal pictures a tile is compared with.
+    #[arg(long, value_enum, requires = "tiles")]
+    pub(crate) tile_memory: Option<TileMemoryName>,
+    /// Looks at this rectangle of each picture alone: x,y,width,height in pixels.
+    #[arg(long, value_parser = rectangle, conflicts_with = "roi_mask")]
+    pub(crate) roi: Option<Region>,
+    /// Looks at what is white in this picture alone; it has the shape of those that are learnt and scored.
+    #[arg(long)]
+    pub(crate) roi_mask: Option<PathBuf>,
+}
+
+/// Which tiles of the normal pictures a tile is compared with.
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum TileMemoryName {
+    /// All of them: parts lie anywhere.
+    Shared,
+    /// Those at its own position: parts always lie the same way.
+    PerPosition,
+}
+
+impl Parts {
+    fn set(&self, config: &mut DefendConfig) -> Result<()> {
+        if let Some((columns, rows)) = self.tiles {
+            let tiles = config.tiles.unwrap_or_default();
+            config.tiles = Some(Tiles {
+                columns,
+                rows,
+                overlap: self.tile_overlap.unwrap_or(tiles.overlap),
+                memory: match self.tile_memory {
+                    None => tiles.memory,
+                    Some(TileMemoryName::Shared) => TileMemory::Shared,
+                    Some(TileMemoryName::PerPosition) => TileMemory::PerPosition,
+                },
+            });
+        }
+        if let Some(region) = &self.roi {
+            config.region = Some(region.clone());
+        }
+        if let Some(path) = &self.roi_mask {
+            let white = image::imageops::grayscale(&read_image(path)?);
+            let mask = Mask::new(&white)
+                .with_context(|| format!("the mask {} cannot be used", path.display()))?;
+            config.region = Some(Region::Mask(mask));
+        }
+        Ok(())
+    }
+}
+
+fn columns_and_rows(text: &str) -> Result<(usize, usize), String> {
+    let wrong = || format!("{text:?} is no number of columns and rows such as 3x2");
+    let (columns, rows) = text.split_once('x').ok_or_else(wrong)?;
+    match (columns.parse(), rows.parse()) {
+        (Ok(columns), Ok(rows)) => Ok((columns, rows)),
+        _ => Err(wrong()),
+    }
+}
+
+fn rectangle(text: &str) -> Result<Region, String> {
+    let numbers: Result<Vec<u32>, _> = text.split(',').map(str::parse).collect();
+    let Ok(&[x, y, width, height]) = numbers.as_deref() else {
+        return Err(format!(
+            "{text:?} is no rectangle such as 100,50,640,480: x,y,width,height in pixels"
+        ));
+    };
+    Ok(Region::Rectangle {
+        x,
+        y,
+        width,
+        height,
+    })
 }
 
 #[derive(Args)]
@@ -409,6 +498,10 @@ impl Fit {
         if let Some(rate) = self.false_alarm_rate {
             config.false_alarm_rate = rate;
         }
+        if self.image_size.is_some() {
+            config.image_size = self.image_size;
+        }
+        self.parts.set(&mut config)?;
         config.validate()?;
         Ok(config)
     }

@@ -20,7 +20,8 @@ use crate::{System, Teacher};
 pub struct Ours {
     /// The recipe.
     pub recipe: Recipe,
-    /// Settings in place of a recipe's; seed, image size and fit are those of the benchmark.
+    /// Settings in place of a recipe's; seed and fit are those of the benchmark. With an image size of its own a system needs its
+    /// background as photos.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub settings: Option<DefendConfig>,
     /// Whether a masked student's score is the squared Mahalanobis distance of its error at the CLS token among its errors on
@@ -47,7 +48,6 @@ impl System for Ours {
         let settings = DefendConfig {
             seed,
             fit: teacher.preprocess().fit,
-            image_size: None,
             ..self.config()
         };
         let layers = settings
@@ -61,7 +61,10 @@ impl System for Ours {
         }
         let builder = match &settings.dense {
             // Nothing changes the teacher: its features may come from the cache.
-            None if settings.arithmetic == Arithmetic::F32 => {
+            None if settings.arithmetic == Arithmetic::F32
+                && settings.image_size.is_none()
+                && settings.tiles.is_none() =>
+            {
                 builder.own_teacher(teacher.backbone(layers)?)
             }
             _ => builder.teacher(teacher.vit().copy(TrainScope::Frozen)?),

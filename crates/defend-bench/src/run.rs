@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use defend_baselines::Teacher;
-use defend_core::data::{Dataset, Fit, Label};
+use defend_core::data::{Dataset, Fit, Label, Preprocess};
 use defend_core::metrics::{auroc, average_precision};
 use defend_core::vit::{CacheConfig, Encoder, ImageSource, TrainScope, weights_hash};
 use defend_core::{
@@ -120,6 +120,7 @@ struct Bench<'a> {
 struct TestSet<'a> {
     source: &'a DataConfig,
     halves: &'a Halves,
+    images: Arc<dyn Dataset>,
     pictures: Pictures,
     masks: Option<Vec<Option<Vec<bool>>>>,
 }
@@ -141,7 +142,10 @@ impl Bench<'_> {
         progress: &mut dyn Progress,
     ) -> Result<(), Error> {
         let mut splitter = Splitter::new(halves, data.subset)?;
-        let images = defend_core::data::Subset::new(halves.test.clone(), splitter.test().to_vec())?;
+        let images: Arc<dyn Dataset> = Arc::new(defend_core::data::Subset::new(
+            halves.test.clone(),
+            splitter.test().to_vec(),
+        )?);
         // Maps lie over the whole picture only when it was squashed: another fit has no figures over pixels.
         let masks = match self.config.fit {
             Fit::Squash => masks(&*halves.test, splitter.test())?,
@@ -151,14 +155,8 @@ impl Bench<'_> {
             source: &data.source,
             halves,
             masks,
-            pictures: Pictures::read(
-                Arc::new(images),
-                self.teacher.preprocess().clone(),
-                self.teacher.device(),
-                PICTURE_BYTES,
-                true,
-                progress,
-            )?,
+            pictures: self.read(&images, self.teacher.preprocess(), progress)?,
+            images,
         };
         for protocol in &data.protocols {
             for experiment in protocol.experiments(&data.name, &*halves.train)? {
@@ -211,6 +209,23 @@ impl Bench<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The pictures of a test set as a detector wants them.
+    fn read(
+        &self,
+        images: &Arc<dyn Dataset>,
+        preprocess: &Preprocess,
+        progress: &mut dyn Progress,
+    ) -> Result<Pictures, Error> {
+        Ok(Pictures::read(
+            Arc::clone(images),
+            preprocess.clone(),
+            self.teacher.device(),
+            PICTURE_BYTES,
+            true,
+            progress,
+        )?)
     }
 
     fn run(
@@ -270,9 +285,16 @@ impl Bench<'_> {
         let detector = system.fit(&self.teacher, Arc::new(normal), key.seed, progress)?;
         let fit_seconds = start.elapsed().as_secs_f64();
 
+        // Images of another size, or in tiles, are read once more.
+        let own = if detector.preprocess() == self.teacher.preprocess() {
+            None
+        } else {
+            Some(self.read(&test.images, detector.preprocess(), progress)?)
+        };
+        let pictures = own.as_ref().unwrap_or(&test.pictures);
         let start = Instant::now();
         let with_maps = test.masks.is_some() || task.experiment.is_some();
-        let novelties = score(&*detector, &test.pictures, with_maps)?;
+        let novelties = score(&*detector, pictures, with_maps)?;
         let score_seconds = start.elapsed().as_secs_f64();
         let scores: Vec<Scored> = (split.test.iter().zip(&split.abnormal).zip(&novelties))
             .map(|((&index, &abnormal), novelty)| Scored {
@@ -293,7 +315,10 @@ impl Bench<'_> {
         let (values, truth) = (ArrayView1::from(&values), ArrayView1::from(&split.abnormal));
         let maps: Vec<Option<&PatchMap>> = novelties.iter().map(|n| n.map.as_ref()).collect();
         let all_maps: Option<Vec<&PatchMap>> = maps.iter().copied().collect();
-        let pixels = pixel_figures(test.masks.as_deref(), &maps)?;
+        // A map of a region does not lie over the whole mask.
+        let whole = detector.preprocess().region.is_none();
+        let masks = test.masks.as_deref().filter(|_| whole);
+        let pixels = pixel_figures(masks, &maps)?;
         let objects = match task.experiment {
             Some(experiment) => {
                 let normal = |class| experiment.protocol.label(&[class]) == Label::Normal;
@@ -310,7 +335,7 @@ impl Bench<'_> {
                 object_auroc: objects.map(|o| o.pooled),
                 object_auroc_within: objects.map(|o| o.within),
             },
-            worst: worst(&*detector, &test.pictures, &scores, &novelties)?,
+            worst: worst(&*detector, pictures, &scores, &novelties)?,
             map_scale: all_maps.map(|maps| MapScale::of(&maps, 1.0)),
             deviations: system.deviations().into(),
             source: test.source.clone(),

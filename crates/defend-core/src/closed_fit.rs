@@ -10,6 +10,7 @@ use crate::closed_form::ClosedFormStudent;
 use crate::fit::{ClosedFormReport, Stages, stream};
 use crate::normals::Normals;
 use crate::observer::Observer;
+use crate::scan::tiling_of;
 use crate::tokens::TokenBlocks;
 use crate::{Background, Error, MapScale, PatchMap};
 
@@ -23,7 +24,12 @@ impl Stages<'_> {
         background: Option<&Background>,
         config: &EvidenceConfig,
     ) -> Result<(ClosedFormStudent, ClosedFormReport, MapScale), Error> {
-        let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
+        let tiling = tiling_of(teacher.spec(), &self.config);
+        let blocks = TokenBlocks::of(teacher.spec().architecture.depth).in_tiles(tiling);
+        let mut config = config.clone();
+        // As many tiles are kept in memory as images without tiles would be.
+        config.patches.images = (config.patches.images / tiling.map_or(1, |t| t.count())).max(1);
+        let config = &config;
         let mut normals = Normals::new(&**teacher, &blocks, &self.pictures);
         let images = normals.embeddings(config.objects.images, self.observer)?;
         let fit = Fit {
@@ -93,7 +99,10 @@ impl Fit<'_> {
             kept,
             maps,
         } = learnt;
-        let grid = teacher.spec().architecture.grid();
+        let grid = match blocks.tiling() {
+            Some(tiling) => tiling.grid(),
+            None => teacher.spec().architecture.grid(),
+        };
         let maps: Vec<PatchMap> = maps
             .into_iter()
             .map(|values| PatchMap { grid, values })

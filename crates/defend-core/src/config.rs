@@ -1,6 +1,6 @@
 //! Settings of a whole fit.
 
-use defend_data::Fit;
+use defend_data::{Fit, Region};
 use defend_dense::DenseConfig;
 use defend_distill::{Aggregation, DistillConfig};
 use defend_evidence::EvidenceConfig;
@@ -8,7 +8,7 @@ use defend_vit::Arithmetic;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
-use crate::Error;
+use crate::{Error, Tiles};
 
 /// Settings of a whole fit; saved with the model.
 ///
@@ -23,6 +23,12 @@ pub struct DefendConfig {
     /// Side that pictures are resized to, pixels; a multiple of the patch size. `None`: the size that the teacher
     /// was trained at. DINOv2 checkpoints say 518 and work at 224 in a seventh of the time.
     pub image_size: Option<usize>,
+    /// What is looked at of each picture; all of it without one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub region: Option<Region>,
+    /// Large pictures in tiles, for small faults; the closed form on an untuned teacher has them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tiles: Option<Tiles>,
     /// Dense fine-tuning of the teacher; `None` leaves the teacher as it was pretrained.
     pub dense: Option<DenseConfig>,
     /// What learns the normal pictures from the teacher's features.
@@ -145,6 +151,8 @@ impl Default for DefendConfig {
             seed: 0,
             fit: Fit::Squash,
             image_size: None,
+            region: None,
+            tiles: None,
             dense: None,
             student: Student::ClosedForm(EvidenceConfig::default()),
             false_alarm_rate: 0.05,
@@ -181,6 +189,25 @@ impl DefendConfig {
         if let Some(dense) = &self.dense {
             dense.validate()?;
         }
+        if let Some(region) = &self.region {
+            region.validate()?;
+        }
+        if let Some(tiles) = &self.tiles {
+            tiles.validate()?;
+            let fault = |expected: &str| {
+                Err(Error::Config {
+                    field: "tiles",
+                    value: format!("{}x{}", tiles.columns, tiles.rows),
+                    expected: expected.into(),
+                })
+            };
+            if self.dense.is_some() || self.masked_student().is_some() {
+                return fault("null, or a closed-form student on a teacher that is not tuned");
+            }
+            if self.fit != Fit::Squash {
+                return fault("null, or pictures that are squashed: a crop has no whole to be cut");
+            }
+        }
         match &self.student {
             Student::ClosedForm(evidence) => evidence.validate()?,
             Student::Masked(masked) => masked.validate()?,
@@ -204,6 +231,8 @@ struct Written {
     seed: u64,
     fit: Fit,
     image_size: Option<usize>,
+    region: Option<Region>,
+    tiles: Option<Tiles>,
     dense: Option<DenseConfig>,
     student: Student,
     false_alarm_rate: f64,
@@ -219,6 +248,8 @@ impl Default for Written {
             seed,
             fit,
             image_size,
+            region,
+            tiles,
             dense,
             student,
             false_alarm_rate,
@@ -229,6 +260,8 @@ impl Default for Written {
             seed,
             fit,
             image_size,
+            region,
+            tiles,
             dense,
             student,
             false_alarm_rate,
@@ -255,6 +288,8 @@ impl TryFrom<Written> for DefendConfig {
             seed: written.seed,
             fit: written.fit,
             image_size: written.image_size,
+            region: written.region,
+            tiles: written.tiles,
             dense: written.dense,
             student: written.student,
             false_alarm_rate: written.false_alarm_rate,

@@ -272,12 +272,13 @@ impl Detector {
 
     /// Refuses images of another size.
     pub(crate) fn check(&self, images: &Tensor) -> Result<(), Error> {
-        let size = self.preprocess.size;
+        let (width, height) = self.preprocess.input_size();
         // The backbones take any size, but their distances at another one say nothing.
-        if !matches!(images.dims(), &[_, 3, h, w] if h == size as usize && w == size as usize) {
+        if !matches!(images.dims(), &[_, 3, h, w] if h == height as usize && w == width as usize) {
             return Err(Error::Images {
                 found: images.dims().to_vec(),
-                size,
+                width,
+                height,
             });
         }
         Ok(())

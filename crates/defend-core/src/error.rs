@@ -119,8 +119,10 @@ pub enum Error {
         /// Name of the first.
         first: String,
     },
-    /// Models that are scored together have different teachers.
-    #[error("{model} was fitted with {found}, expected the teacher of the first model, {expected}")]
+    /// Models that are scored together have different teachers, or look at different parts of a picture.
+    #[error(
+        "{model} was fitted with {found}, expected the teacher of the first model, {expected}, and its region and tiles"
+    )]
     OtherProfile {
         /// The model.
         model: String,
@@ -146,12 +148,14 @@ pub enum Error {
         score: f64,
     },
     /// A batch of images is not what the detector was fitted on.
-    #[error("the images have shape {found:?}, expected [images, 3, {size}, {size}]")]
+    #[error("the images have shape {found:?}, expected [images, 3, {height}, {width}]")]
     Images {
         /// Shape of the batch.
         found: Vec<usize>,
-        /// Side that the detector was fitted on, pixels.
-        size: u32,
+        /// Width that the detector was fitted on, pixels.
+        width: u32,
+        /// Height that the detector was fitted on, pixels.
+        height: u32,
     },
     /// Reading images failed.
     #[error(transparent)]

@@ -20,7 +20,7 @@ use crate::closed_fit::Fit;
 use crate::detector::StudentStage;
 use crate::masked::MaskedStudent;
 use crate::observer::{Event, Observer, Stage};
-use crate::scan::{Skipped, preprocess_of};
+use crate::scan::{Skipped, preprocess_for};
 use crate::tokens::TokenBlocks;
 use crate::{
     Background, BackgroundSource, DefendBuilder, DefendConfig, Detector, Error, FeatureTable,
@@ -195,7 +195,7 @@ impl DefendBuilder {
             config.dense.is_some(),
             embedded,
         )?;
-        let preprocess = preprocess_of(teacher.encoder().spec(), config.fit);
+        let preprocess = preprocess_for(teacher.encoder().spec(), &config);
         let pictures = Pictures::read(
             Arc::new(normal),
             preprocess.clone(),
@@ -313,7 +313,7 @@ impl DefendBuilder {
             false,
             embedded,
         )?;
-        let preprocess = preprocess_of(teacher.encoder().spec(), config.fit);
+        let preprocess = preprocess_for(teacher.encoder().spec(), &config);
         let teacher = teacher.frozen_encoder(config.arithmetic)?;
         let background = background.ready(&*teacher, config.fit, (&device, strict), observer)?;
         let names = |image: usize| table.names().get(image).cloned().unwrap_or_default();
@@ -354,6 +354,17 @@ impl DefendBuilder {
                 field: "dense",
                 value: "set".into(),
                 expected: format!("null: {expected}"),
+            });
+        }
+        let of_parts = [
+            ("region", self.config.region.is_some()),
+            ("tiles", self.config.tiles.is_some()),
+        ];
+        if let Some((field, _)) = of_parts.into_iter().find(|(_, given)| *given) {
+            return Err(Error::Config {
+                field,
+                value: "set".into(),
+                expected: "null: backgrounds and tables of features are of whole pictures".into(),
             });
         }
         Ok(self.config.clone())

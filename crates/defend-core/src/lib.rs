@@ -55,6 +55,7 @@ mod progress;
 mod scan;
 mod sort;
 mod suspects;
+mod tiles;
 mod tokens;
 
 pub use background::{Background, BackgroundSource, TeacherIdentity};
@@ -80,6 +81,7 @@ pub use scan::{
 
 pub use sort::{Place, Sorted, SortedFinding, sort};
 pub use suspects::SuspectImage;
+pub use tiles::{TileMemory, Tiles};
 
 pub use defend_data as data;
 pub use defend_dense as dense;

@@ -47,7 +47,8 @@ impl<'a> Normals<'a> {
         observer: &mut dyn Observer,
     ) -> Result<Embeddings, Error> {
         let total = self.pictures.len();
-        let keep = total <= KEPT_PATCH_IMAGES;
+        // Tiles cost a pass each, and whether they count shows only when the images are known.
+        let keep = total <= KEPT_PATCH_IMAGES && self.blocks.tiling().is_none();
         // Evenly spread, so that they are of different bursts; they come first, in batches of their own as far as possible.
         let chosen: Vec<usize> = (0..looked_at.min(total))
             .map(|i| i * total / looked_at.min(total))

@@ -18,6 +18,7 @@ use crate::config::ConfigOfFormat1;
 use crate::detector::StudentStage;
 use crate::files::{read, write};
 use crate::masked::MaskedStudent;
+use crate::scan::tiling_of;
 use crate::tokens::TokenBlocks;
 use crate::{Calibration, DefendConfig, Detector, Error, MapScale, Student};
 
@@ -222,7 +223,8 @@ impl Detector {
                     arrays,
                 };
                 let evidence = ClosedForm::from_state(state).map_err(|e| wrong(e.to_string()))?;
-                let blocks = TokenBlocks::of(header.teacher.architecture.depth);
+                let blocks = TokenBlocks::of(header.teacher.architecture.depth)
+                    .in_tiles(tiling_of(&header.teacher, &header.config));
                 let widths = vec![header.teacher.architecture.width; blocks.last().len() + 1];
                 if evidence.widths() != widths || evidence.groups().of.len() != names.len() {
                     return Err(wrong(
@@ -305,11 +307,18 @@ impl Header {
     /// Whether pictures, teacher and student fit each other.
     fn check_sizes(&self) -> Result<(), String> {
         let teacher = &self.teacher.architecture;
-        let size = self.preprocess.size as usize;
-        if teacher.image_size != size {
+        let (width, height) = self.preprocess.input_size();
+        let (width, height) = (width as usize, height as usize);
+        let (grid, side) = (teacher.grid(), teacher.image_size);
+        let tiling = tiling_of(&self.teacher, &self.config);
+        let (expected, grid) = match &tiling {
+            Some(tiling) => (tiling.input_size(), tiling.grid()),
+            None => ((side, side), grid),
+        };
+        if (width, height) != expected {
             return Err(format!(
-                "pictures are resized to {size} px, but its teacher is for {} px",
-                teacher.image_size
+                "pictures are resized to {width} x {height} px, but its teacher is for {} x {} px",
+                expected.0, expected.1
             ));
         }
         if let StudentHeader::Masked(student) = &self.student
@@ -326,10 +335,10 @@ impl Header {
             ));
         }
         let mapped = self.map_scale.usual.len();
-        if mapped != teacher.grid().patches() {
+        if mapped != grid.patches() {
             return Err(format!(
                 "its map scale has {mapped} patches, expected {}",
-                teacher.grid().patches()
+                grid.patches()
             ));
         }
         Ok(())

@@ -169,11 +169,12 @@ impl ImageSource for Pictures {
     }
 
     fn images(&self, indices: &[usize]) -> Result<Tensor, defend_vit::Error> {
-        let size = self.preprocess.size as usize;
-        let mut values = vec![0f32; indices.len() * 3 * size * size];
+        let (width, height) = self.preprocess.input_size();
+        let length = self.preprocess.input_len();
+        let mut values = vec![0f32; indices.len() * length];
         let ahead = self.read_ahead(indices);
         values
-            .par_chunks_mut(3 * size * size)
+            .par_chunks_mut(length)
             .zip(indices)
             .try_for_each(|(target, &i)| match self.kept.get(i) {
                 Some((_, Some(picture))) => self.preprocess.normalize_into(picture, target),
@@ -193,7 +194,7 @@ impl ImageSource for Pictures {
             })?;
         Ok(Tensor::from_vec(
             values,
-            (indices.len(), 3, size, size),
+            (indices.len(), 3, height as usize, width as usize),
             &self.device,
         )?)
     }

@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
 use defend_data::{Dataset, Failure, Preprocess};
+use defend_vit::Encoder;
 
 use crate::closed_form::ClosedFormStudent;
 use crate::scan::ScoredBy;
-use crate::tokens::Wanted;
+use crate::tokens::{TokenBlocks, Wanted};
 use crate::{Detector, Error, Maps, Novelty, Observer, TeacherIdentity, scan_each};
 
 /// Models of one teacher, in closed form: what each calls normal is a *profile*. The teacher's pass, by far the most of the work,
@@ -34,6 +35,14 @@ pub struct ProfileSet {
     detectors: Vec<Detector>,
 }
 
+/// How the first model looks at pictures.
+struct First {
+    identity: TeacherIdentity,
+    teacher: Arc<dyn Encoder>,
+    preprocess: Preprocess,
+    blocks: TokenBlocks,
+}
+
 /// An image's name and what each profile says of it, or why it could not be read.
 pub type ProfileOutcome = Result<(String, Vec<Novelty>), Failure>;
 
@@ -45,22 +54,30 @@ impl ProfileSet {
     /// preparation of pictures is not the first one's.
     pub fn new(models: Vec<(String, Detector)>) -> Result<Self, Error> {
         let (names, mut detectors): (Vec<String>, Vec<Detector>) = models.into_iter().unzip();
-        let mut first: Option<(TeacherIdentity, Arc<dyn defend_vit::Encoder>, Preprocess)> = None;
+        let mut first: Option<First> = None;
         for (name, detector) in names.iter().zip(&mut detectors) {
             let (fit, preprocess) = (detector.config.fit, detector.preprocess.clone());
             let closed = detector.closed_form_mut()?;
             let identity = TeacherIdentity::of(&*closed.teacher, fit)?;
             match &first {
-                None => first = Some((identity, Arc::clone(&closed.teacher), preprocess)),
-                Some((expected, teacher, prepared)) => {
-                    if !identity.fits(expected) || *prepared != preprocess {
+                None => {
+                    first = Some(First {
+                        identity,
+                        teacher: Arc::clone(&closed.teacher),
+                        preprocess,
+                        blocks: closed.blocks.clone(),
+                    });
+                }
+                Some(first) => {
+                    let same = first.preprocess == preprocess && first.blocks == closed.blocks;
+                    if !identity.fits(&first.identity) || !same {
                         return Err(Error::OtherProfile {
                             model: name.clone(),
                             found: identity.to_string(),
-                            expected: expected.to_string(),
+                            expected: first.identity.to_string(),
                         });
                     }
-                    closed.teacher = Arc::clone(teacher);
+                    closed.teacher = Arc::clone(&first.teacher);
                 }
             }
         }

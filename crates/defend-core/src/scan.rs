@@ -9,7 +9,8 @@ use defend_vit::BackboneSpec;
 use rayon::prelude::*;
 
 use crate::observer::{Event, Observer, Stage};
-use crate::{Error, Novelty, NoveltyDetector};
+use crate::tiles::Tiling;
+use crate::{DefendConfig, Error, Novelty, NoveltyDetector};
 
 /// What was found in a picture.
 #[derive(Debug, Clone)]
@@ -80,21 +81,48 @@ pub fn preprocess_of(spec: &BackboneSpec, fit: defend_data::Fit) -> Preprocess {
     }
 }
 
-/// Normalised pictures as a tensor `[B, 3, size, size]`.
+/// The tiles that settings ask for.
+pub(crate) fn tiling_of(spec: &BackboneSpec, config: &DefendConfig) -> Option<Tiling> {
+    let teacher = &spec.architecture;
+    let tiles = config.tiles?;
+    Some(tiles.of_side(teacher.image_size, teacher.patch_size))
+}
+
+/// The preprocessing that a backbone and settings ask for.
+pub(crate) fn preprocess_for(spec: &BackboneSpec, config: &DefendConfig) -> Preprocess {
+    let preprocess = Preprocess {
+        region: config.region.clone(),
+        ..preprocess_of(spec, config.fit)
+    };
+    let Some(tiling) = tiling_of(spec, config) else {
+        return preprocess;
+    };
+    let pixels = |side: usize| u32::try_from(side).unwrap_or(u32::MAX);
+    let (width, height) = tiling.input_size();
+    Preprocess {
+        size: pixels(width),
+        height: (height != width).then(|| pixels(height)),
+        smallest: Some(pixels(tiling.side())),
+        ..preprocess
+    }
+}
+
+/// Normalised pictures as a tensor `[B, 3, height, width]`.
 pub(crate) fn to_tensor(
     pictures: &[RgbImage],
     preprocess: &Preprocess,
     device: &Device,
 ) -> Result<Tensor, Error> {
-    let size = preprocess.size as usize;
-    let mut values = vec![0f32; pictures.len() * 3 * size * size];
+    let (width, height) = preprocess.input_size();
+    let length = preprocess.input_len();
+    let mut values = vec![0f32; pictures.len() * length];
     values
-        .par_chunks_mut(3 * size * size)
+        .par_chunks_mut(length)
         .zip(pictures)
         .try_for_each(|(target, picture)| preprocess.normalize_into(picture, target))?;
     Ok(Tensor::from_vec(
         values,
-        (pictures.len(), 3, size, size),
+        (pictures.len(), 3, height as usize, width as usize),
         device,
     )?)
 }

@@ -7,6 +7,7 @@ use defend_vit::{Encoder, Layer};
 use ndarray::{Array2, Array3};
 
 use crate::Error;
+use crate::tiles::Tiling;
 
 /// What is wanted of a pass beside the embeddings.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -18,13 +19,14 @@ pub(crate) struct Wanted {
 }
 
 /// The blocks that are looked at: CLS tokens of the last two and the mean patch token of the last; patch tokens of the middle,
-/// the 5th and 8th of 12.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// the 5th and 8th of 12, of an image in tiles where it is.
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct TokenBlocks {
     /// The last ones, ascending.
     last: Vec<usize>,
     /// The middle ones, ascending.
     middle: Vec<usize>,
+    tiling: Option<Tiling>,
 }
 
 impl TokenBlocks {
@@ -36,7 +38,19 @@ impl TokenBlocks {
         Self {
             last: (depth.saturating_sub(2)..depth).collect(),
             middle,
+            tiling: None,
         }
+    }
+
+    /// Of images in tiles.
+    pub(crate) fn in_tiles(mut self, tiling: Option<Tiling>) -> Self {
+        self.tiling = tiling;
+        self
+    }
+
+    /// The tiles, where images are in some.
+    pub(crate) fn tiling(&self) -> Option<&Tiling> {
+        self.tiling.as_ref()
     }
 
     /// Numbers of the blocks behind an embedding, as a background names them.
@@ -62,23 +76,15 @@ impl TokenBlocks {
         images: &Tensor,
         wanted: Wanted,
     ) -> Result<Embedded, Error> {
-        let blocks = self.all(wanted.patches);
+        let blocks = self.all(wanted.patches && self.tiling.is_none());
+        let whole = self.tiling.map(|tiling| tiling.whole(images)).transpose()?;
+        let whole = whole.as_ref().unwrap_or(images);
         let (layers, local) = if wanted.places {
-            teacher.intermediates_and_local(images, &blocks)?
+            teacher.intermediates_and_local(whole, &blocks)?
         } else {
-            (teacher.intermediates(images, &blocks)?, None)
+            (teacher.intermediates(whole, &blocks)?, None)
         };
-        let layer = |block: &usize| -> Result<&Layer, Error> {
-            let found = blocks
-                .iter()
-                .position(|b| b == block)
-                .and_then(|i| layers.get(i));
-            found.ok_or_else(|| Error::Config {
-                field: "teacher",
-                value: format!("{} layers", layers.len()),
-                expected: format!("one for each of the blocks {blocks:?}"),
-            })
-        };
+        let layer = |block: &usize| layer_of(&layers, &blocks, *block);
         let mut parts = Vec::new();
         for block in &self.last {
             parts.push(matrix(&layer(block)?.cls)?);
@@ -93,15 +99,24 @@ impl TokenBlocks {
                     Some(local) => surroundings(&local, &layer(first)?.patches)?,
                     None => layer(last)?.patches.clone(),
                 };
+                let places = match &self.tiling {
+                    Some(tiling) => {
+                        let under = Tensor::new(tiling.patches_of_whole(), places.device())?;
+                        places.index_select(&under, 1)?
+                    }
+                    None => places,
+                };
                 Some(PatchTokens::new(vec![cube(&places)?])?)
             }
             _ => None,
         };
-        let patches = if wanted.patches {
-            let blocks = self.middle.iter().map(|block| cube(&layer(block)?.patches));
-            Some(PatchTokens::new(blocks.collect::<Result<_, Error>>()?)?)
-        } else {
-            None
+        let patches = match (wanted.patches, &self.tiling) {
+            (false, _) => None,
+            (true, None) => {
+                let blocks = self.middle.iter().map(|block| cube(&layer(block)?.patches));
+                Some(PatchTokens::new(blocks.collect::<Result<_, Error>>()?)?)
+            }
+            (true, Some(tiling)) => Some(self.patches_of_tiles(teacher, images, tiling)?),
         };
         Ok(Embedded {
             images: Embeddings::new(parts)?,
@@ -109,6 +124,65 @@ impl TokenBlocks {
             places,
         })
     }
+
+    fn patches_of_tiles(
+        &self,
+        teacher: &dyn Encoder,
+        images: &Tensor,
+        tiling: &Tiling,
+    ) -> Result<PatchTokens, Error> {
+        let mut batches = vec![Vec::new(); self.middle.len()];
+        // As many tiles at a time as images without tiles, so that the memory of a pass stays the same.
+        let images_at_once = images.dim(0)?.div_ceil(tiling.count()).max(1);
+        for first in (0..images.dim(0)?).step_by(images_at_once) {
+            let some = images.narrow(0, first, images_at_once.min(images.dim(0)? - first))?;
+            let layers = teacher.intermediates(&tiling.cut(&some)?, &self.middle)?;
+            for (block, batch) in self.middle.iter().zip(&mut batches) {
+                let patches = &layer_of(&layers, &self.middle, *block)?.patches;
+                let patches = tiling.stitch(&patches.to_dtype(DType::F32)?)?;
+                batch.push(if tiling.per_position() {
+                    with_positions(&patches, tiling)?
+                } else {
+                    patches
+                });
+            }
+        }
+        let blocks = batches.iter().map(|batch| cube(&Tensor::cat(batch, 0)?));
+        let tokens = PatchTokens::new(blocks.collect::<Result<_, Error>>()?)?;
+        Ok(tokens.in_parts(&tiling.tile_of_patches())?)
+    }
+}
+
+/// The layer of a block, of those that were asked for.
+fn layer_of<'a>(layers: &'a [Layer], blocks: &[usize], block: usize) -> Result<&'a Layer, Error> {
+    let found = blocks.iter().position(|b| *b == block);
+    found
+        .and_then(|i| layers.get(i))
+        .ok_or_else(|| Error::Config {
+            field: "teacher",
+            value: format!("{} layers", layers.len()),
+            expected: format!("one for each of the blocks {blocks:?}"),
+        })
+}
+
+/// Patch tokens `[B, N, D]` with a channel for each tile that says which one they are from, `[B, N, D + tiles]`: patches of other
+/// tiles are then farther than any of the same, and distances within a tile are halved.
+fn with_positions(tokens: &Tensor, tiling: &Tiling) -> Result<Tensor, Error> {
+    let (images, patches, _) = tokens.dims3()?;
+    let tiles = tiling.count();
+    let mut positions = vec![0f32; patches * tiles];
+    for (row, tile) in positions
+        .chunks_exact_mut(tiles)
+        .zip(tiling.tile_of_patches())
+    {
+        row[tile] = 1.0;
+    }
+    let positions = Tensor::from_vec(positions, (1, patches, tiles), tokens.device())?;
+    let positions = positions.broadcast_as((images, patches, tiles))?;
+    Ok(Tensor::cat(
+        &[&ops::l2_normalize(tokens)?, &positions.contiguous()?],
+        2,
+    )?)
 }
 
 /// Weight of a patch's own token beside its local CLS token, which weighs 1.

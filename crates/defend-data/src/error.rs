@@ -98,6 +98,18 @@ pub enum Error {
         /// Height in pixels.
         height: u32,
     },
+    /// A picture is smaller than the tiles that it is to be cut into.
+    #[error(
+        "{width} x {height} px are to be cut into tiles of {smallest} px, expected at least one tile: use fewer or no tiles"
+    )]
+    TooSmall {
+        /// Width of what is looked at, pixels.
+        width: u32,
+        /// Height of what is looked at, pixels.
+        height: u32,
+        /// Side of a tile, pixels.
+        smallest: u32,
+    },
     /// A picture cannot be resized.
     #[error("cannot resize the picture: {source}")]
     Resize {
@@ -105,24 +117,34 @@ pub enum Error {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A picture was not resized to the network's input.
-    #[error("the picture is {width} x {height} px, expected {size} x {size}: resize it first")]
+    #[error(
+        "the picture is {width} x {height} px, expected {input_width} x {input_height}: resize it first"
+    )]
     PictureSize {
         /// Width in pixels.
         width: u32,
         /// Height in pixels.
         height: u32,
-        /// Side of the network's input in pixels.
-        size: u32,
+        /// Width of the network's input in pixels.
+        input_width: u32,
+        /// Height of the network's input in pixels.
+        input_height: u32,
+    },
+    /// The region of interest is none of the picture's, or damaged.
+    #[error("the region of interest is {found}, expected {expected}")]
+    Region {
+        /// What it is.
+        found: String,
+        /// What it should be.
+        expected: &'static str,
     },
     /// A buffer does not fit the network's input.
-    #[error("the input buffer holds {found} values, expected {expected}: 3 x {size} x {size}")]
+    #[error("the input buffer holds {found} values, expected {expected}: three for each pixel")]
     InputLength {
         /// Number of values.
         found: usize,
         /// Number of values that fits.
         expected: usize,
-        /// Side of the network's input in pixels.
-        size: u32,
     },
     /// A setting lies outside its range.
     #[error("{field} is {value}, expected {expected}")]

@@ -45,6 +45,7 @@ mod mvtec;
 mod preprocess;
 mod protocol;
 mod published;
+mod region;
 mod subset;
 mod voc;
 
@@ -63,5 +64,6 @@ pub use memory::Memory;
 pub use mvtec::MvtecAd;
 pub use preprocess::{Fit, Interpolation, Preprocess};
 pub use protocol::{AllVsOne, Label, MultiObject, Protocol};
+pub use region::{Mask, Region};
 pub use subset::Subset;
 pub use voc::{Difficult, VOC_CLASSES, Voc};

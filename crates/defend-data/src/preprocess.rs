@@ -9,7 +9,7 @@ use fast_image_resize::{
 use image::{RgbImage, imageops};
 use serde::{Deserialize, Serialize};
 
-use crate::Error;
+use crate::{Error, Region};
 
 /// Longest picture, in units of its shorter side, that a centre crop resizes whole.
 const MAX_ASPECT: u32 = 32;
@@ -48,8 +48,17 @@ pub enum Interpolation {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Preprocess {
-    /// Side of the network's input in pixels, in `1..=4096`.
+    /// Width of the network's input in pixels, in `1..=4096`; its height too, as a rule.
     pub size: u32,
+    /// Height of the network's input where it is another one, in `1..=4096`; only squashed pictures have one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub height: Option<u32>,
+    /// What is looked at of each picture; all of it without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub region: Option<Region>,
+    /// Least width and height that is looked at of a picture, pixels: one that is cut into tiles has to be as large as a tile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub smallest: Option<u32>,
     /// How a picture becomes square.
     #[serde(default)]
     pub fit: Fit,
@@ -67,6 +76,9 @@ impl Preprocess {
     pub fn new(size: u32, mean: [f32; 3], std: [f32; 3]) -> Self {
         Self {
             size,
+            height: None,
+            region: None,
+            smallest: None,
             fit: Fit::default(),
             filter: Interpolation::default(),
             mean,
@@ -77,7 +89,7 @@ impl Preprocess {
     /// Checks every field against its range.
     ///
     /// # Errors
-    /// [`Error::Config`] with the first field that is out of range.
+    /// [`Error::Config`] with the first field that is out of range, [`Error::Region`].
     pub fn validate(&self) -> Result<(), Error> {
         let check = |fine: bool, field, value: f32, expected| {
             let value = f64::from(value);
@@ -97,6 +109,18 @@ impl Preprocess {
             self.size as f32,
             "1..=4096",
         )?;
+        if let Some(height) = self.height {
+            let fine = (1..=4096).contains(&height) && self.fit == Fit::Squash;
+            check(
+                fine,
+                "height",
+                height as f32,
+                "1..=4096, and pictures that are squashed",
+            )?;
+        }
+        if let Some(region) = &self.region {
+            region.validate()?;
+        }
         if let Fit::CenterCrop { crop_pct } = self.fit {
             let fine = (0.05..=1.0).contains(&crop_pct);
             check(fine, "crop_pct", crop_pct, "0.05..=1")?;
@@ -113,25 +137,54 @@ impl Preprocess {
         Ok(())
     }
 
-    /// Number of values in the network's input: `3 * size * size`.
-    pub fn input_len(&self) -> usize {
-        3 * self.size as usize * self.size as usize
+    /// Width and height of the network's input, pixels.
+    pub fn input_size(&self) -> (u32, u32) {
+        (self.size, self.height.unwrap_or(self.size))
     }
 
-    /// Makes `picture` a `size` x `size` square of 8-bit values, to be kept where it is used again.
+    /// Number of values in the network's input: three for each pixel.
+    pub fn input_len(&self) -> usize {
+        let (width, height) = self.input_size();
+        3 * width as usize * height as usize
+    }
+
+    /// Cuts the region out of `picture` and makes it as large as the network's input, 8-bit values, to be kept where it is used
+    /// again.
     ///
     /// # Errors
-    /// [`Error::Config`] as [`Self::validate`]; [`Error::EmptyPicture`]; [`Error::Resize`].
+    /// [`Error::Config`] as [`Self::validate`]; [`Error::EmptyPicture`]; [`Error::Region`] for a region that does not lie in the
+    /// picture; [`Error::TooSmall`]; [`Error::Resize`].
     pub fn resize(&self, picture: &RgbImage) -> Result<RgbImage, Error> {
         self.validate()?;
         let (width, height) = picture.dimensions();
         if width == 0 || height == 0 {
             return Err(Error::EmptyPicture { width, height });
         }
-        match self.fit {
-            Fit::Squash => self.resize_to(picture, self.size, self.size),
-            Fit::CenterCrop { crop_pct } => self.resize_and_crop(picture, crop_pct),
+        let cut = match &self.region {
+            Some(region) => Cow::Owned(region.cut(picture, self.mean_colour())?),
+            None => Cow::Borrowed(picture),
+        };
+        let (width, height) = cut.dimensions();
+        if let Some(smallest) = self.smallest
+            && width.min(height) < smallest
+        {
+            return Err(Error::TooSmall {
+                width,
+                height,
+                smallest,
+            });
         }
+        let (width, height) = self.input_size();
+        match self.fit {
+            Fit::Squash => self.resize_to(&cut, width, height),
+            Fit::CenterCrop { crop_pct } => self.resize_and_crop(&cut, crop_pct),
+        }
+    }
+
+    /// The colour that is about 0 in the network's input.
+    fn mean_colour(&self) -> [u8; 3] {
+        self.mean
+            .map(|mean| (255.0 * mean).round().clamp(0.0, 255.0) as u8)
     }
 
     fn resize_and_crop(&self, picture: &RgbImage, crop_pct: f32) -> Result<RgbImage, Error> {
@@ -195,24 +248,25 @@ impl Preprocess {
 
     /// Writes a resized picture as network input: `(v / 255 - mean) / std`, channels first.
     ///
-    /// `picture`: the result of [`Self::resize`]; `input`: `[3, size, size]`, row-major.
+    /// `picture`: the result of [`Self::resize`]; `input`: `[3, height, width]`, row-major.
     /// # Errors
     /// [`Error::PictureSize`] and [`Error::InputLength`] when either has another size.
     pub fn normalize_into(&self, picture: &RgbImage, input: &mut [f32]) -> Result<(), Error> {
         let expected = self.input_len();
         let (width, height) = picture.dimensions();
-        if (width, height) != (self.size, self.size) {
+        let (input_width, input_height) = self.input_size();
+        if (width, height) != (input_width, input_height) {
             return Err(Error::PictureSize {
                 width,
                 height,
-                size: self.size,
+                input_width,
+                input_height,
             });
         }
         if input.len() != expected {
             return Err(Error::InputLength {
                 found: input.len(),
                 expected,
-                size: self.size,
             });
         }
         let raw = picture.as_raw();
@@ -311,7 +365,8 @@ mod tests {
             Error::PictureSize {
                 width: 2,
                 height: 8,
-                size: 4
+                input_width: 4,
+                ..
             }
         ));
     }

@@ -17,6 +17,8 @@ const LEAST_DISTANCE: f64 = 1e-12;
 #[derive(Debug, Clone, PartialEq)]
 pub struct PatchTokens {
     blocks: Vec<Array3<f32>>,
+    /// Patches of each part of an image; none where an image is one part.
+    parts: Vec<Vec<usize>>,
 }
 
 impl PatchTokens {
@@ -70,7 +72,33 @@ impl PatchTokens {
             }
             units.push(block);
         }
-        Ok(Self { blocks: units })
+        Ok(Self {
+            blocks: units,
+            parts: Vec::new(),
+        })
+    }
+
+    /// Of images in parts, such as tiles: an image is as its worst part. `part_of`: the part of each patch, from 0.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for another number of patches.
+    pub fn in_parts(mut self, part_of: &[usize]) -> Result<Self, Error> {
+        if part_of.len() != self.patches() {
+            return Err(Error::Shape {
+                what: "parts of the patches".into(),
+                found: vec![part_of.len()],
+                expected: vec![self.patches()],
+            });
+        }
+        let parts = part_of.iter().max().map_or(0, |last| last + 1);
+        self.parts = vec![Vec::new(); parts];
+        for (patch, &part) in part_of.iter().enumerate() {
+            if let Some(part) = self.parts.get_mut(part) {
+                part.push(patch);
+            }
+        }
+        self.parts.retain(|part| !part.is_empty());
+        Ok(self)
     }
 
     /// Number of images.
@@ -94,6 +122,7 @@ impl PatchTokens {
         let blocks = self.blocks.iter();
         Self {
             blocks: blocks.map(|block| block.select(Axis(0), images)).collect(),
+            parts: self.parts.clone(),
         }
     }
 
@@ -138,7 +167,7 @@ impl CoreSet {
 /// Patch distances of one image.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PatchDistances {
-    /// Logarithm of the distance of the worst patches, summed over the blocks.
+    /// Logarithm of the distance of the worst patches, summed over the blocks; of the worst part of an image in parts.
     pub log_worst: f64,
     /// Distance of each patch to the nearest normal one, mean over the blocks, in `0..=2`.
     pub map: Vec<f32>,
@@ -233,16 +262,24 @@ impl PatchMemory {
         let one = |image: usize| {
             let own = left_out.and_then(|groups| groups.get(image).copied());
             let mut map = vec![0.0; tokens.patches()];
-            let mut log_worst = 0.0;
+            let mut of_parts = vec![0.0; tokens.parts.len().max(1)];
             for (block, core) in tokens.blocks.iter().zip(&self.blocks) {
                 let distances = nearest(block.index_axis(Axis(0), image), core, own);
                 for (sum, d) in map.iter_mut().zip(&distances) {
                     *sum += d / self.blocks.len() as f32;
                 }
-                log_worst += worst_of(distances, self.worst);
+                if tokens.parts.is_empty() {
+                    of_parts[0] += worst_of(distances, self.worst);
+                } else {
+                    for (sum, part) in of_parts.iter_mut().zip(&tokens.parts) {
+                        let own = part.iter().filter_map(|&i| distances.get(i).copied());
+                        *sum += worst_of(own.collect(), self.worst);
+                    }
+                }
             }
+            let worst = of_parts.into_iter().fold(LEAST_DISTANCE, f64::max);
             PatchDistances {
-                log_worst: log_worst.max(LEAST_DISTANCE).ln(),
+                log_worst: worst.ln(),
                 map,
             }
         };
@@ -496,6 +533,40 @@ mod tests {
         }
         let all = choose(9999, 16);
         assert!(all.blocks().iter().all(|core| core.patches.nrows() == 1500));
+    }
+
+    #[test]
+    fn an_image_in_parts_is_as_its_worst_part() {
+        let mut rng = Rng::seed(2);
+        let rows = Array3::from_shape_simple_fn((6, 8, 5), || standard_normal(&mut rng) as f32);
+        let tokens = PatchTokens::new(vec![rows.clone(), rows]).unwrap();
+        let config = PatchConfig {
+            worst: 2,
+            ..PatchConfig::default()
+        };
+        let groups: Vec<usize> = (0..6).collect();
+        let memory = PatchMemory::choose(&tokens, &groups, &config, &mut Rng::seed(3));
+        let part_of = [0, 1, 0, 1, 1, 0, 0, 1];
+        let whole = memory.distances(&tokens, Some(&groups)).unwrap();
+        let in_parts = tokens.clone().in_parts(&part_of).unwrap().select(&[4, 1]);
+        let found = memory.distances(&in_parts, Some(&[4, 1])).unwrap();
+        for (found, image) in found.iter().zip([4, 1]) {
+            assert_eq!(found.map, whole[image].map);
+            // Both blocks are the same, so the mean over them is each one's distance.
+            let worst_two = |part: usize| {
+                let of_part = (0..8).filter(|&i| part_of[i] == part);
+                let mut values: Vec<f32> = of_part.map(|i| found.map[i]).collect();
+                values.sort_by(f32::total_cmp);
+                f64::from(values[3]) + f64::from(values[2])
+            };
+            let expected = worst_two(0).max(worst_two(1)).ln();
+            assert!((found.log_worst - expected).abs() < 1e-6);
+        }
+        let one = tokens.clone().in_parts(&[3; 8]).unwrap();
+        let one = memory.distances(&one, Some(&groups)).unwrap();
+        assert_eq!(one, whole);
+        let error = tokens.in_parts(&[0; 7]).unwrap_err().to_string();
+        assert!(error.contains("[7]") && error.contains("[8]"), "{error}");
     }
 
     #[test]

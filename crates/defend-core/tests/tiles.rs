@@ -1,0 +1,249 @@
+//! Large pictures: tiles, regions of interest, and what does not fit them.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
+
+mod small;
+
+use defend_core::data::{GrayImage, Mask, Memory, Region, RgbImage};
+use defend_core::evidence::EvidenceConfig;
+use defend_core::prelude::*;
+use defend_core::{
+    Background, Error, MaskedConfig, ProfileSet, Scan, Student, TileMemory, Tiles, scan_with_maps,
+};
+use small::teacher;
+
+const SIDE: u32 = 96;
+
+/// A part: a checked ground, whose brightness is the picture's own, and a fault of four pixels where there is one.
+fn part(number: u32, fault: Option<(u32, u32)>) -> RgbImage {
+    RgbImage::from_fn(SIDE, SIDE, |x, y| {
+        let on = (x / 6 + y / 6).is_multiple_of(2);
+        let value = if on { 150 } else { 90 } + (number * 7 % 23) as u8;
+        let near = |at: u32, from: u32| (from..from + 4).contains(&at);
+        match fault {
+            Some((left, top)) if near(x, left) && near(y, top) => [255, 0, 0].into(),
+            _ => [value, value, value].into(),
+        }
+    })
+}
+
+fn parts(numbers: std::ops::Range<u32>, fault: Option<(u32, u32)>) -> Memory {
+    let mut memory = Memory::default();
+    for number in numbers {
+        memory.push(format!("{number}"), part(number, fault), vec![]);
+    }
+    memory
+}
+
+/// Settings under which patches always count.
+fn settings(tiles: Option<Tiles>) -> DefendConfig {
+    let mut evidence = EvidenceConfig::default();
+    evidence.patches.alike_from = -1.0;
+    DefendConfig {
+        tiles,
+        student: Student::ClosedForm(evidence),
+        ..DefendConfig::default()
+    }
+}
+
+fn fit(config: DefendConfig) -> Result<Detector, Error> {
+    let fitted = Defend::builder()
+        .teacher(teacher(7))
+        .config(config)
+        .fit(parts(0..24, None), &mut Silent)?;
+    Ok(fitted.detector)
+}
+
+fn tiles(columns: usize, rows: usize, overlap: f64, memory: TileMemory) -> Option<Tiles> {
+    Some(Tiles {
+        columns,
+        rows,
+        overlap,
+        memory,
+    })
+}
+
+fn scan_of(detector: &Detector, fault: Option<(u32, u32)>) -> Result<Scan, Error> {
+    scan_with_maps(detector, parts(30..36, fault), &mut Silent)
+}
+
+/// Pixel of the picture under the largest value of its map.
+fn peak(scan: &Scan) -> (u32, u32) {
+    let map = scan.findings[0].novelty.map.as_ref().unwrap();
+    let largest = (0..map.values.len())
+        .max_by(|&a, &b| map.values[a].total_cmp(&map.values[b]))
+        .unwrap();
+    let (row, column) = (largest / map.grid.columns, largest % map.grid.columns);
+    let pixel = |at: usize, of: usize| (SIDE as usize * (2 * at + 1) / (2 * of)) as u32;
+    (pixel(column, map.grid.columns), pixel(row, map.grid.rows))
+}
+
+#[test]
+fn a_small_fault_is_found_in_its_tile_and_survives_a_file() -> Result<(), Error> {
+    for (columns, rows, overlap, memory) in [
+        (3, 3, 0.0, TileMemory::Shared),
+        (3, 3, 0.25, TileMemory::PerPosition),
+        (4, 2, 0.5, TileMemory::Shared),
+    ] {
+        let detector = fit(settings(tiles(columns, rows, overlap, memory)))?;
+        let (normal, faulty) = (
+            scan_of(&detector, None)?,
+            scan_of(&detector, Some((66, 34)))?,
+        );
+        let least = |scan: &Scan| scan.scores().into_iter().fold(f64::INFINITY, f64::min);
+        let most = |scan: &Scan| scan.scores().into_iter().fold(f64::NEG_INFINITY, f64::max);
+        assert!(least(&faulty) > most(&normal), "{columns}x{rows}");
+        let map = faulty.findings[0].novelty.map.as_ref().unwrap();
+        let patches = |tiles: usize| 4 + (tiles - 1) * (4 - (4.0 * overlap) as usize);
+        assert_eq!(
+            (map.grid.columns, map.grid.rows),
+            (patches(columns), patches(rows))
+        );
+        let (x, y) = peak(&faulty);
+        assert!(x.abs_diff(68) <= 12 && y.abs_diff(36) <= 12, "({x}, {y})");
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("parts.defend");
+        detector.save(&path)?;
+        let loaded = Detector::load(&path, &Device::Cpu)?;
+        assert_eq!(loaded.config(), detector.config());
+        let again = scan_of(&loaded, Some((66, 34)))?;
+        assert_eq!(again.scores(), faulty.scores());
+        assert_eq!(
+            again.findings[0].novelty.map,
+            faulty.findings[0].novelty.map
+        );
+    }
+    Ok(())
+}
+
+/// With a memory for each position a patch is never explained by one of another tile.
+#[test]
+fn what_is_normal_elsewhere_is_not_normal_here() -> Result<(), Error> {
+    // The upper left corner of all normal pictures is red.
+    let with_corner = |number: u32, x: u32, y: u32| {
+        let mut picture = part(number, None);
+        for (dx, dy) in (0..16).flat_map(|x| (0..16).map(move |y| (x, y))) {
+            picture.put_pixel(x + dx, y + dy, [255, 0, 0].into());
+        }
+        picture
+    };
+    let set = |numbers: std::ops::Range<u32>, moved: bool| {
+        let mut memory = Memory::default();
+        for number in numbers {
+            let at = if moved { 72 } else { 8 };
+            memory.push(format!("{number}"), with_corner(number, at, at), vec![]);
+        }
+        memory
+    };
+    let patches_z = |memory: TileMemory| -> Result<f64, Error> {
+        let fitted = Defend::builder()
+            .teacher(teacher(7))
+            .config(settings(tiles(3, 3, 0.0, memory)))
+            .fit(set(0..24, false), &mut Silent)?;
+        let found = scan(&fitted.detector, set(30..36, true), &mut Silent)?;
+        let explained = found.findings[0].novelty.explanation.as_ref().unwrap();
+        Ok(explained.patches.expect("patches count").z)
+    };
+    let (shared, own) = (
+        patches_z(TileMemory::Shared)?,
+        patches_z(TileMemory::PerPosition)?,
+    );
+    assert!(own > shared + 1.0, "{own} beside {shared}");
+    Ok(())
+}
+
+#[test]
+fn a_region_is_all_that_is_looked_at() -> Result<(), Error> {
+    let rectangle = Region::Rectangle {
+        x: 0,
+        y: 0,
+        width: 64,
+        height: 96,
+    };
+    let mask = GrayImage::from_fn(48, 48, |x, _| [if x < 32 { 255 } else { 0 }].into());
+    let mask = Region::Mask(Mask::new(&mask).unwrap());
+    for region in [rectangle, mask] {
+        let config = DefendConfig {
+            region: Some(region),
+            ..settings(None)
+        };
+        let detector = fit(config)?;
+        let normal = scan_of(&detector, None)?;
+        assert_eq!(
+            scan_of(&detector, Some((80, 40)))?.scores(),
+            normal.scores()
+        );
+        assert_ne!(
+            scan_of(&detector, Some((20, 40)))?.scores(),
+            normal.scores()
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_is_named_and_nothing_is_lost() -> Result<(), Error> {
+    let detector = fit(settings(tiles(2, 2, 0.0, TileMemory::Shared)))?;
+    let mut small = parts(30..32, None);
+    small.push("too small", RgbImage::new(31, 96), vec![]);
+    let found = scan(&detector, small, &mut Silent)?;
+    assert_eq!((found.findings.len(), found.skipped.len()), (2, 1));
+    let reason = &found.skipped[0].reason;
+    assert!(
+        reason.contains("31 x 96") && reason.contains("32 px"),
+        "{reason}"
+    );
+
+    let outside = DefendConfig {
+        region: Some(Region::Rectangle {
+            x: 90,
+            y: 0,
+            width: 10,
+            height: 10,
+        }),
+        ..settings(None)
+    };
+    let error = fit(outside).err().unwrap().to_string();
+    assert!(error.contains("96 x 96"), "{error}");
+
+    let masked = DefendConfig {
+        student: Student::Masked(MaskedConfig::default()),
+        ..settings(tiles(2, 2, 0.0, TileMemory::Shared))
+    };
+    assert!(fit(masked).err().unwrap().to_string().contains("tiles"));
+    let config = settings(tiles(2, 2, 0.0, TileMemory::Shared));
+    let builder = || Defend::builder().teacher(teacher(7)).config(config.clone());
+    let error = builder()
+        .embed(parts(0..4, None), &mut Silent)
+        .err()
+        .unwrap();
+    assert!(error.to_string().contains("tiles"), "{error}");
+
+    let other = fit(settings(tiles(2, 2, 0.0, TileMemory::PerPosition)))?;
+    let set = ProfileSet::new(vec![("a".into(), detector), ("b".into(), other)]);
+    let error = set.err().unwrap().to_string();
+    assert!(
+        error.contains("b was fitted") && error.contains("tiles"),
+        "{error}"
+    );
+    Ok(())
+}
+
+/// A background is of whole pictures, whatever the tiles.
+#[test]
+fn tiles_share_the_background_of_whole_pictures() -> Result<(), Error> {
+    let photos = parts(100..130, Some((10, 10)));
+    let background: Background = Defend::builder().teacher(teacher(7)).look_at_background(
+        photos,
+        "parts with faults",
+        &mut Silent,
+    )?;
+    let fitted = Defend::builder()
+        .teacher(teacher(7))
+        .config(settings(tiles(2, 2, 0.0, TileMemory::Shared)))
+        .background(background)
+        .fit(parts(0..24, None), &mut Silent)?;
+    let report = fitted.closed_form().unwrap();
+    assert_eq!(report.background.as_deref(), Some("parts with faults"));
+    Ok(())
+}
