@@ -274,11 +274,8 @@ mod tests {
                 let steps: Vec<u32> = (0..side as u32).map(|i| 2 * i).collect();
                 Tensor::new(steps, &Device::Cpu).unwrap()
             };
-            let tokens = tiles
-                .narrow(1, 0, 1)
-                .unwrap()
-                .index_select(&at(4), 2)
-                .unwrap();
+            let tokens = tiles.narrow(1, 0, 1).unwrap().contiguous().unwrap();
+            let tokens = tokens.index_select(&at(4), 2).unwrap();
             let tokens = tokens.index_select(&at(4), 3).unwrap();
             let tokens = tokens.reshape((columns * rows, 16, 1)).unwrap();
             let whole = tiling.stitch(&tokens).unwrap();
