@@ -4,6 +4,7 @@
 //! `cargo run --release --bin evidence -- --assets DIR thresholds`
 
 mod more;
+mod precision;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -105,7 +106,7 @@ fn main() -> Result<()> {
         Measurement::Large { images } => large(images, arguments.seed),
         Measurement::Approximation => approximation(&Assets::open(arguments.assets)?),
         Measurement::More => more::measure(&Assets::open(arguments.assets)?, arguments.seed),
-        Measurement::Precision { background, draws } => precision(
+        Measurement::Precision { background, draws } => precision::measure(
             &Assets::open(arguments.assets)?,
             &Background::load(background)?,
             draws,
@@ -256,12 +257,16 @@ fn thresholds(assets: &Assets, resamplings: usize, seed: u64) -> Result<()> {
 
 /// Training images of VOC that show a dog.
 fn voc_dogs(assets: &Path) -> Result<Arc<Subset>> {
-    let root = assets.join("VOCdevkit/VOC2012");
-    let train = Arc::new(Voc::open(root, "train", Difficult::Counted)?);
+    let train = Arc::new(voc(assets, "train")?);
     let dog = train.class("dog").context("VOC has no dogs")?;
     let protocol = MultiObject { normal: vec![dog] };
     let shown = protocol.train(&*train);
     Ok(Arc::new(Subset::new(train, shown)?))
+}
+
+fn voc(assets: &Path, half: &str) -> Result<Voc> {
+    let root = assets.join("VOCdevkit/VOC2012");
+    Ok(Voc::open(root, half, Difficult::Counted)?)
 }
 
 /// Time and memory of a fit on `images` synthetic embeddings.
@@ -394,67 +399,6 @@ fn approximation(assets: &Assets) -> Result<()> {
         };
         let cells: Vec<String> = values.iter().enumerate().map(cell).collect();
         println!("| {name} | {} |", cells.join(" | "));
-    }
-    Ok(())
-}
-
-/// AUROC on CIFAR-10 with the ordinary photos in full precision and in eight bits; each class and each set is normal in turn.
-fn precision(assets: &Assets, background: &Background, draws: usize, seed: u64) -> Result<()> {
-    let full = assets.ordinary()?;
-    let eight = background.embeddings()?;
-    ensure!(full.len() == eight.len(), "--background: of other photos");
-    let (mut paths, mut train, mut test) = (Vec::new(), Vec::new(), Vec::new());
-    for name in CIFAR {
-        train.push(append(&mut paths, assets.cifar("train", name, 200)?));
-        test.push(append(&mut paths, assets.cifar("test", name, 200)?));
-    }
-    let embeddings = assets.embed_files(paths)?;
-    let judged = embeddings.select(&test.concat());
-    let alone = CIFAR.iter().enumerate().map(|(i, name)| (*name, vec![i]));
-    let sets: Vec<(&str, Vec<usize>)> = alone
-        .chain(SETS.map(|(name, set)| (name, set.to_vec())))
-        .collect();
-    println!("| normal | full precision | eight bits | largest change of a score |");
-    println!("|---|---|---|---|");
-    for (stream, (name, set)) in (0..).zip(&sets) {
-        let pool: Vec<usize> = set
-            .iter()
-            .filter_map(|c| train.get(*c))
-            .flatten()
-            .copied()
-            .collect();
-        let abnormal: Vec<bool> = (0..CIFAR.len())
-            .flat_map(|class| vec![!set.contains(&class); test.get(class).map_or(0, Vec::len)])
-            .collect();
-        let mut rng = Rng::stream(seed, stream);
-        let (mut sums, mut change) = ([0.0; 2], 0f64);
-        for _ in 0..draws {
-            let mut drawn = shuffled_batches(pool.len(), LEARNT, &mut rng).into_iter();
-            let places = drawn.next().context("an empty pool")?;
-            let learnt: Vec<usize> = places
-                .iter()
-                .filter_map(|i| pool.get(*i))
-                .copied()
-                .collect();
-            let judge = |ordinary: &Embeddings| -> Result<Vec<Judgement>> {
-                let normal = embeddings.select(&learnt);
-                let form = ClosedForm::fit(&normal, Some(ordinary), &without_patches())?;
-                Ok(form.evaluate(&judged, None)?)
-            };
-            let both = [judge(&full)?, judge(&eight)?];
-            for (sum, judgements) in sums.iter_mut().zip(&both) {
-                *sum += area(judgements, &abnormal, |j| j.score)?;
-            }
-            let [full, eight] = both;
-            for (a, b) in full.iter().zip(&eight) {
-                change = change.max((a.score - b.score).abs());
-            }
-        }
-        let [full, eight] = sums.map(|sum| sum / draws as f64);
-        println!(
-            "| {name} | {full:.4} | {eight:.4} ({:+.4}) | {change:.3} |",
-            eight - full
-        );
     }
     Ok(())
 }
