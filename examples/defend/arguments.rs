@@ -394,6 +394,9 @@ pub(crate) struct Score {
     /// How the lines look.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub(crate) format: Format,
+    /// Scores the pictures as a whole, as `defend sort` does: many abnormal ones tell what abnormal ones look like.
+    #[arg(long, conflicts_with = "maps")]
+    pub(crate) together: bool,
     /// Folder for pictures with the novelty laid over them as a heat map.
     #[arg(long)]
     pub(crate) maps: Option<PathBuf>,

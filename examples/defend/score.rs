@@ -8,15 +8,27 @@ use defend_core::evidence::Weighed;
 use defend_core::{Explanation, Finding, Maps, Novelty, Outcome, ProfileSet, ProgressBar, Verdict};
 use serde::Serialize;
 
-use crate::arguments::Score;
+use crate::arguments::{Score, Sort};
 use crate::maps::MapFolder;
 use crate::pictures::{count, find, refusal, scan_all};
+use crate::sort;
 use crate::table::Table;
 
 pub(crate) fn run(arguments: &Score) -> Result<()> {
     let [model] = arguments.model.as_slice() else {
         return of_many(arguments);
     };
+    if arguments.together {
+        return sort::run(&Sort {
+            model: model.clone(),
+            expect_abnormal: None,
+            into: None,
+            link: false,
+            format: arguments.format,
+            paths: arguments.paths.clone(),
+            common: arguments.common.clone(),
+        });
+    }
     let detector = arguments.common.load(model)?;
     let found = find(&arguments.paths, arguments.common.strict)?;
     let mut maps = match &arguments.maps {
@@ -60,11 +72,13 @@ pub(crate) fn run(arguments: &Score) -> Result<()> {
 
 /// Scores against several models in one pass of their backbone.
 fn of_many(arguments: &Score) -> Result<()> {
-    if arguments.maps.is_some() {
-        bail!(
-            "--maps is for one --model, there are {}",
-            arguments.model.len()
-        );
+    let for_one = [
+        ("--maps", arguments.maps.is_some()),
+        ("--together", arguments.together),
+    ];
+    if let Some((flag, _)) = for_one.iter().find(|(_, given)| *given) {
+        let models = arguments.model.len();
+        bail!("{flag} is for one --model, there are {models}");
     }
     let device = arguments.common.device();
     let profiles = ProfileSet::load(&arguments.model, &device)?;

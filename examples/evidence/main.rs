@@ -3,6 +3,8 @@
 //!
 //! `cargo run --release --bin evidence -- --assets DIR thresholds`
 
+mod additions;
+mod folders;
 mod more;
 mod precision;
 
@@ -73,6 +75,18 @@ enum Measurement {
         #[arg(long, default_value_t = 500)]
         resamplings: usize,
     },
+    /// p-values and the estimated share of abnormal images of folders that are scored as a whole.
+    Folders {
+        /// Random draws of 100 normal images and a folder from each data set.
+        #[arg(long, default_value_t = 500)]
+        resamplings: usize,
+    },
+    /// Time of normal images that are added one by one, beside a fit on all.
+    Additions {
+        /// Number of images.
+        #[arg(long, default_value_t = 1000)]
+        images: usize,
+    },
     /// Time and memory of a fit on many synthetic embeddings.
     Large {
         /// Number of embeddings.
@@ -103,6 +117,14 @@ fn main() -> Result<()> {
             resamplings,
             arguments.seed,
         ),
+        Measurement::Folders { resamplings } => folders::measure(
+            &Assets::open(arguments.assets)?,
+            resamplings,
+            arguments.seed,
+        ),
+        Measurement::Additions { images } => {
+            additions::measure(&Assets::open(arguments.assets)?, images)
+        }
         Measurement::Large { images } => large(images, arguments.seed),
         Measurement::Approximation => approximation(&Assets::open(arguments.assets)?),
         Measurement::More => more::measure(&Assets::open(arguments.assets)?, arguments.seed),
@@ -262,6 +284,16 @@ fn voc_dogs(assets: &Path) -> Result<Arc<Subset>> {
     let protocol = MultiObject { normal: vec![dog] };
     let shown = protocol.train(&*train);
     Ok(Arc::new(Subset::new(train, shown)?))
+}
+
+/// Training images of VOC that show a class, and those that do not.
+fn photos(assets: &Assets, class: &str) -> Result<(Embeddings, Embeddings)> {
+    let train = Arc::new(voc(&assets.folder, "train")?);
+    let class = train.class(class).context("VOC lacks a class")?;
+    let all = assets.embed(&train)?;
+    let shows = |image: &usize| train.classes(*image).contains(&class);
+    let (shown, others): (Vec<usize>, Vec<usize>) = (0..train.len()).partition(shows);
+    Ok((all.select(&shown), all.select(&others)))
 }
 
 fn voc(assets: &Path, half: &str) -> Result<Voc> {

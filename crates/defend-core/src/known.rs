@@ -85,21 +85,31 @@ impl Detector {
     ) -> Result<Learnt, Error> {
         let normal: Arc<dyn Dataset> = Arc::new(normal);
         let (embeddings, pictures) = self.embed(&normal, false, observer)?;
+        let names: Vec<String> = (0..pictures.len()).map(|i| pictures.name(i)).collect();
+        self.learn_embeddings(&embeddings, &names, pictures.skipped().to_vec())
+    }
+
+    /// Learns more normal images that are embedded.
+    pub(crate) fn learn_embeddings(
+        &mut self,
+        embeddings: &Embeddings,
+        names: &[String],
+        skipped: Vec<Skipped>,
+    ) -> Result<Learnt, Error> {
         let closed = self.closed_form_mut()?;
         let rows: Vec<usize> = (0..closed.names.len()).collect();
-        let refit = closed.evidence.refit(&rows, Some(&embeddings));
+        let refit = closed.evidence.refit(&rows, Some(embeddings));
         let evidence = refit.map_err(|error| match error {
             defend_evidence::Error::AlsoAbnormal { image } => Error::AlsoAbnormal {
-                name: pictures.name(image),
+                name: names.get(image).cloned().unwrap_or_default(),
             },
             other => other.into(),
         })?;
-        let more = (0..pictures.len()).map(|i| pictures.name(i));
-        let names: Vec<String> = closed.names.iter().cloned().chain(more).collect();
-        closed.replace(evidence, &names);
+        let all: Vec<String> = closed.names.iter().chain(names).cloned().collect();
+        closed.replace(evidence, &all);
         Ok(Learnt {
-            images: pictures.len(),
-            skipped: pictures.skipped().to_vec(),
+            images: names.len(),
+            skipped,
             calibration_dropped: self.recalibrate()?,
         })
     }

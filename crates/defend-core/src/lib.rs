@@ -29,6 +29,7 @@
 //! [`DefendBuilder`]. They are re-exported here as [`vit`], [`ot`], [`dense`], [`distill`],
 //! [`evidence`], [`data`], [`metrics`] and [`nn`].
 
+mod additions;
 mod background;
 mod builder;
 mod closed_fit;
@@ -58,6 +59,7 @@ mod suspects;
 mod tiles;
 mod tokens;
 
+pub use additions::Additions;
 pub use background::{Background, BackgroundSource, TeacherIdentity};
 pub use builder::{Defend, DefendBuilder};
 pub use config::{DefendConfig, MaskedConfig, Recipe, Student};

@@ -271,6 +271,43 @@ fn learning_on_and_forgetting_is_a_fit_from_scratch() -> Result<(), Error> {
 }
 
 #[test]
+fn images_that_come_one_by_one_are_learnt_together() -> Result<(), Error> {
+    let mut config = defend_core::DefendConfig::default();
+    if let defend_core::Student::ClosedForm(evidence) = &mut config.student {
+        evidence.patches.weight = 0.0;
+    }
+    let build = || builder().config(config.clone());
+    let queries = || pictures(&[(0, 50..55), (3, 0..5)]);
+    let mut detector = fit(build(), pictures(&[(0, 0..30)]));
+    let whole = fit(build(), pictures(&[(0, 0..40)]));
+    let mut additions = detector.additions()?;
+    assert!(additions.is_empty());
+    for number in 30..40 {
+        additions.add(format!("0/{number}"), &picture(0, number))?;
+    }
+    let empty = additions.add("empty", &RgbImage::new(0, 3)).unwrap_err();
+    assert!(matches!(empty, Error::Data(_)), "{empty}");
+    assert_eq!(additions.len(), 10);
+    assert_eq!(detector.learn_additions(additions)?.images, 10);
+    let pairs = scores(&detector, queries());
+    for (found, expected) in pairs.iter().zip(scores(&whole, queries())) {
+        assert!((found - expected).abs() < 1e-4, "{found} beside {expected}");
+    }
+    assert_eq!(detector.normal_names(), whole.normal_names());
+
+    let before = scores(&detector, queries());
+    let nothing = detector.additions()?;
+    assert!(matches!(
+        detector.learn_additions(nothing),
+        Err(Error::NoImages { .. })
+    ));
+    let error = detector.learn_additions(whole.additions()?).unwrap_err();
+    assert!(error.to_string().contains("another detector"), "{error}");
+    assert_eq!(scores(&detector, queries()), before, "nothing changed");
+    Ok(())
+}
+
+#[test]
 fn one_pass_scores_against_many_models() -> Result<(), Error> {
     let models = || {
         let plain = fit(builder(), pictures(&[(0, 0..40)]));

@@ -1,0 +1,109 @@
+//! Normal images that come one by one.
+
+use std::sync::Arc;
+
+use candle_core::Device;
+use defend_data::{Preprocess, RgbImage};
+use defend_evidence::Embeddings;
+use defend_vit::Encoder;
+
+use crate::scan::to_tensor;
+use crate::tokens::{TokenBlocks, Wanted};
+use crate::{Detector, Error, Learnt};
+
+/// Normal images that a detector is to learn, gathered one by one as a camera gives them: each costs a pass of the teacher, and
+/// all of them one refit ([`Detector::learn_additions`]).
+///
+/// ```no_run
+/// use defend_core::data::read_image;
+/// use defend_core::prelude::*;
+///
+/// let mut detector = Detector::load("line.defend", &best_device())?;
+/// let mut additions = detector.additions()?;
+/// for path in ["confirmed/17.jpg", "confirmed/18.jpg"] {
+///     additions.add(path, &read_image(path)?)?;
+/// }
+/// detector.learn_additions(additions)?;
+/// # Ok::<(), defend_core::Error>(())
+/// ```
+pub struct Additions {
+    teacher: Arc<dyn Encoder>,
+    blocks: TokenBlocks,
+    preprocess: Preprocess,
+    device: Device,
+    names: Vec<String>,
+    embeddings: Vec<Embeddings>,
+}
+
+impl Additions {
+    /// Looks at an image. A failure leaves those that were added before.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for a picture that cannot be used; [`Error::NonFiniteFeatures`].
+    pub fn add(&mut self, name: impl Into<String>, picture: &RgbImage) -> Result<(), Error> {
+        let name = name.into();
+        let resized = self.preprocess.resize(picture)?;
+        let images = to_tensor(&[resized], &self.preprocess, &self.device)?;
+        let embedded = self
+            .blocks
+            .embed(&*self.teacher, &images, Wanted::default());
+        let embedded = embedded.map_err(|error| match error {
+            Error::Evidence(defend_evidence::Error::NotFinite { .. }) => {
+                Error::NonFiniteFeatures { name: name.clone() }
+            }
+            other => other,
+        })?;
+        self.embeddings.push(embedded.images);
+        self.names.push(name);
+        Ok(())
+    }
+
+    /// Number of images.
+    pub fn len(&self) -> usize {
+        self.names.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.names.is_empty()
+    }
+}
+
+impl Detector {
+    /// Gathers normal images one by one, for [`Detector::learn_additions`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a masked student.
+    pub fn additions(&self) -> Result<Additions, Error> {
+        let closed = self.closed_form()?;
+        Ok(Additions {
+            teacher: Arc::clone(&closed.teacher),
+            blocks: closed.blocks.clone(),
+            preprocess: self.preprocess.clone(),
+            device: self.device.clone(),
+            names: Vec::new(),
+            embeddings: Vec::new(),
+        })
+    }
+
+    /// Learns normal images that were gathered one by one, as [`Detector::learn_normal`] learns a data set.
+    ///
+    /// A failure leaves the detector as it was.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for images that were gathered for another detector; as [`Detector::learn_normal`].
+    pub fn learn_additions(&mut self, additions: Additions) -> Result<Learnt, Error> {
+        if !Arc::ptr_eq(&self.closed_form()?.teacher, &additions.teacher) {
+            return Err(Error::Config {
+                field: "additions",
+                value: "those of another detector".into(),
+                expected: "images that were gathered with this one's teacher".into(),
+            });
+        }
+        if additions.is_empty() {
+            return Err(Error::no_images(0, &[]));
+        }
+        let embeddings = Embeddings::joined(&additions.embeddings)?;
+        self.learn_embeddings(&embeddings, &additions.names, Vec::new())
+    }
+}
