@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-FIRST, RIDGE, WIDTH, CONTRAST_WIDTH, CONTRAST_RIDGE, WORST, HESITATION, OBJECT_WIDTH = 1.5, 0.1, 1.5, 1.0, 1.0, 5, 2.0, 6.0
+FIRST, RIDGE, WIDTH, CONTRAST_WIDTH, CONTRAST_RIDGE, WORST, HESITATION, OBJECT_WIDTH, FAULT_RIDGE = 1.5, 0.1, 1.5, 1.0, 1.0, 5, 2.0, 6.0, 1e-4
 
 
 def unit(x):
@@ -131,6 +131,33 @@ def worst_patches(cores, owners, groups, x, q):
     return left.double().log(), score.double().log()
 
 
+def worst_with_faults(cores, owners, groups, x, q, faulty, marked):
+    """As `worst_patches`, where known faulty patches lengthen the distances of patches like them; marked: of each image, or None."""
+    left, score, hesitation = 0, 0, len(marked) / (len(marked) + HESITATION)
+    for core, owner, bx, bq, bf in zip(cores, owners, x, q, faulty):
+        core, bx, bq, bf = (block.double() for block in (core, bx, bq, bf))
+        s = torch.stack([(1 - (p @ core.T)).amin(1) for p in bf])
+        rows = torch.cat([f[m if m else d.topk(WORST).indices] for f, d, m in zip(bf, s, marked)])
+        both = torch.cat([core, rows])
+        label = torch.cat([-torch.ones(len(core)), torch.ones(len(rows))]).double()
+        weight = torch.cat([torch.full((len(core),), 0.5 / len(core)), torch.full((len(rows),), 0.5 / len(rows))]).double()
+        centred = both - (weight[:, None] * both).sum(0)
+        gram = (weight[:, None] * centred).T @ centred + FAULT_RIDGE * torch.eye(core.shape[1], dtype=torch.double)
+        direction = torch.linalg.solve(gram, (weight[:, None] * centred).T @ label)
+        normal = bx @ direction
+        near = []
+        for i in range(len(bx)):
+            alike = bx[i] @ core.T
+            alike[:, owner == groups[i]] = -1
+            near.append(1 - alike.amax(1))
+        near = torch.stack(near)
+        step = hesitation * near.std(correction=0)
+        more = lambda p: step * ((p @ direction - normal.mean()) / normal.std(correction=0) - 1).clamp_min(0)
+        left = left + torch.stack([(d + more(p)).topk(WORST).values.mean() for d, p in zip(near, bx)])
+        score = score + torch.stack([(1 - (p @ core.T).amax(1) + more(p)).topk(WORST).values.mean() for p in bq])
+    return left.log(), score.log()
+
+
 def object_values(places, normal, ordinary, weight):
     """weight log p_ordinary - log p_normal of unit rows, each density a mean of Gaussian kernels."""
     density = lambda known: torch.exp(-OBJECT_WIDTH * squared_distances(places.double(), known.double())).mean(1).log()
@@ -188,6 +215,9 @@ def build(name, spread, near, seed, out):
     # Maps of objects: the first core set as places of normal images, in the sixth image and in a left-out one.
     places, elsewhere = mq[0][5], unit(torch.randn(30, 6, generator=gen)).float()
     others = cores[0][owners[0] != owners[0][0]]
+    # Known faults, drawn last so that the rest keeps its bits.
+    faulty, marked = tokens(5), [[2, 3], None, [7], None, [0, 1, 9]]
+    faults = worst_with_faults(cores, owners, groups, mx, mq, faulty, marked)
     print(name, "together: share of normal images %.3f weight %.3f" % (share, weight))
     print(name, "groups", len(chosen), "width %.3f accepted %.4f alike %.4f weights" % (g, accepted, alike), weights)
     out.update({f"{name}.{k}": v.contiguous() for k, v in {
@@ -204,6 +234,8 @@ def build(name, spread, near, seed, out):
         "posterior.left_out": left, "posterior": score, "posterior.ordinary": of_background,
         "contrast.left_out": against[0], "contrast": against[1],
         "worst.left_out": worst[0], "worst": worst[1],
+        **{f"patches.faulty.{i}": block for i, block in enumerate(faulty)},
+        "faults.left_out": faults[0], "faults": faults[1],
         "sum.left_out": total[0], "sum": total[1],
         **{f"abnormal.{i}": part for i, part in enumerate(abnormal)},
         "known.left_out": added[0], "known": added[1],

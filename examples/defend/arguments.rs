@@ -93,6 +93,10 @@ pub(crate) struct Fit {
     /// several times.
     #[arg(long)]
     pub(crate) abnormal: Vec<PathBuf>,
+    /// Folder of masks that show in white where the faults of --abnormal are, NAME.png or NAME_mask.png for each picture NAME. Without,
+    /// the worst patches of each are taken for faulty. Faults are learnt where normal pictures are alike, such as parts on a line.
+    #[arg(long, requires = "abnormal")]
+    pub(crate) abnormal_masks: Option<PathBuf>,
     /// Leaves this many of the oddest normal pictures out, each with its near copies: see `defend suspects`.
     #[arg(long, default_value_t = 0)]
     pub(crate) drop_suspects: usize,

@@ -44,6 +44,14 @@ pub(crate) fn run(arguments: &Extend) -> Result<()> {
     }
     if !abnormal.is_empty() {
         let abnormal = find(&abnormal, strict)?.dataset();
+        if detector
+            .evidence()
+            .is_some_and(|evidence| evidence.patch_weight() > 0.0)
+        {
+            eprintln!(
+                "patches count in this model: their faults are learnt by defend fit --abnormal alone, which has the normal pictures"
+            );
+        }
         say(
             "learnt as abnormal",
             &detector.learn_abnormal(abnormal, &mut ProgressBar::new())?,

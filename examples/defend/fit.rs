@@ -26,7 +26,11 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
         builder = builder.background(background::source(path, arguments.common.strict)?);
     }
     if !arguments.abnormal.is_empty() {
-        builder = builder.abnormal(find(&arguments.abnormal, arguments.common.strict)?.dataset());
+        let abnormal = find(&arguments.abnormal, arguments.common.strict)?;
+        builder = builder.abnormal(match &arguments.abnormal_masks {
+            Some(masks) => abnormal.with_masks(masks)?,
+            None => abnormal.dataset(),
+        });
     }
     builder = builder.drop_suspects(arguments.drop_suspects);
     if let Some(folder) = &arguments.feature_folder {
@@ -74,7 +78,10 @@ pub(crate) fn summarize(fitted: &Fitted) {
     if let Some(known) = fitted.detector.evidence().map(ClosedForm::known_abnormal)
         && known > 0
     {
-        eprintln!("{known} known abnormal pictures");
+        let memory = fitted.detector.evidence().and_then(ClosedForm::memory);
+        let faults = memory.is_some_and(|memory| !memory.faults().is_empty());
+        let what = if faults { ", and their faults" } else { "" };
+        eprintln!("{known} known abnormal pictures{what}");
     }
     match fitted.detector.calibration() {
         None => eprintln!("no threshold yet: see defend calibrate"),

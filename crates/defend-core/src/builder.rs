@@ -106,7 +106,8 @@ impl DefendBuilder {
         self
     }
 
-    /// Known abnormal images, for the closed form: see [`Detector::learn_abnormal`](crate::Detector::learn_abnormal).
+    /// Known abnormal images, for the closed form: see [`Detector::learn_abnormal`](crate::Detector::learn_abnormal). Where patches
+    /// count, their faulty patches are learnt too: those under [`Dataset::mask`], and without a mask the worst of each image.
     #[must_use]
     pub fn abnormal(mut self, images: impl Dataset + 'static) -> Self {
         self.abnormal = Some(Arc::new(images));

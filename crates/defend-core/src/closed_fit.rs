@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use defend_evidence::{ClosedForm, Embeddings, EvidenceConfig};
+use defend_evidence::{ClosedForm, Embeddings, EvidenceConfig, KnownFaults};
 use defend_nn::Rng;
 use defend_vit::Encoder;
 
 use crate::closed_form::ClosedFormStudent;
+use crate::faults::Faulty;
 use crate::fit::{ClosedFormReport, Stages, stream};
 use crate::normals::Normals;
 use crate::observer::Observer;
@@ -23,6 +24,7 @@ impl Stages<'_> {
         teacher: &Arc<dyn Encoder>,
         background: Option<&Background>,
         config: &EvidenceConfig,
+        faulty: Option<&Faulty<'_>>,
     ) -> Result<(ClosedFormStudent, ClosedFormReport, MapScale), Error> {
         let tiling = tiling_of(teacher.spec(), &self.config);
         let blocks = TokenBlocks::of(teacher.spec().architecture.depth).in_tiles(tiling);
@@ -37,6 +39,7 @@ impl Stages<'_> {
             names: &|image| self.pictures.name(image),
             background,
             normals: Some(&normals),
+            faulty,
             config,
             seed: self.config.seed,
             drop_suspects: self.drop_suspects,
@@ -53,6 +56,8 @@ pub(crate) struct Fit<'a> {
     pub(crate) background: Option<&'a Background>,
     /// Where patches come from; none for features that were taken before.
     pub(crate) normals: Option<&'a Normals<'a>>,
+    /// Images whose faulty patches are learnt where patches count.
+    pub(crate) faulty: Option<&'a Faulty<'a>>,
     pub(crate) config: &'a EvidenceConfig,
     pub(crate) seed: u64,
     pub(crate) drop_suspects: usize,
@@ -150,6 +155,16 @@ impl Fit<'_> {
             let patches = normals.patches(&wanted, observer)?;
             distances =
                 evidence.remember(&patches, &mut Rng::stream(self.seed, stream::PATCHES))?;
+            if let Some(faulty) = self.faulty {
+                let limit = self.config.patches.images;
+                let (tokens, marked) =
+                    faulty.look(normals.teacher(), normals.blocks(), limit, observer)?;
+                let faults = KnownFaults {
+                    tokens: &tokens,
+                    marked: &marked,
+                };
+                distances = evidence.learn_faults(&patches, faults)?;
+            }
         }
         let maps = match self.normals.and_then(Normals::places) {
             Some((looked_at, places)) if evidence.patch_share() < 1.0 => {

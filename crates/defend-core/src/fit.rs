@@ -18,6 +18,7 @@ use crate::background::Checked;
 use crate::builder::Source;
 use crate::closed_fit::Fit;
 use crate::detector::StudentStage;
+use crate::faults::Faulty;
 use crate::masked::MaskedStudent;
 use crate::observer::{Event, Observer, Stage};
 use crate::scan::{Skipped, preprocess_for};
@@ -218,8 +219,14 @@ impl DefendBuilder {
                 let teacher = teacher.frozen_encoder(config.arithmetic)?;
                 let background =
                     background.ready(&*teacher, config.fit, (&device, strict), stages.observer)?;
+                let faulty = abnormal.as_ref().map(|images| Faulty {
+                    images,
+                    preprocess: &preprocess,
+                    device: &device,
+                    strict,
+                });
                 let (student, report, scale) =
-                    stages.closed_form(&teacher, background.as_ref(), evidence)?;
+                    stages.closed_form(&teacher, background.as_ref(), evidence, faulty.as_ref())?;
                 (
                     StudentStage::ClosedForm(Box::new(student)),
                     StudentReport::ClosedForm(report),
@@ -322,6 +329,7 @@ impl DefendBuilder {
             names: &names,
             background: background.as_ref(),
             normals: None,
+            faulty: None,
             config: evidence,
             seed: config.seed,
             drop_suspects: self.drop_suspects,

@@ -31,7 +31,8 @@ pub struct Learnt {
 impl Detector {
     /// Learns what some abnormal images look like, beside those that it knows already: images like them score higher, and none
     /// scores lower. The strongest lever there is: one helps, twenty help a lot, also a little against kinds that were never
-    /// shown (docs/RESULTS.md).
+    /// shown (docs/RESULTS.md). Where patches count, what is faulty about the images is learnt by a fit alone
+    /// ([`DefendBuilder::abnormal`](crate::DefendBuilder::abnormal)), which has the patches of the normal images.
     ///
     /// A failure leaves the detector as it was.
     ///

@@ -38,6 +38,7 @@ mod config;
 mod detector;
 mod device;
 mod error;
+mod faults;
 mod features;
 mod files;
 mod fit;

@@ -40,6 +40,14 @@ impl<'a> Normals<'a> {
         }
     }
 
+    pub(crate) fn teacher(&self) -> &dyn Encoder {
+        self.teacher
+    }
+
+    pub(crate) fn blocks(&self) -> &TokenBlocks {
+        self.blocks
+    }
+
     /// Embeddings of all images; what is around the patches of `looked_at` of them is kept.
     pub(crate) fn embeddings(
         &mut self,

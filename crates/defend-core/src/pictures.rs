@@ -123,6 +123,11 @@ impl Pictures {
         &self.skipped
     }
 
+    /// Place of a picture in its data set.
+    pub fn index(&self, picture: usize) -> Option<usize> {
+        self.kept.get(picture).map(|(index, _)| *index)
+    }
+
     /// Name of a picture, `""` for one that there is not.
     pub fn name(&self, index: usize) -> String {
         let found = self.kept.get(index);

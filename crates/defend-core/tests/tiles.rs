@@ -3,7 +3,9 @@
 
 mod small;
 
-use defend_core::data::{GrayImage, Mask, Memory, Region, RgbImage};
+use std::borrow::Cow;
+
+use defend_core::data::{ClassId, GrayImage, Mask, Memory, Region, RgbImage};
 use defend_core::evidence::EvidenceConfig;
 use defend_core::prelude::*;
 use defend_core::{
@@ -178,6 +180,113 @@ fn a_region_is_all_that_is_looked_at() -> Result<(), Error> {
             normal.scores()
         );
     }
+    Ok(())
+}
+
+/// Faulty parts with masks of their faults.
+struct Faulty(Memory, Vec<(u32, u32)>);
+
+impl Dataset for Faulty {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn name(&self, index: usize) -> Cow<'_, str> {
+        self.0.name(index)
+    }
+
+    fn image(&self, index: usize) -> Result<RgbImage, defend_core::data::Error> {
+        self.0.image(index)
+    }
+
+    fn classes(&self, _: usize) -> &[ClassId] {
+        &[]
+    }
+
+    fn mask(&self, index: usize) -> Result<Option<GrayImage>, defend_core::data::Error> {
+        let (left, top) = self.1[index];
+        let inside = |at: u32, from: u32| (from..from + 8).contains(&at);
+        Ok(Some(GrayImage::from_fn(SIDE, SIDE, |x, y| {
+            [if inside(x, left) && inside(y, top) {
+                255
+            } else {
+                0
+            }]
+            .into()
+        })))
+    }
+
+    fn class_names(&self) -> &[String] {
+        &[]
+    }
+}
+
+/// A part with a faint fault.
+fn faint(number: u32, (left, top): (u32, u32)) -> RgbImage {
+    let mut picture = part(number, None);
+    for (x, y) in (left..left + 8).flat_map(|x| (top..top + 8).map(move |y| (x, y))) {
+        let pixel = picture.get_pixel_mut(x, y);
+        pixel.0[0] = pixel.0[0].saturating_add(30);
+    }
+    picture
+}
+
+#[test]
+fn known_faults_are_found_elsewhere() -> Result<(), Error> {
+    let places = [(8, 8), (64, 8), (32, 48), (72, 72), (8, 64), (48, 24)];
+    let faulty = |first: u32, places: &[(u32, u32)]| {
+        let mut memory = Memory::default();
+        for (number, place) in (first..).zip(places) {
+            memory.push(format!("faulty {number}"), faint(number, *place), vec![]);
+        }
+        memory
+    };
+    for tiled in [None, tiles(3, 3, 0.0, TileMemory::Shared)] {
+        let build = || {
+            Defend::builder()
+                .teacher(teacher(7))
+                .config(settings(tiled))
+        };
+        let without = build().fit(parts(0..24, None), &mut Silent)?.detector;
+        let known = Faulty(faulty(40, &places), places.to_vec());
+        let with = build()
+            .abnormal(known)
+            .fit(parts(0..24, None), &mut Silent)?
+            .detector;
+        assert_eq!(with.evidence().unwrap().memory().unwrap().faults().len(), 2);
+        // How far new faulty parts lie above new normal ones, by their patches.
+        let gap = |detector: &Detector| -> Result<f64, Error> {
+            let mean = |set: Memory| -> Result<f64, Error> {
+                let found = scan(detector, set, &mut Silent)?.findings;
+                let z = found.iter().map(|finding| {
+                    let explained = finding.novelty.explanation.as_ref().unwrap();
+                    explained.patches.unwrap().z
+                });
+                Ok(z.sum::<f64>() / found.len() as f64)
+            };
+            let new = [(40, 8), (16, 40), (80, 32), (24, 80)];
+            Ok(mean(faulty(60, &new))? - mean(parts(60..64, None))?)
+        };
+        let (before, after) = (gap(&without)?, gap(&with)?);
+        assert!(after > before + 0.5, "{after} beside {before}");
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("parts.defend");
+        with.save(&path)?;
+        let loaded = Detector::load(&path, &Device::Cpu)?;
+        assert_eq!(gap(&loaded)?, after);
+    }
+    // Without masks the worst patches are taken for faulty.
+    let guessed = Defend::builder()
+        .teacher(teacher(7))
+        .config(settings(None))
+        .abnormal(faulty(40, &places))
+        .fit(parts(0..24, None), &mut Silent)?
+        .detector;
+    assert_eq!(
+        guessed.evidence().unwrap().memory().unwrap().faults().len(),
+        2
+    );
     Ok(())
 }
 

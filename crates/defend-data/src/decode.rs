@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
+use image::{DynamicImage, GrayImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
 
 use crate::{Error, jpeg};
 
@@ -53,6 +53,22 @@ pub fn decode_image(bytes: &[u8], origin: &str) -> Result<RgbImage, Error> {
             origin: origin.into(),
         })
     })
+}
+
+/// A mask as shades of grey, which has to be as large as its picture.
+pub(crate) fn mask_of(picture: &Path, path: &Path, mask: RgbImage) -> Result<GrayImage, Error> {
+    let (picture_width, picture_height) = read_dimensions(picture)?;
+    let (width, height) = mask.dimensions();
+    if (width, height) != (picture_width, picture_height) {
+        return Err(Error::MaskSize {
+            path: path.to_owned(),
+            width,
+            height,
+            picture_width,
+            picture_height,
+        });
+    }
+    Ok(image::imageops::grayscale(&mask))
 }
 
 /// Width and height of an image file's picture as [`read_image`] gives it, from the file's header.

@@ -3,9 +3,10 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use image::RgbImage;
+use image::{GrayImage, RgbImage};
 use walkdir::{DirEntry, WalkDir};
 
+use crate::decode::mask_of;
 use crate::{ClassId, Dataset, Error, dataset::sample, read_image};
 
 const EXTENSIONS: [&str; 13] = [
@@ -17,6 +18,8 @@ const EXTENSIONS: [&str; 13] = [
 pub struct ImageFolder {
     paths: Vec<PathBuf>,
     passed_over: Vec<PathBuf>,
+    /// Mask of each image; none where no image has one.
+    masks: Vec<Option<PathBuf>>,
 }
 
 impl ImageFolder {
@@ -37,7 +40,11 @@ impl ImageFolder {
                 expected,
             });
         }
-        Ok(Self { paths, passed_over })
+        Ok(Self {
+            paths,
+            passed_over,
+            masks: Vec::new(),
+        })
     }
 
     /// Takes these files as they are, whatever their extension and in this order.
@@ -45,7 +52,15 @@ impl ImageFolder {
         Self {
             paths,
             passed_over: Vec::new(),
+            masks: Vec::new(),
         }
+    }
+
+    /// With masks of where the novelty is: one for each of the files, or none. A mask is as large as its image.
+    #[must_use]
+    pub fn with_masks(mut self, masks: Vec<Option<PathBuf>>) -> Self {
+        self.masks = masks;
+        self
     }
 
     /// The files.
@@ -72,6 +87,14 @@ impl Dataset for ImageFolder {
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
         read_image(sample(&self.paths, index)?)
+    }
+
+    fn mask(&self, index: usize) -> Result<Option<GrayImage>, Error> {
+        let picture = sample(&self.paths, index)?;
+        let Some(Some(path)) = self.masks.get(index) else {
+            return Ok(None);
+        };
+        Ok(Some(mask_of(picture, path, read_image(path)?)?))
     }
 
     fn classes(&self, _index: usize) -> &[ClassId] {

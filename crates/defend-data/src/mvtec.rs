@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use image::{GrayImage, RgbImage};
 
 use crate::dataset::sample;
+use crate::decode::mask_of;
 use crate::published::{expect_folder, read_picture};
 use crate::{ClassFolder, ClassId, Dataset, Error, Split};
 
@@ -113,18 +114,7 @@ impl Dataset for MvtecAd {
             return Ok(None);
         };
         let mask = read_picture(path, MISSING)?;
-        let (picture_width, picture_height) = crate::decode::read_dimensions(&found.picture)?;
-        let (width, height) = mask.dimensions();
-        if (width, height) != (picture_width, picture_height) {
-            return Err(Error::MaskSize {
-                path: path.clone(),
-                width,
-                height,
-                picture_width,
-                picture_height,
-            });
-        }
-        Ok(Some(image::imageops::grayscale(&mask)))
+        Ok(Some(mask_of(&found.picture, path, mask)?))
     }
 
     fn class_names(&self) -> &[String] {

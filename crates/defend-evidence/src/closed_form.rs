@@ -425,7 +425,7 @@ impl ClosedForm {
         Ok(distances.into_iter().map(|d| d.map).collect())
     }
 
-    fn patch_groups(&self, tokens: &PatchTokens) -> Result<Vec<usize>, Error> {
+    pub(crate) fn patch_groups(&self, tokens: &PatchTokens) -> Result<Vec<usize>, Error> {
         let images = self.patch_images();
         if tokens.len() != images.len() {
             return Err(Error::Shape {

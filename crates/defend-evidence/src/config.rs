@@ -174,6 +174,8 @@ pub struct PatchConfig {
     pub images: usize,
     /// Worst patches of an image that are averaged.
     pub worst: usize,
+    /// Ridge of the regression that finds known faults, on unit tokens.
+    pub fault_ridge: f64,
     /// Mean similarity of leaders to their five nearest leaders from which patches count.
     pub alike_from: f64,
     /// Similarity beyond it at which they have their whole weight.
@@ -191,6 +193,7 @@ impl Default for PatchConfig {
             projected: 64,
             images: 2000,
             worst: 5,
+            fault_ridge: 1e-4,
             alike_from: 0.92,
             alike_over: 0.03,
             weight: 2.0,
@@ -236,6 +239,7 @@ impl EvidenceConfig {
             ("evidence.contrast.ridge", c.ridge),
             ("evidence.contrast.full_share", c.full_share),
             ("evidence.patches.alike_over", m.alike_over),
+            ("evidence.patches.fault_ridge", m.fault_ridge),
             ("evidence.objects.width", self.objects.width),
             ("evidence.known.width", k.width),
             ("evidence.known.ridge", k.ridge),

@@ -29,6 +29,7 @@ mod config;
 mod contrast;
 mod embeddings;
 mod error;
+mod faults;
 mod groups;
 mod known;
 mod linear;
@@ -49,6 +50,7 @@ pub use config::{
 pub use contrast::{Contrast, LeftOut, unlike_normals};
 pub use embeddings::Embeddings;
 pub use error::Error;
+pub use faults::{FaultDirection, KnownFaults};
 pub use groups::{Groups, kernel_width, leaders, nearest_leaders, similarity};
 pub use objects::ObjectMemory;
 pub use patches::{CoreSet, PatchDistances, PatchMemory, PatchTokens};

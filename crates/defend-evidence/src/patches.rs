@@ -8,7 +8,7 @@ use rand::seq::index::sample;
 use rayon::prelude::*;
 
 use crate::linear::{product, vectorised};
-use crate::{Error, PatchConfig};
+use crate::{Error, FaultDirection, PatchConfig};
 
 /// Distances are not taken to be less before the logarithm.
 const LEAST_DISTANCE: f64 = 1e-12;
@@ -137,6 +137,8 @@ impl PatchTokens {
 pub struct PatchMemory {
     blocks: Vec<CoreSet>,
     worst: usize,
+    /// Of each block, or none.
+    faults: Vec<FaultDirection>,
 }
 
 /// The patches of one block.
@@ -176,7 +178,26 @@ pub struct PatchDistances {
 impl PatchMemory {
     /// From core sets that were chosen before; the mean of the `worst` distances counts for an image.
     pub fn new(blocks: Vec<CoreSet>, worst: usize) -> Self {
-        Self { blocks, worst }
+        Self {
+            blocks,
+            worst,
+            faults: Vec::new(),
+        }
+    }
+
+    /// With what known faults look like in each block.
+    pub(crate) fn with_faults(mut self, faults: Vec<FaultDirection>) -> Self {
+        self.faults = faults;
+        self
+    }
+
+    pub(crate) fn without_faults(&self) -> Self {
+        self.clone().with_faults(Vec::new())
+    }
+
+    /// What known faults look like in each block, where some are known.
+    pub fn faults(&self) -> &[FaultDirection] {
+        &self.faults
     }
 
     /// Chooses patches of each block by greedy k-centre in a random projection, and some more at random: the former reach out to
@@ -224,6 +245,7 @@ impl PatchMemory {
         Self {
             blocks: blocks.collect(),
             worst: config.worst,
+            faults: Vec::new(),
         }
     }
 
@@ -233,6 +255,7 @@ impl PatchMemory {
         Self {
             blocks: self.blocks.iter().map(of_block).collect(),
             worst: self.worst,
+            faults: self.faults.clone(),
         }
     }
 
@@ -250,6 +273,19 @@ impl PatchMemory {
         tokens: &PatchTokens,
         left_out: Option<&[usize]>,
     ) -> Result<Vec<PatchDistances>, Error> {
+        let images = self.distances_of_blocks(tokens, left_out)?;
+        let images = images.iter();
+        Ok(images
+            .map(|blocks| PatchDistances::of_blocks(blocks, &tokens.parts, self.worst))
+            .collect())
+    }
+
+    /// As [`PatchMemory::distances`], of each block: `[images][blocks][patches]`.
+    pub(crate) fn distances_of_blocks(
+        &self,
+        tokens: &PatchTokens,
+        left_out: Option<&[usize]>,
+    ) -> Result<Vec<Vec<Vec<f32>>>, Error> {
         let expected: Vec<usize> = self.blocks.iter().map(|b| b.patches.ncols()).collect();
         let found: Vec<usize> = tokens.blocks.iter().map(|b| b.len_of(Axis(2))).collect();
         if found != expected {
@@ -261,30 +297,59 @@ impl PatchMemory {
         }
         let one = |image: usize| {
             let own = left_out.and_then(|groups| groups.get(image).copied());
-            let mut map = vec![0.0; tokens.patches()];
-            let mut of_parts = vec![0.0; tokens.parts.len().max(1)];
-            for (block, core) in tokens.blocks.iter().zip(&self.blocks) {
-                let distances = nearest(block.index_axis(Axis(0), image), core, own);
-                for (sum, d) in map.iter_mut().zip(&distances) {
-                    *sum += d / self.blocks.len() as f32;
-                }
-                if tokens.parts.is_empty() {
-                    of_parts[0] += worst_of(distances, self.worst);
-                } else {
-                    for (sum, part) in of_parts.iter_mut().zip(&tokens.parts) {
-                        let own = part.iter().filter_map(|&i| distances.get(i).copied());
-                        *sum += worst_of(own.collect(), self.worst);
+            let blocks = tokens.blocks.iter().zip(&self.blocks).enumerate();
+            blocks
+                .map(|(number, (block, core))| {
+                    let patches = block.index_axis(Axis(0), image);
+                    let mut distances = nearest(patches, core, own);
+                    if let Some(fault) = self.faults.get(number) {
+                        fault.add_to(patches, &mut distances);
                     }
-                }
-            }
-            let worst = of_parts.into_iter().fold(LEAST_DISTANCE, f64::max);
-            PatchDistances {
-                log_worst: worst.ln(),
-                map,
-            }
+                    distances
+                })
+                .collect()
         };
         Ok((0..tokens.len()).into_par_iter().map(one).collect())
     }
+}
+
+impl PatchDistances {
+    /// From the distances of each block; `parts`: patches of each part of the image, none where it is one part.
+    fn of_blocks(blocks: &[Vec<f32>], parts: &[Vec<usize>], worst: usize) -> Self {
+        let mut map = vec![0.0; blocks.first().map_or(0, Vec::len)];
+        for block in blocks {
+            for (sum, distance) in map.iter_mut().zip(block) {
+                *sum += distance / blocks.len() as f32;
+            }
+        }
+        let of_part = |part: &Vec<usize>| -> f64 {
+            let worst_of_block = |block: &Vec<f32>| {
+                let own = part.iter().filter_map(|&i| block.get(i).copied());
+                worst_of(own.collect(), worst)
+            };
+            blocks.iter().map(worst_of_block).sum()
+        };
+        let largest = if parts.is_empty() {
+            blocks
+                .iter()
+                .map(|block| worst_of(block.clone(), worst))
+                .sum()
+        } else {
+            parts.iter().map(of_part).fold(0.0, f64::max)
+        };
+        Self {
+            log_worst: largest.max(LEAST_DISTANCE).ln(),
+            map,
+        }
+    }
+}
+
+/// The places of the largest distances, at most `count`.
+pub(crate) fn worst_places(distances: &[f32], count: usize) -> Vec<usize> {
+    let mut places: Vec<usize> = (0..distances.len()).collect();
+    places.sort_by(|&a, &b| distances[b].total_cmp(&distances[a]).then(a.cmp(&b)));
+    places.truncate(count);
+    places
 }
 
 /// `1 - cosine` of each patch to the nearest of the core set that is not of the group `own`.

@@ -11,8 +11,8 @@ use crate::known::Known;
 use crate::objects::ScaledObjects;
 use crate::patches::CoreSet;
 use crate::{
-    ClosedForm, Embeddings, Error, EvidenceConfig, Groups, ObjectMemory, PatchMemory, Standard,
-    Summary,
+    ClosedForm, Embeddings, Error, EvidenceConfig, FaultDirection, Groups, ObjectMemory,
+    PatchMemory, Standard, Summary,
 };
 
 /// Everything about a [`ClosedForm`] but its arrays; saved as JSON or the like.
@@ -131,6 +131,11 @@ impl ClosedForm {
             );
             add(format!("patches.{i}.groups"), indices(&core.groups));
         }
+        let faults = self.memory().map(PatchMemory::faults).into_iter().flatten();
+        for (i, fault) in faults.enumerate() {
+            let numbers = StateArray::Numbers(fault.numbers());
+            add(format!("patches.{i}.fault"), numbers);
+        }
         if let Some(memory) = self.objects() {
             let normal = memory.normal();
             add("objects".into(), StateArray::Matrix(normal.patches.clone()));
@@ -223,7 +228,8 @@ impl ClosedForm {
             if blocks.is_empty() {
                 return Err(fault("patches.0 is missing".into()));
             }
-            let memory = PatchMemory::new(blocks, form.config.patches.worst);
+            let faults = faults(&blocks, &mut arrays)?;
+            let memory = PatchMemory::new(blocks, form.config.patches.worst).with_faults(faults);
             form.patches = Some(WeighedPatches {
                 memory,
                 scale,
@@ -311,6 +317,20 @@ fn known(form: &ClosedForm, scale: Standard, arrays: &mut Arrays) -> Result<Know
     })
 }
 
+/// What known faults look like in each of the blocks, or nothing.
+fn faults(blocks: &[CoreSet], arrays: &mut Arrays) -> Result<Vec<FaultDirection>, Error> {
+    let name = |block: usize| format!("patches.{block}.fault");
+    if !arrays.has(&name(0)) {
+        return Ok(Vec::new());
+    }
+    let of_block = |(block, core): (usize, &CoreSet)| {
+        // A direction, an offset and a step.
+        let numbers = arrays.numbers(&name(block), core.patches.ncols() + 2)?;
+        FaultDirection::of_numbers(&numbers).ok_or_else(|| fault(name(block)))
+    };
+    blocks.iter().enumerate().map(of_block).collect()
+}
+
 /// The saved memory for maps of objects.
 fn objects(
     form: &ClosedForm,
@@ -356,6 +376,10 @@ fn fault(reason: String) -> Error {
 struct Arrays(BTreeMap<String, StateArray>);
 
 impl Arrays {
+    fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     fn matrix(&mut self, name: &str) -> Result<Option<Array2<f32>>, Error> {
         match self.0.remove(name) {
             None => Ok(None),

@@ -3,9 +3,9 @@
 
 use arrays::Set;
 use defend_evidence::{
-    ClosedForm, Contrast, CoreSet, Embeddings, EvidenceConfig, ExactPosterior, Groups,
-    ObjectMemory, PatchMemory, PatchTokens, kernel_width, leaders, nearest_leaders, similarity,
-    unlike_normals,
+    ClosedForm, Contrast, CoreSet, Embeddings, Error, EvidenceConfig, ExactPosterior, Groups,
+    KnownFaults, ObjectMemory, PatchMemory, PatchTokens, StateArray, kernel_width, leaders,
+    nearest_leaders, similarity, unlike_normals,
 };
 use ndarray::{Array2, Array3, Axis};
 
@@ -362,4 +362,80 @@ fn maps_of_objects() {
             "left-out places",
         );
     }
+}
+
+#[test]
+fn known_faults() {
+    let set = Set::read("alike");
+    let train = embeddings(&set, "train");
+    let config = EvidenceConfig::default();
+    let mut form = ClosedForm::fit(&train, Some(&embeddings(&set, "ordinary")), &config).unwrap();
+    let place = |image: usize| form.kept().iter().position(|i| *i == image).unwrap();
+    let of_image: Vec<usize> = (0..train.len())
+        .map(|image| form.groups().of[place(image)])
+        .collect();
+    let images = form.patch_images();
+    let wanted: Vec<usize> = images.iter().map(|row| form.kept()[*row]).collect();
+    let patches = tokens(&set, "train").select(&wanted);
+    form.remember_these(&patches, memory(&set, &of_image))
+        .unwrap();
+    let faulty = tokens(&set, "faulty");
+    let marked = [
+        Some(vec![2, 3]),
+        None,
+        Some(vec![7]),
+        Some(Vec::new()),
+        Some(vec![0, 1, 9]),
+    ];
+    let faults = KnownFaults {
+        tokens: &faulty,
+        marked: &marked,
+    };
+    let before = form.clone();
+    form.learn_faults(&patches, faults).unwrap();
+    let memory = form.memory().unwrap();
+    let values = |tokens: &PatchTokens, left_out: Option<&[usize]>| -> Vec<f64> {
+        let distances = memory.distances(tokens, left_out).unwrap();
+        distances.iter().map(|d| d.log_worst).collect()
+    };
+    close(
+        &values(&tokens(&set, "test"), None),
+        &set.numbers("faults"),
+        1e-5,
+        "patches with faults",
+    );
+    close(
+        &values(&tokens(&set, "train"), Some(&of_image)),
+        &set.numbers("faults.left_out"),
+        1e-5,
+        "left-out patches with faults",
+    );
+
+    // A restored form judges the same, and faults that are learnt twice are the same as once.
+    let test = embeddings(&set, "test");
+    let judge = |form: &ClosedForm| -> Vec<f64> {
+        let judged = form.evaluate(&test, Some(&tokens(&set, "test"))).unwrap();
+        judged.iter().map(|j| j.score).collect()
+    };
+    let restored = ClosedForm::from_state(form.state()).unwrap();
+    assert_eq!(judge(&restored), judge(&form));
+    assert_eq!(restored.left_out(), form.left_out());
+    let mut again = form.clone();
+    again.learn_faults(&patches, faults).unwrap();
+    assert_eq!(judge(&again), judge(&form));
+    assert_ne!(judge(&before), judge(&form));
+
+    let mut state = form.state();
+    let array = state.arrays.get_mut("patches.1.fault").unwrap();
+    *array = StateArray::Numbers(vec![0.0; 3]);
+    assert!(ClosedForm::from_state(state).is_err());
+    let none = KnownFaults {
+        tokens: &faulty,
+        marked: &marked[..4],
+    };
+    assert!(matches!(
+        again.learn_faults(&patches, none),
+        Err(Error::Shape { .. })
+    ));
+    assert_eq!(judge(&again), judge(&form), "nothing changed");
 }
