@@ -4,6 +4,7 @@
 //! `cargo run --release --bin evidence -- --assets DIR thresholds`
 
 mod additions;
+mod faults;
 mod folders;
 mod more;
 mod precision;
@@ -87,6 +88,15 @@ enum Measurement {
         #[arg(long, default_value_t = 1000)]
         images: usize,
     },
+    /// AUROC on MVTec AD screw with known faulty images.
+    Faults {
+        /// Number of known images. May be given several times.
+        #[arg(long, default_values_t = [5, 20])]
+        known: Vec<usize>,
+        /// Random choices of the kinds of faults that are shown, and of the images.
+        #[arg(long, default_value_t = 6)]
+        trials: usize,
+    },
     /// Time and memory of a fit on many synthetic embeddings.
     Large {
         /// Number of embeddings.
@@ -125,6 +135,12 @@ fn main() -> Result<()> {
         Measurement::Additions { images } => {
             additions::measure(&Assets::open(arguments.assets)?, images)
         }
+        Measurement::Faults { known, trials } => faults::measure(
+            &Assets::open(arguments.assets)?,
+            &known,
+            trials,
+            arguments.seed,
+        ),
         Measurement::Large { images } => large(images, arguments.seed),
         Measurement::Approximation => approximation(&Assets::open(arguments.assets)?),
         Measurement::More => more::measure(&Assets::open(arguments.assets)?, arguments.seed),
