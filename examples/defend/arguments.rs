@@ -132,7 +132,7 @@ pub(crate) struct Parts {
     /// where normal pictures are alike, such as parts on a line.
     #[arg(long, value_parser = columns_and_rows)]
     pub(crate) tiles: Option<(usize, usize)>,
-    /// Share of a tile that its neighbour shows too, 0 to 0.5.
+    /// Share of a tile that its neighbour shows too, 0 to 0.5; a quarter by default.
     #[arg(long, requires = "tiles")]
     pub(crate) tile_overlap: Option<f64>,
     /// Which tiles of the normal pictures a tile is compared with.

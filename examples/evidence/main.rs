@@ -8,6 +8,7 @@ mod faults;
 mod folders;
 mod more;
 mod precision;
+mod trials;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -97,6 +98,12 @@ enum Measurement {
         #[arg(long, default_value_t = 6)]
         trials: usize,
     },
+    /// What other blocks, backgrounds, sizes and weights would bring, and normal images that share a colour or a texture alone.
+    Trials {
+        /// Random draws of 100 normal images of each set.
+        #[arg(long, default_value_t = 2)]
+        draws: usize,
+    },
     /// Time and memory of a fit on many synthetic embeddings.
     Large {
         /// Number of embeddings.
@@ -141,6 +148,9 @@ fn main() -> Result<()> {
             trials,
             arguments.seed,
         ),
+        Measurement::Trials { draws } => {
+            trials::measure(Assets::open(arguments.assets)?, draws, arguments.seed)
+        }
         Measurement::Large { images } => large(images, arguments.seed),
         Measurement::Approximation => approximation(&Assets::open(arguments.assets)?),
         Measurement::More => more::measure(&Assets::open(arguments.assets)?, arguments.seed),
@@ -158,6 +168,8 @@ struct Assets {
     folder: PathBuf,
     teacher: Vit,
     device: Device,
+    /// Blocks whose CLS tokens are taken, ascending; of the last one the mean patch token too.
+    blocks: Vec<usize>,
 }
 
 impl Assets {
@@ -169,6 +181,7 @@ impl Assets {
             folder,
             teacher,
             device,
+            blocks: vec![10, 11],
         })
     }
 
@@ -189,11 +202,11 @@ impl Assets {
         self.embed(&Arc::new(ImageFolder::from_paths(paths)))
     }
 
-    /// The CLS tokens of the last two blocks and the mean patch token of the last.
+    /// The CLS tokens of the blocks and the mean patch token of the last.
     fn embed<D: Dataset + 'static>(&self, images: &Arc<D>) -> Result<Embeddings> {
         let start = Instant::now();
         let preprocess = preprocess_of(self.teacher.spec(), Fit::Squash);
-        let mut parts: [Vec<Array2<f32>>; 3] = Default::default();
+        let mut parts = vec![Vec::new(); self.blocks.len() + 1];
         let all: Vec<usize> = (0..images.len()).collect();
         for some in all.chunks(READ) {
             let part = Arc::new(Subset::new(images.clone(), some.to_vec())?);
@@ -209,15 +222,11 @@ impl Assets {
             for batch in indices.chunks(BATCH) {
                 let layers = self
                     .teacher
-                    .intermediates(&pictures.images(batch)?, &[10, 11])?;
-                let [before, last] = layers.as_slice() else {
-                    anyhow::bail!("{} layers instead of 2", layers.len());
-                };
-                let tokens = [
-                    before.cls.clone(),
-                    last.cls.clone(),
-                    last.patches.to_dtype(DType::F32)?.mean(1)?,
-                ];
+                    .intermediates(&pictures.images(batch)?, &self.blocks)?;
+                let last = layers.last().context("no blocks")?;
+                let mean_patch = last.patches.to_dtype(DType::F32)?.mean(1)?;
+                let cls = layers.iter().map(|layer| layer.cls.clone());
+                let tokens: Vec<Tensor> = cls.chain([mean_patch]).collect();
                 for (part, tokens) in parts.iter_mut().zip(&tokens) {
                     part.push(matrix(tokens)?);
                 }
@@ -231,12 +240,11 @@ impl Assets {
                 );
             }
         }
-        let joined = parts.map(|part| {
+        let joined = parts.iter().map(|part: &Vec<Array2<f32>>| {
             let views: Vec<_> = part.iter().map(|rows| rows.view()).collect();
             concatenate(Axis(0), &views)
         });
-        let joined: Result<Vec<_>, _> = joined.into_iter().collect();
-        Ok(Embeddings::new(joined?)?)
+        Ok(Embeddings::new(joined.collect::<Result<_, _>>()?)?)
     }
 }
 

@@ -25,11 +25,11 @@ const TRAIN: usize = 300;
 const TEST: usize = 200;
 
 /// Images of several kinds, as embeddings.
-struct Kinds {
-    embeddings: Embeddings,
+pub(crate) struct Kinds {
+    pub(crate) embeddings: Embeddings,
     /// Rows of each kind.
-    train: Vec<Vec<usize>>,
-    test: Vec<Vec<usize>>,
+    pub(crate) train: Vec<Vec<usize>>,
+    pub(crate) test: Vec<Vec<usize>>,
 }
 
 impl Kinds {
@@ -437,7 +437,7 @@ fn suspects_once(
         .parts()
         .get(1)
         .context("no CLS tokens of the last block")?;
-    let [near, far] = [isolation(last), mahalanobis(last)?].map(|values| {
+    let [near, far] = [isolation(last), mahalanobis(last, last)?].map(|values| {
         let mut order: Vec<usize> = (0..values.len()).collect();
         order.sort_by(|&a, &b| values[b].total_cmp(&values[a]));
         order
@@ -476,12 +476,13 @@ fn isolation(rows: &Array2<f32>) -> Vec<f64> {
         .collect()
 }
 
-/// Squared Mahalanobis distance of each row to all, the covariance drawn a tenth towards its mean variance.
-fn mahalanobis(rows: &Array2<f32>) -> Result<Vec<f64>> {
-    let rows = rows.mapv(f64::from);
-    let centred = &rows - &rows.mean_axis(Axis(0)).context("no rows")?;
-    let covariance = centred.t().dot(&centred) / rows.nrows() as f64;
-    let width = rows.ncols();
+/// Squared Mahalanobis distance of each row of `judged` to `learnt`, the covariance drawn a tenth towards its mean variance.
+pub(crate) fn mahalanobis(learnt: &Array2<f32>, judged: &Array2<f32>) -> Result<Vec<f64>> {
+    let learnt = learnt.mapv(f64::from);
+    let mean = learnt.mean_axis(Axis(0)).context("no rows")?;
+    let centred = &learnt - &mean;
+    let covariance = centred.t().dot(&centred) / learnt.nrows() as f64;
+    let width = learnt.ncols();
     let variance = covariance.diag().sum() / width as f64;
     let shrunk = 0.9 * covariance + 0.1 * variance * Array2::<f64>::eye(width);
     // Rows times the inverse by conjugate gradients: the matrix is small and well conditioned.
@@ -502,10 +503,11 @@ fn mahalanobis(rows: &Array2<f32>) -> Result<Vec<f64>> {
         }
         x.dot(&row)
     };
-    Ok(centred.rows().into_iter().map(solve).collect())
+    let judged = judged.mapv(f64::from) - &mean;
+    Ok(judged.rows().into_iter().map(solve).collect())
 }
 
-fn cifar(assets: &Assets) -> Result<Kinds> {
+pub(crate) fn cifar(assets: &Assets) -> Result<Kinds> {
     let mut paths = Vec::new();
     let (mut train, mut test) = (Vec::new(), Vec::new());
     for name in CIFAR {
@@ -550,7 +552,7 @@ fn of_halves<D: Dataset + 'static>(
     })
 }
 
-fn fashion(assets: &Assets) -> Result<Kinds> {
+pub(crate) fn fashion(assets: &Assets) -> Result<Kinds> {
     let open = |split| Idx::fashion_mnist(assets.folder.join("fashion-mnist"), split);
     let halves = [Arc::new(open(Split::Train)?), Arc::new(open(Split::Test)?)];
     let kinds: Vec<ClassId> = (0..10).map(ClassId).collect();
@@ -560,7 +562,7 @@ fn fashion(assets: &Assets) -> Result<Kinds> {
 }
 
 /// Photos that show one class only, of five animals.
-fn voc(assets: &Assets) -> Result<Kinds> {
+pub(crate) fn voc(assets: &Assets) -> Result<Kinds> {
     let root = assets.folder.join("VOCdevkit/VOC2012");
     let open = |split| Voc::open(&root, split, Difficult::Counted);
     let halves = [Arc::new(open("train")?), Arc::new(open("val")?)];

@@ -22,7 +22,7 @@ pub struct Tiles {
     pub columns: usize,
     /// Tiles in a column, in `1..=16`.
     pub rows: usize,
-    /// Share of a tile that its neighbour shows too, in `0..=0.5`; rounded to patches.
+    /// Share of a tile that its neighbour shows too, in `0..=0.5`; rounded to patches. A fault on a seam is then whole in one of them.
     pub overlap: f64,
     /// Which tiles of the normal images a tile is compared with.
     pub memory: TileMemory,
@@ -44,7 +44,7 @@ impl Default for Tiles {
         Self {
             columns: 2,
             rows: 2,
-            overlap: 0.0,
+            overlap: 0.25,
             memory: TileMemory::Shared,
         }
     }
