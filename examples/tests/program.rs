@@ -34,7 +34,7 @@ fn refused(arguments: &[&str], folder: &Path) -> String {
 
 /// A plate with a grid of holes; `odd`: a red blot, which is where normal plates are grey.
 fn plate(number: u32, odd: bool) -> RgbImage {
-    let shade = 120 + (number * 11 % 40) as u8;
+    let shade = 120 + (number * 11 % 37) as u8;
     RgbImage::from_fn(SIDE, SIDE, |x, y| {
         let hole = (x % 60).abs_diff(30).pow(2) + (y % 60).abs_diff(30).pow(2) < 150;
         let (left, top) = (40 + number * 29 % 180, 40 + number * 47 % 180);
@@ -214,8 +214,8 @@ fn features_marks_and_whole_folders() {
         .map(|(i, line)| {
             let mark = match i {
                 0 => "mark",
-                _ if line.contains("odd-40") => "abnormal",
-                _ if line.contains("good-40") => "normal",
+                _ if line.contains("odd-41") => "abnormal",
+                _ if line.contains("odd-40") => "normal",
                 _ => "",
             };
             format!("{line},{mark}")
