@@ -114,7 +114,7 @@ pub(crate) struct Fit {
     /// Share of normal pictures that the model may call novel, about; between 0 and 1. `defend calibrate` gives a guarantee.
     #[arg(long)]
     pub(crate) false_alarm_rate: Option<f64>,
-    /// Features of normal pictures, a safetensors file of `defend embed`, in place of --normal.
+    /// Features of normal pictures, a safetensors or Parquet file of `defend embed`, in place of --normal.
     #[arg(long, conflicts_with = "normal")]
     pub(crate) features: Option<PathBuf>,
     /// For masked students: folder that keeps the backbone's features for the next fit on the same pictures; pays with
@@ -221,8 +221,8 @@ pub(crate) struct Background {
 
 #[derive(Args)]
 pub(crate) struct Embed {
-    /// File to write: .safetensors has everything, and `defend fit --features` takes it back; .npy has what the default compares
-    /// (phi), beside a table of names and hashes.
+    /// File to write: .safetensors has everything, and `defend fit --features` takes it back; so has .parquet, in a program that was
+    /// built with --features parquet; .npy has what the default compares (phi), beside a table of names and hashes.
     #[arg(long)]
     pub(crate) out: PathBuf,
     /// Pictures and folders of pictures.

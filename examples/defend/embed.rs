@@ -11,11 +11,14 @@ use crate::pictures::{check_writable, find};
 
 pub(crate) fn run(arguments: &Embed) -> Result<()> {
     let extension = arguments.out.extension().and_then(|e| e.to_str());
-    if !matches!(extension, Some("safetensors" | "npy")) {
+    if !matches!(extension, Some("safetensors" | "npy" | "parquet")) {
         bail!(
-            "{} is no .safetensors or .npy, which features can be written as",
+            "{} is no .safetensors, .npy or .parquet, which features can be written as",
             arguments.out.display()
         );
+    }
+    if extension == Some("parquet") && !cfg!(feature = "parquet") {
+        bail!(WITHOUT_PARQUET);
     }
     check_writable(&arguments.out)?;
     let images = find(&arguments.paths, arguments.look.common.strict)?.dataset();
@@ -23,10 +26,11 @@ pub(crate) fn run(arguments: &Embed) -> Result<()> {
         .look
         .builder()
         .embed(images, &mut ProgressBar::new())?;
-    if extension == Some("npy") {
-        write_npy(&table, &arguments.out)?;
-    } else {
-        table.save(&arguments.out)?;
+    match extension {
+        Some("npy") => write_npy(&table, &arguments.out)?,
+        #[cfg(feature = "parquet")]
+        Some("parquet") => crate::parquet::write(&table, &arguments.out)?,
+        _ => table.save(&arguments.out)?,
     }
     eprintln!(
         "wrote {}: {} pictures by {}, {} could not be read",
@@ -36,6 +40,20 @@ pub(crate) fn run(arguments: &Embed) -> Result<()> {
         skipped.len()
     );
     Ok(())
+}
+
+const WITHOUT_PARQUET: &str =
+    "this program was built without Parquet: build it with --features parquet";
+
+/// A table that was written before.
+pub(crate) fn read(path: &Path) -> Result<FeatureTable> {
+    if path.extension().is_some_and(|e| e == "parquet") {
+        #[cfg(feature = "parquet")]
+        return crate::parquet::read(path);
+        #[cfg(not(feature = "parquet"))]
+        bail!(WITHOUT_PARQUET);
+    }
+    Ok(FeatureTable::load(path)?)
 }
 
 #[derive(Serialize)]

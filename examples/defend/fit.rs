@@ -5,10 +5,11 @@ use std::time::Instant;
 use anyhow::Result;
 use defend_core::evidence::ClosedForm;
 use defend_core::vit::Precision;
-use defend_core::{ClosedFormReport, Defend, FeatureTable, Fitted, ProgressBar, StudentReport};
+use defend_core::{ClosedFormReport, Defend, Fitted, ProgressBar, StudentReport};
 
 use crate::arguments::{Fit, pretrained};
 use crate::background;
+use crate::embed;
 use crate::pictures::{check_writable, find};
 
 pub(crate) fn run(arguments: &Fit) -> Result<()> {
@@ -37,7 +38,7 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
         builder = builder.feature_folder(folder, Precision::Full);
     }
     let fitted = if let Some(table) = &arguments.features {
-        builder.fit_features(&FeatureTable::load(table)?, &mut ProgressBar::new())?
+        builder.fit_features(&embed::read(table)?, &mut ProgressBar::new())?
     } else {
         let normal = find(&arguments.normal, arguments.common.strict)?.dataset();
         builder.fit(normal, &mut ProgressBar::new())?

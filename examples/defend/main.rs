@@ -13,6 +13,8 @@ mod extend;
 mod fit;
 mod maps;
 mod marked;
+#[cfg(feature = "parquet")]
+mod parquet;
 mod pictures;
 mod score;
 mod sort;

@@ -174,6 +174,22 @@ fn features_marks_and_whole_folders() {
     );
     assert_eq!(score("table.defend"), score("images.defend"));
 
+    let table = ["embed", "normal", "--out", "normal.parquet"];
+    let refit = [
+        "fit",
+        "--features",
+        "normal.parquet",
+        "--out",
+        "parquet.defend",
+    ];
+    if cfg!(feature = "parquet") {
+        said(&table, folder);
+        said(&refit, folder);
+        assert_eq!(score("parquet.defend"), score("images.defend"));
+    } else {
+        assert!(refused(&table, folder).contains("--features parquet"));
+    }
+
     let together = said(
         &["score", "--together", "--model", "images.defend", "new"],
         folder,

@@ -80,6 +80,36 @@ impl FeatureTable {
         Ok((table, skipped))
     }
 
+    /// Of features that came another way, such as from a file format of one's own; a name and a hash for each row.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for other numbers of names, hashes and rows.
+    pub fn new(
+        teacher: TeacherIdentity,
+        names: Vec<String>,
+        hashes: Vec<String>,
+        embeddings: Embeddings,
+    ) -> Result<Self, Error> {
+        let rows = embeddings.len();
+        if names.len() != rows || hashes.len() != rows {
+            return Err(Error::Config {
+                field: "features",
+                value: format!(
+                    "{} names, {} hashes and {rows} rows",
+                    names.len(),
+                    hashes.len()
+                ),
+                expected: "one of each for an image".into(),
+            });
+        }
+        Ok(Self {
+            teacher,
+            names,
+            hashes,
+            embeddings,
+        })
+    }
+
     /// Number of pictures.
     pub fn len(&self) -> usize {
         self.names.len()
