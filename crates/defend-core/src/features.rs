@@ -1,11 +1,12 @@
 //! What a teacher says of pictures, as a table for other tools.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
-use defend_data::{Dataset, content_hashes};
+use defend_data::{ClassId, ContentHash, Dataset, RgbImage, content_hash};
 use defend_evidence::Embeddings;
 use defend_vit::{Encoder, ImageSource};
 use ndarray::Array2;
@@ -37,6 +38,38 @@ pub struct FeatureTable {
     embeddings: Embeddings,
 }
 
+/// Hashes the pictures that are read, which are decoded once.
+struct Hashed {
+    images: Arc<dyn Dataset>,
+    hashes: Mutex<HashMap<usize, ContentHash>>,
+}
+
+impl Dataset for Hashed {
+    fn len(&self) -> usize {
+        self.images.len()
+    }
+
+    fn name(&self, index: usize) -> Cow<'_, str> {
+        self.images.name(index)
+    }
+
+    fn image(&self, index: usize) -> Result<RgbImage, defend_data::Error> {
+        let picture = self.images.image(index)?;
+        let hash = content_hash(&picture);
+        let mut hashes = self.hashes.lock().unwrap_or_else(PoisonError::into_inner);
+        hashes.insert(index, hash);
+        Ok(picture)
+    }
+
+    fn classes(&self, index: usize) -> &[ClassId] {
+        self.images.classes(index)
+    }
+
+    fn class_names(&self) -> &[String] {
+        self.images.class_names()
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Header {
@@ -56,8 +89,12 @@ impl FeatureTable {
         observer: &mut dyn Observer,
     ) -> Result<(Self, Vec<Skipped>), Error> {
         let preprocess = preprocess_of(teacher.spec(), identity.fit);
+        let hashed = Arc::new(Hashed {
+            images: Arc::clone(images),
+            hashes: Mutex::new(HashMap::new()),
+        });
         let pictures = Pictures::read(
-            Arc::clone(images),
+            Arc::clone(&hashed) as Arc<dyn Dataset>,
             preprocess,
             device,
             PICTURE_BYTES,
@@ -67,17 +104,11 @@ impl FeatureTable {
         let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
         let embeddings = Normals::new(teacher, &blocks, &pictures).only_embeddings(observer)?;
         let skipped = pictures.skipped().to_vec();
-        let readable: Vec<usize> = (0..images.len())
-            .filter(|index| skipped.iter().all(|skipped| skipped.index != *index))
-            .collect();
-        let hashes = content_hashes(&**images, &readable)?;
-        let table = Self {
-            teacher: identity,
-            names: (0..pictures.len()).map(|i| pictures.name(i)).collect(),
-            hashes: hashes.iter().map(ToString::to_string).collect(),
-            embeddings,
-        };
-        Ok((table, skipped))
+        let names = (0..pictures.len()).map(|i| pictures.name(i)).collect();
+        let hashes = hashed.hashes.lock().unwrap_or_else(PoisonError::into_inner);
+        let of = |i| hashes.get(&pictures.index(i)?).map(ToString::to_string);
+        let hashes: Vec<String> = (0..pictures.len()).filter_map(of).collect();
+        Ok((Self::new(identity, names, hashes, embeddings)?, skipped))
     }
 
     /// Of features that came another way, such as from a file format of one's own; a name and a hash for each row.
