@@ -13,10 +13,10 @@ use defend_benches::{StudentStep, frozen_vit, noise, parameter_group, random_vit
 use defend_data::{Preprocess, RgbImage, decode_image};
 use defend_dense::{CropBox, DenseConfig, DenseObjective, PrototypeObjective};
 use defend_distill::{DistillObjective, FeatureDistance};
-use defend_nn::timed::Timed;
+use defend_kernels::block::timed::Timed;
 use defend_nn::{AdamW, AdamWConfig, Rng};
 use defend_ot::{Assigner, SinkhornKnopp};
-use defend_vit::{Architecture, Arithmetic, Backbone, Grid, Trainable};
+use defend_vit::{Architecture, Backbone, Grid, Trainable};
 use image::{ImageFormat, Rgb};
 
 /// A batch of 32 views (6272 patches) against K prototypes.
@@ -125,8 +125,8 @@ fn products(c: &mut Criterion) {
             rows: tokens,
         };
         group.throughput(Throughput::Elements(threads * parts.operations()));
-        for (kind, arithmetic) in [("f32", Arithmetic::F32), ("bf16", Arithmetic::Bf16)] {
-            let mut work = parts.products(arithmetic);
+        for (kind, rounded) in [("f32", false), ("bf16", true)] {
+            let mut work = parts.products(rounded);
             let name = format!("the four products of a block of {name} in {kind}");
             group.bench_function(name, |b| b.iter(&mut work));
         }

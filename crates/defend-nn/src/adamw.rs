@@ -9,9 +9,9 @@ use candle_core::{
 use rayon::prelude::*;
 
 use crate::Error;
-use crate::kernels::math;
 use crate::ops::{is_fast, with_slices};
-use crate::vectorised;
+use defend_kernels::math;
+use defend_kernels::vectorised;
 
 /// Constants of AdamW (Loshchilov and Hutter, 2019), as `torch.optim.AdamW` names them.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -12,27 +12,15 @@ mod backward;
 mod cuda;
 mod error;
 mod init;
-mod kernels;
 pub mod ops;
 mod schedule;
 mod training;
 
-/// Building blocks of `f32` loops that the compiler turns into vector instructions.
-pub mod vector {
-    pub use crate::kernels::math::{dispatch, dot, exp, max, sum};
-}
-
-/// Kernels as this workspace's benchmarks time them; no part of the interface.
-#[doc(hidden)]
-pub mod timed {
-    pub use crate::kernels::block::timed::Timed;
-}
-
 pub use adamw::{AdamW, AdamWConfig, ParameterGroup};
 pub use backward::backward;
+pub use defend_kernels::pool::release_memory;
 pub use defend_random::Rng;
 pub use error::Error;
 pub use init::{normal, truncated_normal, xavier_uniform};
-pub use kernels::pool::release_memory;
 pub use schedule::{Schedule, half_cosine};
 pub use training::{TensorCache, TrainingStep, rows_of, shuffled_batches};

@@ -4,9 +4,9 @@ use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail}
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
-use crate::kernels::attention::Heads;
-use crate::kernels::blocked::{fill, fill_pieces, read, split};
-use crate::kernels::pool::Buffer;
+use defend_kernels::attention::Heads;
+use defend_kernels::blocked::{fill, fill_pieces, read, split};
+use defend_kernels::pool::Buffer;
 
 /// Queries a parallel task handles: fixed, so that a result does not depend on batch or threads.
 const QUERIES_PER_TASK: usize = 128;

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{attention, cls_attention, is_fast, layer_norm, linear, linear_gelu, with_slices};
 use crate::backward::unless_taken;
-use crate::kernels::block::{self as kernel, Matrices};
+use defend_kernels::block::{self as kernel, Matrices};
 
 /// How frozen networks compute.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

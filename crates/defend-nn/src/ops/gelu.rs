@@ -4,8 +4,8 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
-use crate::kernels::math;
-use crate::vectorised;
+use defend_kernels::math;
+use defend_kernels::vectorised;
 
 /// Elements a parallel task handles: 64 KiB, half of a level-1 cache's worth of reads and writes.
 const ELEMENTS_PER_TASK: usize = 16 * 1024;

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
 use crate::backward::unless_taken;
-use crate::kernels::{ROWS_PER_TASK, column_sums, norm};
+use defend_kernels::{ROWS_PER_TASK, column_sums, norm};
 
 /// LayerNorm of the last dimension with a two-pass variance (stable for any mean).
 ///

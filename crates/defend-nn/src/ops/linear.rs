@@ -5,11 +5,11 @@ use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
 use crate::backward::unless_taken;
-use crate::kernels::blocked::{Columns, Rows, Stack, fill, fill_pieces};
-use crate::kernels::packed::{Packed, Panels, Start, Target, product, weight_gradient};
-use crate::kernels::pool::Buffer;
-use crate::kernels::{ROWS_PER_TASK, column_sums, math};
-use crate::vectorised;
+use defend_kernels::blocked::{Columns, Rows, Stack, fill, fill_pieces};
+use defend_kernels::packed::{Packed, Panels, Start, Target, product, weight_gradient};
+use defend_kernels::pool::Buffer;
+use defend_kernels::vectorised;
+use defend_kernels::{ROWS_PER_TASK, column_sums, math};
 
 /// Affine map of the last dimension: `x W^T + b`.
 ///

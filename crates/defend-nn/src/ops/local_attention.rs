@@ -4,7 +4,7 @@ use candle_core::{D, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, with_slices};
-use crate::kernels::local::Local;
+use defend_kernels::local::Local;
 
 /// One token at each place of a grid attends to itself and to the places up to `reach` rows and columns away.
 ///

@@ -3,7 +3,7 @@
 //!
 //! Only the offsets change, so an iteration is one pass over the scores.
 
-use defend_nn::{vector, vectorised};
+use defend_kernels::{vector, vectorised};
 use rayon::prelude::*;
 
 use super::{Problem, ROWS_PER_TASK};

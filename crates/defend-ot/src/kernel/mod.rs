@@ -6,7 +6,7 @@
 mod logarithms;
 mod scaling;
 
-use defend_nn::vectorised;
+use defend_kernels::vectorised;
 use rayon::prelude::*;
 
 const ROWS_PER_TASK: usize = 256;

@@ -2,7 +2,7 @@
 //!
 //! Only the factors change, so there is one exponential for each score, and an iteration is one pass of multiplications.
 
-use defend_nn::{vector, vectorised};
+use defend_kernels::{vector, vectorised};
 use rayon::prelude::*;
 
 use super::Problem;

@@ -7,30 +7,30 @@ use crate::vectorised;
 
 /// Extents of a local attention.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Local {
+pub struct Local {
     /// Rows and columns of places.
-    pub(crate) grid: [usize; 2],
+    pub grid: [usize; 2],
     /// Places in each direction that are seen.
-    pub(crate) reach: usize,
+    pub reach: usize,
     /// Channels of all heads together, D.
-    pub(crate) width: usize,
+    pub width: usize,
     /// Number of heads; divides D.
-    pub(crate) heads: usize,
+    pub heads: usize,
 }
 
 impl Local {
     /// Places of the grid, N.
-    pub(crate) fn places(&self) -> usize {
+    pub fn places(&self) -> usize {
         self.grid[0] * self.grid[1]
     }
 
     /// Rows or columns around one of `of`.
-    pub(crate) fn around(&self, at: usize, of: usize) -> Range<usize> {
+    pub fn around(&self, at: usize, of: usize) -> Range<usize> {
         at.saturating_sub(self.reach)..(at + self.reach + 1).min(of)
     }
 
     /// `out` `[N, D]` from the tokens' own queries, keys and values `[N, 3 D]` and from keys and values of the places `[N, 2 D]`.
-    pub(crate) fn attend(&self, out: &mut [f32], own: &[f32], seen: &[f32]) {
+    pub fn attend(&self, out: &mut [f32], own: &[f32], seen: &[f32]) {
         let Self {
             grid: [rows, columns],
             width,

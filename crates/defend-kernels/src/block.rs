@@ -14,7 +14,7 @@ use super::packed::{Packed, Start, Target, product, weight_gradient};
 use super::pool::Buffer;
 use crate::vectorised;
 
-pub(crate) mod timed;
+pub mod timed;
 
 /// Rows of an image that a task handles at most: what lies between two products stays in the second cache, and few queries are left
 /// for blocks that they do not fill.
@@ -26,19 +26,25 @@ const COST_OF_A_PIECE: f64 = 0.02;
 
 /// Weights of a block: matrices `[O, I]` row-major, vectors `[O]`.
 #[derive(Clone, Copy)]
-pub(crate) struct Weights<'a> {
-    pub(crate) norm1: [&'a [f32]; 2],
-    pub(crate) qkv: [&'a [f32]; 2],
-    pub(crate) projection: [&'a [f32]; 2],
-    pub(crate) norm2: [&'a [f32]; 2],
-    pub(crate) fc1: [&'a [f32]; 2],
-    pub(crate) fc2: [&'a [f32]; 2],
+pub struct Weights<'a> {
+    /// Scale and shift of the first LayerNorm, `[D]` each.
+    pub norm1: [&'a [f32]; 2],
+    /// Queries, keys and values: `[3 D, D]` and `[3 D]`.
+    pub qkv: [&'a [f32]; 2],
+    /// Output of the attention: `[D, D]` and `[D]`.
+    pub projection: [&'a [f32]; 2],
+    /// Scale and shift of the second LayerNorm, `[D]` each.
+    pub norm2: [&'a [f32]; 2],
+    /// First layer of the MLP: `[hidden, D]` and `[hidden]`.
+    pub fc1: [&'a [f32]; 2],
+    /// Second layer of the MLP: `[D, hidden]` and `[D]`.
+    pub fc2: [&'a [f32]; 2],
 }
 
 /// The four matrices of a block in panels, and the biases at the end of both branches: where LayerScale is part of the weights,
 /// these are other than the block's own.
 #[derive(Debug)]
-pub(crate) struct Matrices {
+pub struct Matrices {
     qkv: Packed,
     projection: Packed,
     fc1: Packed,
@@ -48,7 +54,7 @@ pub(crate) struct Matrices {
 
 impl Matrices {
     /// For [`forward`]: `W^T`.
-    pub(crate) fn forward(weights: &Weights<'_>, heads: usize) -> Self {
+    pub fn forward(weights: &Weights<'_>, heads: usize) -> Self {
         Self::of(weights, heads, |matrix, inputs, outputs| {
             Packed::transposed(matrix, inputs, outputs)
         })
@@ -62,12 +68,12 @@ impl Matrices {
     }
 
     /// The same, and what they will be multiplied with, rounded to `bf16`.
-    pub(crate) fn rounded(self) -> Self {
+    pub fn rounded(self) -> Self {
         self.map(Packed::rounded)
     }
 
     /// For more than one pass.
-    pub(crate) fn kept(self) -> Self {
+    pub fn kept(self) -> Self {
         self.map(Packed::kept)
     }
 
@@ -102,25 +108,27 @@ impl Matrices {
 
 /// Extents of a block's input and what is constant in a call.
 #[derive(Clone, Copy)]
-pub(crate) struct Shape<'a> {
+pub struct Shape<'a> {
     /// Images, B.
-    pub(crate) images: usize,
+    pub images: usize,
     /// Tokens of an image, T.
-    pub(crate) tokens: usize,
+    pub tokens: usize,
     /// Channels, D.
-    pub(crate) width: usize,
+    pub width: usize,
     /// Hidden channels of the MLP.
-    pub(crate) hidden: usize,
-    pub(crate) heads: usize,
-    pub(crate) eps: f32,
+    pub hidden: usize,
+    /// Heads of the attention; divides D.
+    pub heads: usize,
+    /// Added to the variance of both LayerNorms.
+    pub eps: f32,
     /// Factors of both residual branches for each image; one without.
-    pub(crate) factors: Option<[&'a [f32]; 2]>,
+    pub factors: Option<[&'a [f32]; 2]>,
     /// Threads that have nothing but these images to do.
-    pub(crate) threads: usize,
+    pub threads: usize,
 }
 
 /// Activations that the backward pass needs, image by image.
-pub(crate) struct Saved {
+pub struct Saved {
     /// Queries, keys and values, in blocks.
     qkv: Buffer,
     /// Output of the attention before its projection, in blocks.
@@ -132,7 +140,7 @@ pub(crate) struct Saved {
 }
 
 /// Gradients of a block's parameters, in the order of [`Weights`]: matrix, then vector.
-pub(crate) type Gradients = [Vec<f32>; 12];
+pub type Gradients = [Vec<f32>; 12];
 
 impl Shape<'_> {
     fn rows(&self) -> usize {
@@ -269,7 +277,7 @@ fn queries_keys_values(
 
 /// Runs the block on `x` `[B T, D]`; with `cls_attention` `[B, h, T - 1]`, the first token's attention to the others
 /// goes there; `save` keeps what [`backward`] needs.
-pub(crate) fn forward(
+pub fn forward(
     shape: Shape<'_>,
     weights: Weights<'_>,
     matrices: &Matrices,
@@ -454,7 +462,7 @@ impl Scratch {
 }
 
 /// Gradients with respect to the block's input, and its parameters where `with_parameters`; `g`: `[B T, D]`.
-pub(crate) fn backward(
+pub fn backward(
     shape: Shape<'_>,
     weights: Weights<'_>,
     x: &[f32],

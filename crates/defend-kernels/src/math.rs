@@ -56,7 +56,7 @@ pub fn exp(x: f32) -> f32 {
 
 /// The error function, absolute error below 4e-7 (rational minimax approximation on `-4..=4`).
 #[inline(always)]
-pub(crate) fn erf(x: f32) -> f32 {
+pub fn erf(x: f32) -> f32 {
     let x = x.clamp(-4.0, 4.0);
     let s = x * x;
     let mut p = -2.726_142_3e-10;
@@ -76,13 +76,13 @@ pub(crate) fn erf(x: f32) -> f32 {
 
 /// Exact (erf) GELU: `x Φ(x)`.
 #[inline(always)]
-pub(crate) fn gelu(x: f32) -> f32 {
+pub fn gelu(x: f32) -> f32 {
     0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
 }
 
 /// [`gelu`] and its derivative, `Φ(x) + x φ(x)`.
 #[inline(always)]
-pub(crate) fn gelu_and_derivative(x: f32) -> (f32, f32) {
+pub fn gelu_and_derivative(x: f32) -> (f32, f32) {
     const FRAC_1_SQRT_2PI: f32 = 0.398_942_3;
     let cdf = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
     (x * cdf, cdf + x * FRAC_1_SQRT_2PI * exp(-0.5 * x * x))
@@ -126,7 +126,7 @@ pub fn dot(x: &[f32], y: &[f32]) -> f32 {
 
 /// Sum of squared differences to `centre`.
 #[inline(always)]
-pub(crate) fn squared_deviation(x: &[f32], centre: f32) -> f32 {
+pub fn squared_deviation(x: &[f32], centre: f32) -> f32 {
     reduce([x], |[x]| (x - centre) * (x - centre))
 }
 
@@ -161,7 +161,7 @@ macro_rules! of_width {
 
 /// Writes up to W rows of W values as the columns of `out`, `[lines, W]`; columns without a row become zeros.
 #[inline(always)]
-pub(crate) fn transpose(out: &mut [f32], rows: &[f32], width: usize) {
+pub fn transpose(out: &mut [f32], rows: &[f32], width: usize) {
     #[inline(always)]
     fn of<const W: usize>(out: &mut [f32], rows: &[f32]) {
         let (out, rows) = (out.as_chunks_mut::<W>().0, rows.as_chunks::<W>().0);
@@ -199,7 +199,7 @@ pub(crate) fn transpose(out: &mut [f32], rows: &[f32], width: usize) {
 /// Replaces the values of a block `[rows, W]` by `exp(x - m)` with the largest m of each column; what makes probabilities of
 /// them, the inverse sums of the columns, goes to `factors` `[W]`.
 #[inline(always)]
-pub(crate) fn exp_columns(block: &mut [f32], factors: &mut [f32]) {
+pub fn exp_columns(block: &mut [f32], factors: &mut [f32]) {
     #[inline(always)]
     fn of<const W: usize>(block: &mut [f32], factors: &mut [f32]) {
         let (lines, _) = block.as_chunks_mut::<W>();
@@ -224,7 +224,7 @@ pub(crate) fn exp_columns(block: &mut [f32], factors: &mut [f32]) {
 /// Makes probabilities of the values `p` `[rows, W]` by the `factors` `[W]` of [`exp_columns`], and of the gradient `g` `[rows, W]` of
 /// these probabilities that of their logits: `p (g - sum(p g))`.
 #[inline(always)]
-pub(crate) fn softmax_columns_backward(p: &mut [f32], g: &mut [f32], factors: &[f32]) {
+pub fn softmax_columns_backward(p: &mut [f32], g: &mut [f32], factors: &[f32]) {
     #[inline(always)]
     fn of<const W: usize>(p: &mut [f32], g: &mut [f32], factors: &[f32]) {
         let ((p, _), (g, _)) = (p.as_chunks_mut::<W>(), g.as_chunks_mut::<W>());
@@ -247,7 +247,7 @@ pub(crate) fn softmax_columns_backward(p: &mut [f32], g: &mut [f32], factors: &[
 
 /// Sums of the first columns of a block `[rows, W]`, as many as `sums` holds.
 #[inline(always)]
-pub(crate) fn column_sums(sums: &mut [f32], block: &[f32], width: usize) {
+pub fn column_sums(sums: &mut [f32], block: &[f32], width: usize) {
     #[inline(always)]
     fn of<const W: usize>(sums: &mut [f32], block: &[f32]) {
         let mut all = [0f32; W];

@@ -20,7 +20,7 @@ fn idle() -> MutexGuard<'static, Vec<Vec<f32>>> {
 
 /// Values that are used again when they are dropped.
 #[derive(Debug)]
-pub(crate) struct Buffer {
+pub struct Buffer {
     values: Vec<f32>,
     len: usize,
     home: Home,
@@ -36,7 +36,7 @@ enum Home {
 
 impl Buffer {
     /// `len` values; what they hold is left over from earlier use.
-    pub(crate) fn stale(len: usize) -> Self {
+    pub fn stale(len: usize) -> Self {
         let mut idle = idle();
         let fitting = (0..idle.len()).filter(|&i| (len..=2 * len).contains(&idle[i].len()));
         let smallest = fitting.min_by_key(|&i| idle[i].len());
@@ -54,7 +54,7 @@ impl Buffer {
 
     /// The same from the calling thread's own memory, for short work that would wait for the pool's lock where there are many
     /// threads. A thread keeps as many values as it needed at most.
-    pub(crate) fn of_thread(len: usize) -> Self {
+    pub fn of_thread(len: usize) -> Self {
         let mut values = OWN.take();
         if values.len() < len {
             values = vec![0.0; len];
@@ -69,7 +69,7 @@ impl Buffer {
     }
 
     /// Keeps the values for good: they take no more memory than they need, and do not go back.
-    pub(crate) fn keep(&mut self) {
+    pub fn keep(&mut self) {
         self.values.truncate(self.len);
         self.values.shrink_to_fit();
         self.home = Home::Nowhere;

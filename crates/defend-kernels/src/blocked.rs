@@ -14,10 +14,10 @@ use super::pool::Buffer;
 use crate::vectorised;
 
 /// Vectors side by side in a block.
-pub(crate) const VECTORS: usize = 2;
+pub const VECTORS: usize = 2;
 
 /// Columns of a block, W: two vector registers of this processor.
-pub(crate) fn width() -> usize {
+pub fn width() -> usize {
     struct Width;
     impl WithSimd for Width {
         type Output = usize;
@@ -31,16 +31,17 @@ pub(crate) fn width() -> usize {
 /// How columns are cut into blocks: no block crosses the border of a group (a head), so a group's last one may be
 /// partly filled. What its other columns hold means nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Columns {
-    pub(crate) count: usize,
+pub struct Columns {
+    /// All columns.
+    pub count: usize,
     group: usize,
     /// Columns of a block.
-    pub(crate) width: usize,
+    pub width: usize,
 }
 
 impl Columns {
     /// `groups` of equal size; divides `count`.
-    pub(crate) fn grouped(count: usize, groups: usize) -> Self {
+    pub fn grouped(count: usize, groups: usize) -> Self {
         debug_assert!(count > 0 && count.is_multiple_of(groups));
         Self {
             count,
@@ -49,7 +50,8 @@ impl Columns {
         }
     }
 
-    pub(crate) fn whole(count: usize) -> Self {
+    /// In one group.
+    pub fn whole(count: usize) -> Self {
         Self::grouped(count, 1)
     }
 
@@ -57,13 +59,14 @@ impl Columns {
         self.group.div_ceil(self.width)
     }
 
-    pub(crate) fn blocks(self) -> usize {
+    /// Number of blocks.
+    pub fn blocks(self) -> usize {
         self.count / self.group * self.blocks_per_group()
     }
 
     /// First column of a block and their number.
     #[inline(always)]
-    pub(crate) fn block(self, i: usize) -> (usize, usize) {
+    pub fn block(self, i: usize) -> (usize, usize) {
         let (group, within) = (i / self.blocks_per_group(), i % self.blocks_per_group());
         let start = within * self.width;
         (
@@ -73,30 +76,31 @@ impl Columns {
     }
 
     /// Some blocks of columns that are one group.
-    pub(crate) fn part(self, blocks: Range<usize>) -> Self {
+    pub fn part(self, blocks: Range<usize>) -> Self {
         assert_eq!(self.group, self.count);
         let ends = [blocks.start, blocks.end].map(|i| (i * self.width).min(self.count));
         Self::whole(ends[1] - ends[0])
     }
 
     /// Values of a matrix of so many rows.
-    pub(crate) fn values(self, rows: usize) -> usize {
+    pub fn values(self, rows: usize) -> usize {
         self.blocks() * rows * self.width
     }
 }
 
 /// Some rows of a matrix in blocks.
-pub(crate) struct Rows<'a> {
+pub struct Rows<'a> {
     /// Each block's rows.
-    pub(crate) blocks: Vec<&'a [f32]>,
+    pub blocks: Vec<&'a [f32]>,
     /// Their number.
-    pub(crate) count: usize,
-    pub(crate) columns: Columns,
+    pub count: usize,
+    /// How the columns are cut into blocks.
+    pub columns: Columns,
 }
 
 impl<'a> Rows<'a> {
     /// All rows of a matrix.
-    pub(crate) fn all(values: &'a [f32], rows: usize, columns: Columns) -> Self {
+    pub fn all(values: &'a [f32], rows: usize, columns: Columns) -> Self {
         let blocks = values.chunks_exact(rows * columns.width);
         Self {
             blocks: blocks.take(columns.blocks()).collect(),
@@ -106,7 +110,7 @@ impl<'a> Rows<'a> {
     }
 
     /// Of blocks that were written to.
-    pub(crate) fn of(blocks: &'a [&mut [f32]], count: usize, columns: Columns) -> Self {
+    pub fn of(blocks: &'a [&mut [f32]], count: usize, columns: Columns) -> Self {
         Self {
             blocks: blocks.iter().map(|block| &**block).collect(),
             count,
@@ -133,19 +137,19 @@ fn copy_scaled(to: &mut [f32], from: &[f32], factor: f32) {
 
 /// Writes one row of a matrix of one group to its place in the blocks.
 #[inline(always)]
-pub(crate) fn scatter(blocks: &mut [&mut [f32]], row: usize, values: &[f32], width: usize) {
+pub fn scatter(blocks: &mut [&mut [f32]], row: usize, values: &[f32], width: usize) {
     for (block, values) in blocks.iter_mut().zip(values.chunks(width)) {
         copy_scaled(&mut block[row * width..][..values.len()], values, 1.0);
     }
 }
 
 /// The blocks `[rows, W]` of a matrix to write to.
-pub(crate) fn split(values: &mut [f32], rows: usize) -> Vec<&mut [f32]> {
+pub fn split(values: &mut [f32], rows: usize) -> Vec<&mut [f32]> {
     values.chunks_mut(rows * width()).collect()
 }
 
 /// The blocks of pieces of `piece` rows, for each of the images of `rows` rows in `values`, piece after piece.
-pub(crate) fn split_pieces(
+pub fn split_pieces(
     values: &mut [f32],
     columns: Columns,
     rows: usize,
@@ -172,7 +176,7 @@ pub(crate) fn split_pieces(
 }
 
 /// Brings row-major rows into blocks, multiplied by `factor`.
-pub(crate) fn fill(out: &mut [f32], x: &[f32], columns: Columns, factor: f32) {
+pub fn fill(out: &mut [f32], x: &[f32], columns: Columns, factor: f32) {
     let rows = x.len() / columns.count;
     for (i, block) in out.chunks_exact_mut(rows * columns.width).enumerate() {
         fill_block(block, x, columns, i, factor);
@@ -180,7 +184,7 @@ pub(crate) fn fill(out: &mut [f32], x: &[f32], columns: Columns, factor: f32) {
 }
 
 /// One block of [`fill`].
-pub(crate) fn fill_block(block: &mut [f32], x: &[f32], columns: Columns, i: usize, factor: f32) {
+pub fn fill_block(block: &mut [f32], x: &[f32], columns: Columns, i: usize, factor: f32) {
     let (first, filled) = columns.block(i);
     vectorised!(|| {
         let rows = x.chunks_exact(columns.count);
@@ -191,7 +195,7 @@ pub(crate) fn fill_block(block: &mut [f32], x: &[f32], columns: Columns, i: usiz
 }
 
 /// Brings row-major rows into blocks, piece by piece of `piece` rows, on all threads.
-pub(crate) fn fill_pieces(x: &[f32], columns: Columns, piece: usize) -> Buffer {
+pub fn fill_pieces(x: &[f32], columns: Columns, piece: usize) -> Buffer {
     let mut out = Buffer::stale(columns.values(x.len() / columns.count));
     let pieces = out.par_chunks_mut(columns.values(piece));
     pieces
@@ -201,7 +205,7 @@ pub(crate) fn fill_pieces(x: &[f32], columns: Columns, piece: usize) -> Buffer {
 }
 
 /// Brings blocks into row-major rows: the reverse of [`fill`].
-pub(crate) fn read(out: &mut [f32], blocks: &[f32], columns: Columns) {
+pub fn read(out: &mut [f32], blocks: &[f32], columns: Columns) {
     let rows = out.len() / columns.count;
     let w = columns.width;
     vectorised!(|| {
@@ -217,18 +221,20 @@ pub(crate) fn read(out: &mut [f32], blocks: &[f32], columns: Columns) {
 
 /// Pieces of rows one after the other, each in blocks: a whole batch.
 #[derive(Clone, Copy)]
-pub(crate) struct Stack<'a> {
-    pub(crate) values: &'a [f32],
+pub struct Stack<'a> {
+    /// All blocks of the first piece, then those of the next.
+    pub values: &'a [f32],
     /// Rows of all pieces.
-    pub(crate) rows: usize,
+    pub rows: usize,
     /// Rows of a piece; the last may have fewer.
-    pub(crate) piece: usize,
-    pub(crate) columns: Columns,
+    pub piece: usize,
+    /// How the columns are cut into blocks.
+    pub columns: Columns,
 }
 
 impl<'a> Stack<'a> {
     /// Of one piece.
-    pub(crate) fn one(values: &'a [f32], rows: usize, columns: Columns) -> Self {
+    pub fn one(values: &'a [f32], rows: usize, columns: Columns) -> Self {
         Self {
             values,
             rows,
@@ -237,13 +243,14 @@ impl<'a> Stack<'a> {
         }
     }
 
-    pub(crate) fn pieces(&self) -> usize {
+    /// Number of pieces.
+    pub fn pieces(&self) -> usize {
         self.rows.div_ceil(self.piece)
     }
 
     /// A block of a piece, `[rows, W]`.
     #[inline(always)]
-    pub(crate) fn block(&self, piece: usize, block: usize) -> &'a [f32] {
+    pub fn block(&self, piece: usize, block: usize) -> &'a [f32] {
         let first = piece * self.piece;
         let len = self.piece.min(self.rows - first) * self.columns.width;
         &self.values[self.columns.values(first) + block * len..][..len]
@@ -251,7 +258,7 @@ impl<'a> Stack<'a> {
 }
 
 /// Sums over the rows of a matrix in blocks.
-pub(crate) fn column_sums(sums: &mut [f32], values: &[f32], columns: Columns) {
+pub fn column_sums(sums: &mut [f32], values: &[f32], columns: Columns) {
     let blocks = values.chunks_exact(values.len() / columns.blocks());
     vectorised!(|| {
         for (i, block) in blocks.enumerate() {

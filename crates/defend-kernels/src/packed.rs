@@ -28,7 +28,7 @@ const PANEL_BYTES: usize = 24 * 1024;
 
 /// A matrix of `depth` rows as panels `[blocks of its columns, depth, W]`.
 #[derive(Debug)]
-pub(crate) struct Packed {
+pub struct Packed {
     values: Buffer,
     form: Form,
     depth: Columns,
@@ -37,28 +37,31 @@ pub(crate) struct Packed {
 
 /// The same, borrowed: of a [`Packed`], or blocks of activations as they are.
 #[derive(Clone, Copy)]
-pub(crate) struct Panels<'a> {
-    pub(crate) values: &'a [f32],
-    pub(crate) form: Form,
+pub struct Panels<'a> {
+    /// The panels, one after the other.
+    pub values: &'a [f32],
+    /// How their values are written.
+    pub form: Form,
     /// How the columns of the left side are cut into blocks.
-    pub(crate) depth: Columns,
+    pub depth: Columns,
     /// The first of the matrix's rows that they meet.
-    pub(crate) first_row: usize,
+    pub first_row: usize,
     /// All rows of the matrix.
-    pub(crate) all_rows: usize,
-    pub(crate) columns: Columns,
+    pub all_rows: usize,
+    /// How the columns of the product are cut into blocks.
+    pub columns: Columns,
 }
 
 impl Packed {
     /// From a matrix `[depth, columns]`, row-major.
-    pub(crate) fn new(matrix: &[f32], depth: Columns, columns: Columns) -> Self {
+    pub fn new(matrix: &[f32], depth: Columns, columns: Columns) -> Self {
         Self::of(matrix, depth, columns, |panel, i| {
             fill_block(panel, matrix, columns, i, 1.0);
         })
     }
 
     /// From the transpose `[columns, depth]`, row-major, as the weights of an affine map are kept.
-    pub(crate) fn transposed(matrix: &[f32], depth: Columns, columns: Columns) -> Self {
+    pub fn transposed(matrix: &[f32], depth: Columns, columns: Columns) -> Self {
         Self::of(matrix, depth, columns, |panel, i| {
             let (first, filled) = columns.block(i);
             let rows = matrix[first * depth.count..].chunks_exact(depth.count);
@@ -90,19 +93,20 @@ impl Packed {
     }
 
     /// The same matrix, and what it will be multiplied with, rounded to `bf16`.
-    pub(crate) fn rounded(mut self) -> Self {
+    pub fn rounded(mut self) -> Self {
         self.form = Form::rounded(self.depth);
         self.values = self.form.convert(self.values, self.columns.width);
         self
     }
 
     /// Keeps the matrix for more than one pass.
-    pub(crate) fn kept(mut self) -> Self {
+    pub fn kept(mut self) -> Self {
         self.values.keep();
         self
     }
 
-    pub(crate) fn panels(&self) -> Panels<'_> {
+    /// Borrowed, for a product.
+    pub fn panels(&self) -> Panels<'_> {
         Panels {
             form: self.form,
             ..Panels::of(&self.values, self.depth, self.columns)
@@ -112,7 +116,7 @@ impl Packed {
 
 impl<'a> Panels<'a> {
     /// A whole matrix as `f32`.
-    pub(crate) fn of(values: &'a [f32], depth: Columns, columns: Columns) -> Self {
+    pub fn of(values: &'a [f32], depth: Columns, columns: Columns) -> Self {
         Self {
             values,
             form: Form::Single,
@@ -129,7 +133,7 @@ impl<'a> Panels<'a> {
     }
 
     /// Some blocks of the columns, which are one group.
-    pub(crate) fn of_columns(self, blocks: Range<usize>) -> Self {
+    pub fn of_columns(self, blocks: Range<usize>) -> Self {
         let panel = self.len() / self.columns.blocks();
         Self {
             values: &self.values[blocks.start * panel..blocks.end * panel],
@@ -139,7 +143,7 @@ impl<'a> Panels<'a> {
     }
 
     /// Rows that meet some blocks of the left side, whose columns are one group.
-    pub(crate) fn of_depth(self, blocks: Range<usize>) -> Self {
+    pub fn of_depth(self, blocks: Range<usize>) -> Self {
         Self {
             first_row: self.first_row + self.depth.block(blocks.start).0,
             depth: self.depth.part(blocks),
@@ -155,7 +159,7 @@ fn most_rows<S: Simd>() -> usize {
 
 /// What the product is added to.
 #[derive(Clone, Copy)]
-pub(crate) enum Start<'a> {
+pub enum Start<'a> {
     /// The destination's old content.
     Kept,
     /// Nothing.
@@ -165,7 +169,7 @@ pub(crate) enum Start<'a> {
 }
 
 /// Where a product goes.
-pub(crate) enum Target<'t, 'a> {
+pub enum Target<'t, 'a> {
     /// Rows `[rows, columns]` one after the other.
     RowMajor(&'t mut [f32]),
     /// One slice `[rows, W]` for each block of columns.
@@ -198,7 +202,7 @@ impl Target<'_, '_> {
 /// `out = start + factor x M` for the rows of `x`, `[rows, depth]`; `out` is `[rows, columns]`.
 ///
 /// A row's result depends on no other row.
-pub(crate) fn product(
+pub fn product(
     out: Target<'_, '_>,
     start: Start<'_>,
     x: &Rows<'_>,
@@ -658,7 +662,7 @@ every_height!(tiles);
 /// `factor G^T X` for the columns of some blocks of `left`, G, and all of `right`, X, over their rows.
 ///
 /// An element's sum is taken in an order that depends on nothing but the pieces.
-pub(crate) fn transposed_product(
+pub fn transposed_product(
     out: Target<'_, '_>,
     left: Stack<'_>,
     blocks: Range<usize>,
@@ -752,7 +756,7 @@ const BLOCKS_PER_TASK: usize = 8;
 
 /// `G^T X`, `[G's columns, X's columns]`, row-major, on all threads: the gradient of a map's weights from that of its output
 /// and its input.
-pub(crate) fn weight_gradient(g: Stack<'_>, x: Stack<'_>) -> Vec<f32> {
+pub fn weight_gradient(g: Stack<'_>, x: Stack<'_>) -> Vec<f32> {
     let inputs = x.columns.count;
     let mut out = vec![0f32; g.columns.count * inputs];
     // Three tasks a thread: with fewer a thread waits longer for the last, with more the right side is read more often. A sum does not

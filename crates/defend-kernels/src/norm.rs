@@ -23,7 +23,7 @@ fn normalise(out: &mut [f32], x: &[f32], [weight, bias]: [&[f32]; 2], eps: f32) 
 }
 
 /// Normalises the rows of `x` into `out`.
-pub(crate) fn forward(out: &mut [f32], x: &[f32], [weight, bias]: [&[f32]; 2], eps: f32) {
+pub fn forward(out: &mut [f32], x: &[f32], [weight, bias]: [&[f32]; 2], eps: f32) {
     let d = weight.len();
     vectorised!(|| {
         for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
@@ -33,12 +33,7 @@ pub(crate) fn forward(out: &mut [f32], x: &[f32], [weight, bias]: [&[f32]; 2], e
 }
 
 /// Normalises the rows of `x` into blocks, one slice `[rows, W]` for each.
-pub(crate) fn forward_blocks(
-    out: &mut [&mut [f32]],
-    x: &[f32],
-    [weight, bias]: [&[f32]; 2],
-    eps: f32,
-) {
+pub fn forward_blocks(out: &mut [&mut [f32]], x: &[f32], [weight, bias]: [&[f32]; 2], eps: f32) {
     let d = weight.len();
     let width = blocked::width();
     let mut line = vec![0f32; d];
@@ -54,7 +49,7 @@ pub(crate) fn forward_blocks(
 /// the output; with the bias, the output itself goes to `out` in blocks.
 ///
 /// With n = (x - mean) / std and g' = g * w: dx = (g' - mean(g') - n mean(g' n)) / std.
-pub(crate) fn backward(
+pub fn backward(
     dx: &mut [f32],
     sums: &mut [f32],
     x: &[f32],

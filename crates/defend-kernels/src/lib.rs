@@ -1,30 +1,36 @@
-//! `f32` CPU kernels behind [`crate::ops`], in safe code but for the instructions of [`bf16`], [`prefetch`] and [`square`].
+//! CPU kernels on slices of `f32`, in safe code but for the instructions of [`bf16`], `prefetch` and `square`: what the differentiable
+//! operations of `defend-nn` run on. Use that crate unless you write operations of your own.
 //!
-//! Products ([`packed`]) and what lies between them work on activations in blocks of columns ([`blocked`]).
+//! Products ([`packed`]) and what lies between them work on activations in blocks of columns ([`blocked`]). Results depend neither
+//! on the number of threads nor on the width of the processor's vectors.
 
-use crate::vectorised;
 use rayon::prelude::*;
 
-pub(crate) mod attention;
-pub(crate) mod bf16;
-pub(crate) mod block;
-pub(crate) mod blocked;
-pub(crate) mod local;
-pub(crate) mod math;
-pub(crate) mod norm;
-pub(crate) mod packed;
-pub(crate) mod pool;
+pub mod attention;
+pub mod bf16;
+pub mod block;
+pub mod blocked;
+pub mod local;
+pub mod math;
+pub mod norm;
+pub mod packed;
+pub mod pool;
 #[allow(unsafe_code)]
 mod prefetch;
 #[allow(unsafe_code)]
 mod square;
 
+/// Building blocks of `f32` loops that the compiler turns into vector instructions.
+pub mod vector {
+    pub use crate::math::{dispatch, dot, exp, max, sum};
+}
+
 /// Rows a parallel task handles in element-wise kernels: fixed, so that sums over rows are added in
 /// the same order whatever the number of threads.
-pub(crate) const ROWS_PER_TASK: usize = 128;
+pub const ROWS_PER_TASK: usize = 128;
 
 /// Sums of the columns of a row-major matrix, in an order that does not depend on the threads.
-pub(crate) fn column_sums(values: &[f32], columns: usize) -> Vec<f32> {
+pub fn column_sums(values: &[f32], columns: usize) -> Vec<f32> {
     let partial: Vec<Vec<f32>> = values
         .par_chunks(ROWS_PER_TASK * columns)
         .map(|rows| {

@@ -17,7 +17,7 @@ mod tiles;
 
 /// How a matrix in panels is multiplied.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Form {
+pub enum Form {
     /// As `f32`, `[blocks, depth, W]`.
     Single,
     /// The same, with both sides rounded to `bf16`.
@@ -30,7 +30,7 @@ pub(crate) enum Form {
 
 impl Form {
     /// The fastest way on this processor to multiply rounded values, if the left side is cut so.
-    pub(crate) fn rounded(depth: Columns) -> Self {
+    pub fn rounded(depth: Columns) -> Self {
         // What the left side is laid out in consists of whole groups of columns.
         let fits = |group| (0..depth.blocks()).all(|i| depth.block(i).1.is_multiple_of(group));
         if let Some(processor) = tiles::Processor::detect().filter(|_| fits(tiles::DEPTH)) {
@@ -50,7 +50,7 @@ impl Form {
     }
 
     /// Brings panels of `f32`, `[blocks, depth, W]`, into this form.
-    pub(crate) fn convert(self, mut panels: Buffer, width: usize) -> Buffer {
+    pub fn convert(self, mut panels: Buffer, width: usize) -> Buffer {
         match self {
             Self::Single => panels,
             Self::Rounded => {
@@ -94,7 +94,7 @@ fn rounded_pair(even: f32, odd: f32) -> u32 {
 
 /// Rounds to `bf16` in place.
 #[inline(always)]
-pub(crate) fn round(values: &mut [f32]) {
+pub fn round(values: &mut [f32]) {
     for value in values {
         *value = f32::from_bits(nearest(*value));
     }
@@ -104,7 +104,7 @@ pub(crate) fn round(values: &mut [f32]) {
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 mod nowhere {
     #[derive(Debug, Clone, Copy)]
-    pub(crate) enum Processor {}
+    pub enum Processor {}
 
     impl Processor {
         pub(super) fn detect() -> Option<Self> {
@@ -122,7 +122,7 @@ use nowhere as pairs;
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 mod tiles {
-    pub(crate) use super::nowhere::Processor;
+    pub use super::nowhere::Processor;
 
     pub(super) const DEPTH: usize = 32;
 }

@@ -19,7 +19,7 @@ const LANES: usize = 16;
 
 /// A processor with AVX-512 BF16: there is none without it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Processor {
+pub struct Processor {
     pub(super) v4: V4,
 }
 
@@ -29,7 +29,7 @@ impl Processor {
         std::is_x86_feature_detected!("avx512bf16").then_some(Self { v4 })
     }
 
-    pub(in crate::kernels) fn run(self, product: Product<'_, '_, '_>) {
+    pub(crate) fn run(self, product: Product<'_, '_, '_>) {
         // SAFETY: `detect`, which alone makes a `Processor`, found all features that the function asks for.
         unsafe { run(self.v4, product) }
     }

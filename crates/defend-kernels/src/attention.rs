@@ -10,17 +10,17 @@ use crate::vectorised;
 
 /// Extents of an image's attention.
 #[derive(Clone, Copy)]
-pub(crate) struct Heads {
+pub struct Heads {
     /// Tokens of the image, T.
-    pub(crate) tokens: usize,
+    pub tokens: usize,
     /// Channels of all heads together, D.
-    pub(crate) width: usize,
+    pub width: usize,
     /// Number of heads; divides D.
-    pub(crate) count: usize,
+    pub count: usize,
 }
 
 /// Memory of a task that computes attention.
-pub(crate) struct Scratch {
+pub struct Scratch {
     /// Probabilities of some queries, `[blocks of queries, T, W]`.
     probabilities: Buffer,
     /// Their gradient.
@@ -31,17 +31,17 @@ pub(crate) struct Scratch {
 
 impl Heads {
     /// How queries, keys and values of all heads, 3 D columns, are cut into blocks.
-    pub(crate) fn qkv_columns(self) -> Columns {
+    pub fn qkv_columns(self) -> Columns {
         Columns::grouped(3 * self.width, 3 * self.count)
     }
 
     /// The same for the D columns of the output.
-    pub(crate) fn output_columns(self) -> Columns {
+    pub fn output_columns(self) -> Columns {
         Columns::grouped(self.width, self.count)
     }
 
     /// For so many queries at a time, and for [`Heads::backward`] if need be.
-    pub(crate) fn scratch(self, queries: usize, backward: bool) -> Scratch {
+    pub fn scratch(self, queries: usize, backward: bool) -> Scratch {
         let queries = Columns::whole(queries);
         let probabilities = queries.values(self.tokens);
         Scratch {
@@ -133,7 +133,7 @@ impl Heads {
 
     /// Attention of `queries` of an image from `first` on into the blocks of `out` `[queries, D]`; `qkv` holds the image's
     /// blocks, [`Heads::qkv_columns`]. The first query's attention to the other tokens goes into `first_row` `[h, T - 1]`.
-    pub(crate) fn attend(
+    pub fn attend(
         self,
         out: &mut [&mut [f32]],
         qkv: &[f32],
@@ -171,7 +171,7 @@ impl Heads {
     }
 
     /// Gradient of an image's `qkv` blocks from that of its attention's output `g`, blocks of `[T, D]`.
-    pub(crate) fn backward(self, dqkv: &mut [f32], qkv: &[f32], g: &[f32], scratch: &mut Scratch) {
+    pub fn backward(self, dqkv: &mut [f32], qkv: &[f32], g: &[f32], scratch: &mut Scratch) {
         let (n, width, scale) = (self.tokens, self.head().width, self.scale());
         let dqkv = &mut split(dqkv, n)[..];
         let columns = Columns::whole(n);

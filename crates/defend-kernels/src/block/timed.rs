@@ -7,7 +7,6 @@ use super::super::blocked::{Columns, Rows, Stack, split};
 use super::super::packed::{Packed, Start, Target, product};
 use super::super::pool::Buffer;
 use super::{Matrices, Weights};
-use crate::ops::Arithmetic;
 
 /// The products of a block with its four matrices, and its attention, each thread for a piece of its own.
 #[derive(Debug, Clone, Copy)]
@@ -55,8 +54,8 @@ impl Timed {
         }
     }
 
-    /// All four products on each thread, each as a whole: the block itself takes the MLP's hidden channels in parts.
-    pub fn products(self, arithmetic: Arithmetic) -> impl FnMut() {
+    /// All four products on each thread, each as a whole, with matrices in `bf16` where `rounded`: the block itself takes the MLP's hidden channels in parts.
+    pub fn products(self, rounded: bool) -> impl FnMut() {
         let (d, hidden, rows) = (self.width, self.hidden, self.rows);
         let pair = |outputs: usize, inputs: usize| [noise(outputs * inputs), noise(outputs)];
         let [norm, qkv, projection] = [pair(d, 1), pair(3 * d, d), pair(d, d)];
@@ -70,9 +69,10 @@ impl Timed {
             fc2: slices(&fc2),
         };
         let matrices = Matrices::forward(&weights, self.heads);
-        let matrices = match arithmetic {
-            Arithmetic::F32 => matrices,
-            Arithmetic::Bf16 => matrices.rounded(),
+        let matrices = if rounded {
+            matrices.rounded()
+        } else {
+            matrices
         };
         let matrices = matrices.kept();
         let [whole, inner] = [d, hidden].map(Columns::whole);

@@ -29,7 +29,7 @@ const WIDTH: usize = 32;
 
 /// A processor with AMX for `bf16`, whose use the operating system has granted: there is none without it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Processor {
+pub struct Processor {
     /// There is no processor with AMX but without the instructions for pairs.
     pairs: pairs::Processor,
 }
@@ -41,7 +41,7 @@ impl Processor {
         FOUND.then_some(Self { pairs })
     }
 
-    pub(in crate::kernels) fn run(self, product: Product<'_, '_, '_>) {
+    pub(crate) fn run(self, product: Product<'_, '_, '_>) {
         // SAFETY: `detect`, which alone makes a `Processor`, found all features that the function asks for, and the unit.
         unsafe { run(self.pairs.v4, product) }
     }
