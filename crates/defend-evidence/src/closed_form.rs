@@ -1,6 +1,5 @@
 //! The three pieces of evidence, on one scale, and their sum.
 
-use defend_random::Rng;
 use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +8,7 @@ use crate::groups::{kernel_width, leaders, nearest_leaders, similarity};
 use crate::known::Known;
 use crate::objects::ScaledObjects;
 use crate::posterior::{ExactPosterior, Explained, LocalPosterior};
-use crate::{Embeddings, Error, EvidenceConfig, Groups, PatchMemory, PatchTokens, Standard};
+use crate::{Embeddings, Error, EvidenceConfig, Groups, PatchMemory, Standard};
 
 /// Kernel width where the images have no scale of their own: fewer than two groups.
 const LONE_WIDTH: f64 = 3.0;
@@ -44,42 +43,14 @@ pub struct Summary {
     pub alike: f64,
 }
 
-/// One piece of evidence on an image.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Weighed {
-    /// Standard deviations above the mean of the normal images' left-out values.
-    pub z: f64,
-    /// Its weight in the sum.
-    pub weight: f64,
-}
-
-/// What the evidence says of an image.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Judgement {
-    /// Sum of the weighed pieces, larger for more novel.
-    pub score: f64,
-    /// Is it explained by the normal images?
-    pub posterior: Weighed,
-    /// Is it more like them than like images in general? `None` where that has no weight.
-    pub contrast: Option<Weighed>,
-    /// Is some small part unlike anything normal? `None` where that has no weight.
-    pub patches: Option<Weighed>,
-    /// Is it like a known abnormal image? 0 or more; `None` where none are known.
-    pub known: Option<Weighed>,
-    /// The kept images that explain it most, leaders of their groups, with their share, largest first.
-    pub explained_by: Vec<(usize, f64)>,
-    /// Distance of each patch to the nearest normal one, where patches were given.
-    pub map: Option<Vec<f32>>,
-}
-
 #[derive(Debug, Clone)]
-enum Posterior {
+pub(crate) enum Posterior {
     Exact(ExactPosterior),
     Local(LocalPosterior),
 }
 
 impl Posterior {
-    fn evaluate(&self, queries: ArrayView2<'_, f64>) -> Result<Vec<Explained>, Error> {
+    pub(crate) fn evaluate(&self, queries: ArrayView2<'_, f64>) -> Result<Vec<Explained>, Error> {
         match self {
             Self::Exact(exact) => Ok(exact.evaluate(queries)),
             Self::Local(local) => local.evaluate(queries),
@@ -133,8 +104,8 @@ pub struct ClosedForm {
     pub(crate) normal: Embeddings,
     pub(crate) groups: Groups,
     /// Number of each kept image among those given; empty once loaded.
-    kept: Vec<usize>,
-    posterior: Posterior,
+    pub(crate) kept: Vec<usize>,
+    pub(crate) posterior: Posterior,
     pub(crate) scale: Standard,
     pub(crate) contrast: Option<WeighedContrast>,
     pub(crate) patch_weight: f64,
@@ -144,8 +115,8 @@ pub struct ClosedForm {
     /// The ordinary images that it was fitted beside.
     pub(crate) background: Option<Embeddings>,
     /// Kept images with left-out values, and their sums without patches; no sums once loaded.
-    judged: Vec<usize>,
-    sums: Vec<f64>,
+    pub(crate) judged: Vec<usize>,
+    pub(crate) sums: Vec<f64>,
     /// The sum's left-out values without known abnormal images, one a group.
     pub(crate) unaided: Vec<f64>,
     pub(crate) left_out: Vec<f64>,
@@ -339,144 +310,6 @@ impl ClosedForm {
         &self.left_out
     }
 
-    /// Kept images whose patches [`ClosedForm::remember`] wants, leaders of groups before others; none where patches do not count.
-    pub fn patch_images(&self) -> Vec<usize> {
-        if self.patch_weight <= 0.0 {
-            return Vec::new();
-        }
-        let limit = self.config.patches.images;
-        let (mut leading, mut others) = (Vec::new(), Vec::new());
-        let mut leads = vec![false; self.normal.len()];
-        for &leader in &self.groups.leaders {
-            if let Some(leads) = leads.get_mut(leader) {
-                *leads = true;
-            }
-        }
-        for row in self.judged() {
-            if leads.get(row).copied().unwrap_or(false) {
-                &mut leading
-            } else {
-                &mut others
-            }
-            .push(row);
-        }
-        let mut wanted = spread(&leading, limit);
-        wanted.extend(spread(&others, limit - wanted.len()));
-        wanted.sort_unstable();
-        wanted
-    }
-
-    /// Chooses the patch memory from the patches of [`ClosedForm::patch_images`], in that order; returns the distances of each of
-    /// these images' patches when its group is left out.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for patches of another number of images.
-    pub fn remember(
-        &mut self,
-        tokens: &PatchTokens,
-        rng: &mut Rng,
-    ) -> Result<Vec<Vec<f32>>, Error> {
-        let groups = self.patch_groups(tokens)?;
-        let memory = PatchMemory::choose(tokens, &groups, &self.config.patches, rng);
-        self.remember_these(tokens, memory)
-    }
-
-    /// As [`ClosedForm::remember`], with core sets that were chosen already.
-    ///
-    /// # Errors
-    /// As [`ClosedForm::remember`].
-    pub fn remember_these(
-        &mut self,
-        tokens: &PatchTokens,
-        memory: PatchMemory,
-    ) -> Result<Vec<Vec<f32>>, Error> {
-        let groups = self.patch_groups(tokens)?;
-        let distances = memory.distances(tokens, Some(&groups))?;
-        let values: Vec<f64> = distances.iter().map(|d| d.log_worst).collect();
-        // A single group has nothing left out: its patches were compared with none.
-        let scale = if self.groups.len() < 2 {
-            Standard::of(&[])
-        } else {
-            Standard::of(&values)
-        };
-        if self.patch_weight > 0.0 {
-            let images = self.patch_images();
-            let sum_of = |image: &usize| {
-                self.judged
-                    .binary_search(image)
-                    .ok()
-                    .and_then(|i| self.sums.get(i))
-            };
-            let sums: Vec<f64> = images
-                .iter()
-                .zip(&values)
-                .filter_map(|(image, value)| {
-                    Some(sum_of(image)? + self.patch_weight * scale.z(*value))
-                })
-                .collect();
-            self.unaided = self.one_a_group(&sums, &images);
-        }
-        self.patches = Some(WeighedPatches {
-            memory,
-            scale,
-            map_scale: Some(PatchMemory::map_scale(&distances)),
-        });
-        self.settle();
-        Ok(distances.into_iter().map(|d| d.map).collect())
-    }
-
-    pub(crate) fn patch_groups(&self, tokens: &PatchTokens) -> Result<Vec<usize>, Error> {
-        let images = self.patch_images();
-        if tokens.len() != images.len() {
-            return Err(Error::Shape {
-                what: "patch tokens".into(),
-                found: vec![tokens.len(), tokens.patches()],
-                expected: vec![images.len(), tokens.patches()],
-            });
-        }
-        Ok(images
-            .iter()
-            .filter_map(|&image| self.groups.of.get(image).copied())
-            .collect())
-    }
-
-    /// A value of each group.
-    fn one_a_group<T: Copy>(&self, values: &[T], images: &[usize]) -> Vec<T> {
-        let places = self.places_of_groups(images);
-        places
-            .iter()
-            .filter_map(|&i| values.get(i))
-            .copied()
-            .collect()
-    }
-
-    /// The places of one image of each group: of its leader where it is there, else of another.
-    fn places_of_groups(&self, images: &[usize]) -> Vec<usize> {
-        let mut seen = vec![false; self.groups.len()];
-        let mut places = Vec::new();
-        let leads = |image: usize| {
-            self.groups
-                .of
-                .get(image)
-                .is_some_and(|&g| self.groups.leaders.get(g) == Some(&image))
-        };
-        for first in [true, false] {
-            for (place, &image) in images.iter().enumerate() {
-                let Some(group) = self.groups.of.get(image) else {
-                    continue;
-                };
-                let Some(seen) = seen.get_mut(*group) else {
-                    continue;
-                };
-                if !*seen && (leads(image) || !first) {
-                    *seen = true;
-                    places.push(place);
-                }
-            }
-        }
-        places
-    }
-
     /// The kept image of each left-out value.
     pub(crate) fn left_out_images(&self) -> Vec<usize> {
         let images = if self.patch_weight > 0.0 && self.patches.is_some() {
@@ -520,89 +353,6 @@ impl ClosedForm {
         for (value, image) in self.left_out.iter_mut().zip(images) {
             *value += known.of_normal(image, self.config.known);
         }
-    }
-
-    /// Judges images. Where [`ClosedForm::patch_weight`] is not zero and there is a patch memory, `patches` of the same images are
-    /// needed. For maps see [`ClosedForm::maps`].
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for other widths or another number of images, [`Error::Empty`] without the patches that are needed.
-    pub fn evaluate(
-        &self,
-        images: &Embeddings,
-        patches: Option<&PatchTokens>,
-    ) -> Result<Vec<Judgement>, Error> {
-        self.normal.check_widths(images, "the embeddings")?;
-        if let Some(patches) = patches
-            && patches.len() != images.len()
-        {
-            return Err(Error::Shape {
-                what: "patch tokens".into(),
-                found: vec![patches.len(), patches.patches()],
-                expected: vec![images.len(), patches.patches()],
-            });
-        }
-        let distances = match (patches, &self.patches) {
-            (Some(tokens), Some(known)) => {
-                Some((known.memory.distances(tokens, None)?, known.scale))
-            }
-            (None, Some(_)) if self.patch_weight > 0.0 => {
-                return Err(Error::Empty {
-                    what: "patch tokens",
-                });
-            }
-            _ => None,
-        };
-        let explained = self
-            .posterior
-            .evaluate(images.phi(self.config.posterior.first_part).view())?;
-        let contrasts = self.contrast.as_ref().map(|weighed| {
-            let values = weighed
-                .contrast
-                .evaluate(images.features(self.config.contrast.parts).view());
-            let of = |value| Weighed {
-                z: weighed.scale.z(value),
-                weight: weighed.weight,
-            };
-            values.into_iter().map(of).collect::<Vec<_>>()
-        });
-        let known = self
-            .known
-            .as_ref()
-            .map(|known| known.evaluate(images.features(usize::MAX).view(), self.config.known));
-        let judgements = explained.into_iter().enumerate().map(|(i, explained)| {
-            let posterior = Weighed {
-                z: self.scale.z(explained.log_variance),
-                weight: 1.0,
-            };
-            let contrast = contrasts.as_ref().and_then(|all| all.get(i)).copied();
-            let found = distances
-                .as_ref()
-                .and_then(|(all, scale)| Some((all.get(i)?, scale)));
-            let patches = found
-                .filter(|_| self.patch_weight > 0.0)
-                .map(|(distances, scale)| Weighed {
-                    z: scale.z(distances.log_worst),
-                    weight: self.patch_weight,
-                });
-            let known = known.as_ref().and_then(|all| all.get(i)).copied();
-            let pieces = [Some(posterior), contrast, patches, known];
-            let leader = |(group, share)| Some((*self.groups.leaders.get(group)?, share));
-            Judgement {
-                score: pieces
-                    .into_iter()
-                    .flatten()
-                    .map(|piece| piece.weight * piece.z)
-                    .sum(),
-                posterior,
-                contrast,
-                patches,
-                known,
-                explained_by: explained.shares.into_iter().filter_map(leader).collect(),
-                map: found.map(|(distances, _)| distances.map.clone()),
-            }
-        });
-        Ok(judgements.collect())
     }
 
     /// A form from what was saved of one.

@@ -31,18 +31,21 @@ mod embeddings;
 mod error;
 mod faults;
 mod groups;
+mod judgement;
+mod k_centre;
 mod known;
 mod linear;
 mod objects;
 mod patches;
 mod posterior;
 mod refit;
+mod remember;
 mod standard;
 mod state;
 mod suspects;
 mod together;
 
-pub use closed_form::{ClosedForm, Judgement, Summary, Weighed};
+pub use closed_form::{ClosedForm, Summary};
 pub use config::{
     ContrastConfig, EvidenceConfig, KnownConfig, ObjectConfig, PatchConfig, PosteriorConfig,
     TogetherConfig,
@@ -52,6 +55,7 @@ pub use embeddings::Embeddings;
 pub use error::Error;
 pub use faults::{FaultDirection, KnownFaults};
 pub use groups::{Groups, kernel_width, leaders, nearest_leaders, similarity};
+pub use judgement::{Judgement, Weighed};
 pub use objects::ObjectMemory;
 pub use patches::{CoreSet, PatchDistances, PatchMemory, PatchTokens};
 pub use posterior::{ExactPosterior, Explained, LocalPosterior, NAMED_GROUPS};
