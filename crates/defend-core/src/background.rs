@@ -18,8 +18,9 @@ use crate::files::{read, with_header, write};
 use crate::normals::Normals;
 use crate::observer::{Observer, Stage};
 use crate::scan::preprocess_of;
+use crate::teacher::load_teacher;
 use crate::tokens::{TokenBlocks, Wanted};
-use crate::{Error, Pictures};
+use crate::{DefendBuilder, Error, Pictures};
 
 /// Metadata key of everything but the tensors.
 const KEY: &str = "defend.background";
@@ -500,6 +501,36 @@ fn shipped() -> Option<Background> {
 #[cfg(not(feature = "embedded"))]
 fn shipped() -> Option<Background> {
     None
+}
+
+impl DefendBuilder {
+    /// What ordinary photos look like to the builder's teacher, for [`DefendBuilder::background`] of later fits.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for settings that tune the teacher; as [`DefendBuilder::fit`].
+    pub fn look_at_background(
+        self,
+        photos: impl Dataset + 'static,
+        source: impl Into<String>,
+        observer: &mut dyn Observer,
+    ) -> Result<Background, Error> {
+        let config = self.untuned(
+            "a background file is for teachers that stay as they are; give a fit that tunes its teacher the photos \
+             themselves",
+        )?;
+        let teacher = load_teacher(self.backbone, &config, &self.device)?;
+        let identity = TeacherIdentity::of(teacher.encoder(), config.fit)?;
+        let teacher = teacher.frozen_encoder(config.arithmetic)?;
+        let photos: Arc<dyn Dataset> = Arc::new(photos);
+        Background::collect(
+            &*teacher,
+            identity,
+            &photos,
+            source.into(),
+            (&self.device, self.strict),
+            observer,
+        )
+    }
 }
 
 #[cfg(test)]

@@ -13,12 +13,20 @@ use ndarray::Array2;
 use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
+use crate::background::Checked;
+use crate::closed_fit::Fit;
+use crate::detector::StudentStage;
 use crate::files::{read, with_header, write};
+use crate::fit::finish;
 use crate::normals::Normals;
 use crate::observer::Observer;
-use crate::scan::preprocess_of;
+use crate::scan::{preprocess_for, preprocess_of};
+use crate::teacher::load_teacher;
 use crate::tokens::TokenBlocks;
-use crate::{Error, Pictures, Skipped, TeacherIdentity};
+use crate::{
+    DefendBuilder, Detector, Error, Fitted, Pictures, Skipped, Student, StudentReport,
+    TeacherIdentity,
+};
 
 /// Metadata key of everything but the tensors.
 const KEY: &str = "defend.features";
@@ -273,6 +281,94 @@ impl FeatureTable {
             names: header.names,
             hashes: header.hashes,
             embeddings: Embeddings::new(parts).map_err(|e| fault(e.to_string()))?,
+        })
+    }
+}
+
+impl DefendBuilder {
+    /// What the builder's teacher says of some pictures, for tools of one's own and for [`DefendBuilder::fit_features`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] for settings that tune the teacher; as [`DefendBuilder::fit`].
+    pub fn embed(
+        self,
+        images: impl Dataset + 'static,
+        observer: &mut dyn Observer,
+    ) -> Result<(FeatureTable, Vec<Skipped>), Error> {
+        let config = self.untuned("features are those of a teacher that stays as it is")?;
+        let teacher = load_teacher(self.backbone, &config, &self.device)?;
+        let identity = TeacherIdentity::of(teacher.encoder(), config.fit)?;
+        let teacher = teacher.frozen_encoder(config.arithmetic)?;
+        FeatureTable::collect(
+            &*teacher,
+            identity,
+            &(Arc::new(images) as Arc<dyn Dataset>),
+            (&self.device, self.strict),
+            observer,
+        )
+    }
+
+    /// As [`DefendBuilder::fit`] for the closed form, on features that were taken before. Such a detector has no maps of objects.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a masked student, settings that tune the teacher, and features of images so alike that patches count;
+    /// [`Error::OtherFeatures`] for those of another teacher; as [`DefendBuilder::fit`].
+    pub fn fit_features(
+        mut self,
+        table: &FeatureTable,
+        observer: &mut dyn Observer,
+    ) -> Result<Fitted, Error> {
+        let config = self.untuned("features are those of a teacher that stays as it is")?;
+        self.check_roles()?;
+        let Student::ClosedForm(evidence) = &config.student else {
+            return Err(Error::Config {
+                field: "student",
+                value: "masked".into(),
+                expected: "closed-form: a masked student learns from the pictures".into(),
+            });
+        };
+        let (device, strict) = (self.device.clone(), self.strict);
+        let (embedded, abnormal) = (self.backbone.is_none(), self.abnormal.take());
+        let teacher = load_teacher(self.backbone.take(), &config, &device)?;
+        let identity = TeacherIdentity::of(teacher.encoder(), config.fit)?;
+        table.check(&identity, teacher.encoder().spec().architecture.width)?;
+        let background = Checked::new(
+            std::mem::take(&mut self.background),
+            || Ok(identity.clone()),
+            false,
+            embedded,
+        )?;
+        let preprocess = preprocess_for(teacher.encoder().spec(), &config);
+        let teacher = teacher.frozen_encoder(config.arithmetic)?;
+        let background = background.ready(&*teacher, config.fit, (&device, strict), observer)?;
+        let names = |image: usize| table.names().get(image).cloned().unwrap_or_default();
+        let fit = Fit {
+            images: table.embeddings(),
+            names: &names,
+            background: background.as_ref(),
+            normals: None,
+            faulty: None,
+            config: evidence,
+            seed: config.seed,
+            drop_suspects: self.drop_suspects,
+        };
+        let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
+        let (student, report, map_scale) = fit.learn(teacher, blocks, observer)?;
+        let mut detector = Detector {
+            student: StudentStage::ClosedForm(Box::new(student)),
+            config,
+            preprocess,
+            device,
+            calibration: None,
+            map_scale,
+        };
+        let skipped = finish(&mut detector, abnormal, strict, observer)?;
+        Ok(Fitted {
+            detector,
+            dense: None,
+            student: StudentReport::ClosedForm(report),
+            images: table.len(),
+            skipped,
         })
     }
 }

@@ -9,23 +9,18 @@ use defend_distill::{DistillReport, Distiller, MaskPolicy};
 use defend_evidence::Summary;
 use defend_metrics::FalseAlarmRate;
 use defend_nn::{Rng, TrainingStep};
-use defend_vit::{
-    Arithmetic, Backbone, BackboneSpec, CacheConfig, Cached, Encoder, ImageSource, TrainScope,
-    Trainable, Vit,
-};
+use defend_vit::{Backbone, Encoder, ImageSource, Trainable};
 
 use crate::background::Checked;
-use crate::builder::Source;
-use crate::closed_fit::Fit;
 use crate::detector::StudentStage;
 use crate::faults::Faulty;
 use crate::masked::MaskedStudent;
 use crate::observer::{Event, Observer, Stage};
 use crate::scan::{Skipped, preprocess_for};
-use crate::tokens::TokenBlocks;
+use crate::teacher::{Teacher, frozen, kept, load_teacher, student};
 use crate::{
-    Background, BackgroundSource, DefendBuilder, DefendConfig, Detector, Error, FeatureTable,
-    MapScale, MaskedConfig, NoveltyDetector, PatchMap, Pictures, Student, TeacherIdentity,
+    BackgroundSource, DefendBuilder, DefendConfig, Detector, Error, MapScale, MaskedConfig,
+    NoveltyDetector, PatchMap, Pictures, Student, TeacherIdentity,
 };
 
 /// Images a pass of the teacher over the normal images and the background.
@@ -93,72 +88,6 @@ impl Fitted {
             StudentReport::ClosedForm(report) => Some(report),
             StudentReport::Masked(_) => None,
         }
-    }
-}
-
-/// The teacher before the dense stage.
-enum Teacher {
-    Vit(Box<Vit>),
-    Own(Arc<dyn Backbone>),
-    Encoder(Arc<dyn Encoder>),
-}
-
-impl Teacher {
-    fn encoder(&self) -> &dyn Encoder {
-        match self {
-            Self::Vit(vit) => &**vit,
-            Self::Own(own) => &**own,
-            Self::Encoder(own) => &**own,
-        }
-    }
-
-    /// Whether its features can hold the layers that are compared.
-    fn check_layers(&self, layers: usize) -> Result<(), Error> {
-        let available = match self {
-            Self::Vit(vit) => vit.spec().architecture.depth,
-            Self::Own(own) => own.spec().layers,
-            Self::Encoder(_) => return Err(needs_backbone()),
-        };
-        if layers <= available {
-            return Ok(());
-        }
-        Err(Error::Config {
-            field: "distill.layers",
-            value: layers.to_string(),
-            expected: format!("at most the {available} layers of the teacher"),
-        })
-    }
-
-    /// Frozen, for the closed form.
-    fn frozen_encoder(self, arithmetic: Arithmetic) -> Result<Arc<dyn Encoder>, Error> {
-        Ok(match self {
-            Self::Vit(vit) => Arc::new(frozen(&vit, arithmetic)?),
-            Self::Own(own) => own,
-            Self::Encoder(own) => own,
-        })
-    }
-
-    /// Frozen, with the layers that a masked student is compared at.
-    fn frozen_backbone(
-        self,
-        arithmetic: Arithmetic,
-        layers: usize,
-    ) -> Result<Arc<dyn Backbone>, Error> {
-        match self {
-            Self::Vit(vit) => Ok(Arc::new(frozen(&vit, arithmetic)?.with_layers(layers)?)),
-            Self::Own(own) => Ok(own),
-            Self::Encoder(_) => Err(needs_backbone()),
-        }
-    }
-}
-
-/// A masked student was asked for with an encoder.
-fn needs_backbone() -> Error {
-    Error::Config {
-        field: "student",
-        value: "masked".into(),
-        expected: "closed-form for an encoder, which has no CLS attention and no layers to compare"
-            .into(),
     }
 }
 
@@ -268,94 +197,8 @@ impl DefendBuilder {
         })
     }
 
-    /// What the builder's teacher says of some pictures, for tools of one's own and for [`DefendBuilder::fit_features`].
-    ///
-    /// # Errors
-    /// [`Error::Config`] for settings that tune the teacher; as [`DefendBuilder::fit`].
-    pub fn embed(
-        self,
-        images: impl Dataset + 'static,
-        observer: &mut dyn Observer,
-    ) -> Result<(FeatureTable, Vec<Skipped>), Error> {
-        let config = self.untuned("features are those of a teacher that stays as it is")?;
-        let teacher = load_teacher(self.backbone, &config, &self.device)?;
-        let identity = TeacherIdentity::of(teacher.encoder(), config.fit)?;
-        let teacher = teacher.frozen_encoder(config.arithmetic)?;
-        FeatureTable::collect(
-            &*teacher,
-            identity,
-            &(Arc::new(images) as Arc<dyn Dataset>),
-            (&self.device, self.strict),
-            observer,
-        )
-    }
-
-    /// As [`DefendBuilder::fit`] for the closed form, on features that were taken before. Such a detector has no maps of objects.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for a masked student, settings that tune the teacher, and features of images so alike that patches count;
-    /// [`Error::OtherFeatures`] for those of another teacher; as [`DefendBuilder::fit`].
-    pub fn fit_features(
-        mut self,
-        table: &FeatureTable,
-        observer: &mut dyn Observer,
-    ) -> Result<Fitted, Error> {
-        let config = self.untuned("features are those of a teacher that stays as it is")?;
-        self.check_roles()?;
-        let Student::ClosedForm(evidence) = &config.student else {
-            return Err(Error::Config {
-                field: "student",
-                value: "masked".into(),
-                expected: "closed-form: a masked student learns from the pictures".into(),
-            });
-        };
-        let (device, strict) = (self.device.clone(), self.strict);
-        let (embedded, abnormal) = (self.backbone.is_none(), self.abnormal.take());
-        let teacher = load_teacher(self.backbone.take(), &config, &device)?;
-        let identity = TeacherIdentity::of(teacher.encoder(), config.fit)?;
-        table.check(&identity, teacher.encoder().spec().architecture.width)?;
-        let background = Checked::new(
-            std::mem::take(&mut self.background),
-            || Ok(identity.clone()),
-            false,
-            embedded,
-        )?;
-        let preprocess = preprocess_for(teacher.encoder().spec(), &config);
-        let teacher = teacher.frozen_encoder(config.arithmetic)?;
-        let background = background.ready(&*teacher, config.fit, (&device, strict), observer)?;
-        let names = |image: usize| table.names().get(image).cloned().unwrap_or_default();
-        let fit = Fit {
-            images: table.embeddings(),
-            names: &names,
-            background: background.as_ref(),
-            normals: None,
-            faulty: None,
-            config: evidence,
-            seed: config.seed,
-            drop_suspects: self.drop_suspects,
-        };
-        let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
-        let (student, report, map_scale) = fit.learn(teacher, blocks, observer)?;
-        let mut detector = Detector {
-            student: StudentStage::ClosedForm(Box::new(student)),
-            config,
-            preprocess,
-            device,
-            calibration: None,
-            map_scale,
-        };
-        let skipped = finish(&mut detector, abnormal, strict, observer)?;
-        Ok(Fitted {
-            detector,
-            dense: None,
-            student: StudentReport::ClosedForm(report),
-            images: table.len(),
-            skipped,
-        })
-    }
-
     /// Checked settings without a dense stage.
-    fn untuned(&self, expected: &str) -> Result<DefendConfig, Error> {
+    pub(crate) fn untuned(&self, expected: &str) -> Result<DefendConfig, Error> {
         self.config.validate()?;
         if self.config.dense.is_some() {
             return Err(Error::Config {
@@ -378,36 +221,8 @@ impl DefendBuilder {
         Ok(self.config.clone())
     }
 
-    /// What ordinary photos look like to the builder's teacher, for [`DefendBuilder::background`] of later fits.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for settings that tune the teacher; as [`DefendBuilder::fit`].
-    pub fn look_at_background(
-        self,
-        photos: impl Dataset + 'static,
-        source: impl Into<String>,
-        observer: &mut dyn Observer,
-    ) -> Result<Background, Error> {
-        let config = self.untuned(
-            "a background file is for teachers that stay as they are; give a fit that tunes its teacher the photos \
-             themselves",
-        )?;
-        let teacher = load_teacher(self.backbone, &config, &self.device)?;
-        let identity = TeacherIdentity::of(teacher.encoder(), config.fit)?;
-        let teacher = teacher.frozen_encoder(config.arithmetic)?;
-        let photos: Arc<dyn Dataset> = Arc::new(photos);
-        Background::collect(
-            &*teacher,
-            identity,
-            &photos,
-            source.into(),
-            (&self.device, self.strict),
-            observer,
-        )
-    }
-
     /// Refuses roles that the settings have no use for.
-    fn check_roles(&self) -> Result<(), Error> {
+    pub(crate) fn check_roles(&self) -> Result<(), Error> {
         let masked = [
             ("own_student", self.student.is_some()),
             ("mask", self.mask.is_some()),
@@ -536,7 +351,7 @@ impl Stages<'_> {
 
 /// The threshold that a closed form has from its fit, where there are enough images for the rate, and the abnormal images that it
 /// knows; those that could not be read.
-fn finish(
+pub(crate) fn finish(
     detector: &mut Detector,
     abnormal: Option<Arc<dyn Dataset>>,
     strict: bool,
@@ -555,89 +370,6 @@ fn finish(
         }
         None => Vec::new(),
     })
-}
-
-/// A random student for a teacher.
-fn student(
-    teacher: &BackboneSpec,
-    seed: u64,
-    settings: &MaskedConfig,
-    device: &Device,
-) -> Result<Vit, Error> {
-    let mut rng = Rng::stream(seed, stream::STUDENT);
-    let drop_path = settings.distill.drop_path;
-    Ok(Vit::random(teacher.clone(), drop_path, &mut rng, device)?)
-}
-
-/// A copy of a network that trains no more.
-fn frozen(vit: &Vit, arithmetic: Arithmetic) -> Result<Vit, Error> {
-    Ok(match arithmetic {
-        // As it is: a frozen teacher may compute in another type already.
-        Arithmetic::F32 => vit.copy(TrainScope::Frozen)?,
-        Arithmetic::Bf16 => vit.with_arithmetic(arithmetic)?,
-    })
-}
-
-/// The teacher, with its features kept in a folder if asked for.
-fn kept(
-    teacher: &Arc<dyn Backbone>,
-    features: Option<(std::path::PathBuf, defend_vit::Precision)>,
-) -> Result<Arc<dyn Backbone>, Error> {
-    let Some((folder, precision)) = features else {
-        return Ok(Arc::clone(teacher));
-    };
-    let cache = CacheConfig {
-        // The distiller keeps them in memory itself.
-        memory_bytes: 0,
-        folder: Some(folder),
-        precision,
-    };
-    Ok(Arc::new(Cached::new(Arc::clone(teacher), cache)?))
-}
-
-/// The teacher as it enters the dense stage, with the blocks trainable that this stage trains.
-fn load_teacher(
-    source: Option<Source>,
-    config: &DefendConfig,
-    device: &Device,
-) -> Result<Teacher, Error> {
-    let dense_blocks = config.dense.as_ref().map(|d| d.trained_blocks);
-    let scope = dense_blocks.map_or(TrainScope::Frozen, TrainScope::LastBlocks);
-    let vit = match source {
-        Some(Source::Own(_) | Source::Encoder(_)) if config.dense.is_some() => {
-            return Err(Error::Config {
-                field: "dense",
-                value: "set".into(),
-                expected: "null with a teacher of one's own, which cannot be fine-tuned".into(),
-            });
-        }
-        Some(Source::Own(_) | Source::Encoder(_)) if config.image_size.is_some() => {
-            return Err(Error::Config {
-                field: "image_size",
-                value: "set".into(),
-                expected: "null with a teacher of one's own, whose spec says its size".into(),
-            });
-        }
-        Some(Source::Own(own)) => return Ok(Teacher::Own(own)),
-        Some(Source::Encoder(own)) => return Ok(Teacher::Encoder(own)),
-        Some(Source::Vit(vit)) => vit.copy_to(scope, device)?,
-        Some(Source::Pretrained(source)) => source.load(scope, device)?,
-        #[cfg(feature = "embedded")]
-        None => crate::embedded_backbone().load(scope, device)?,
-        #[cfg(not(feature = "embedded"))]
-        None => {
-            return Err(Error::Config {
-                field: "backbone",
-                value: "not set".into(),
-                expected: "a pretrained backbone, or the feature \"embedded\"".into(),
-            });
-        }
-    };
-    let vit = match config.image_size {
-        Some(size) => vit.resized(size, scope)?,
-        None => vit,
-    };
-    Ok(Teacher::Vit(Box::new(vit)))
 }
 
 /// Runs a training stage between its events.

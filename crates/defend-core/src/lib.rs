@@ -57,6 +57,7 @@ mod progress;
 mod scan;
 mod sort;
 mod suspects;
+mod teacher;
 mod tiles;
 mod tokens;
 
