@@ -137,7 +137,7 @@ def worst_with_faults(cores, owners, groups, x, q, faulty, marked):
     for core, owner, bx, bq, bf in zip(cores, owners, x, q, faulty):
         core, bx, bq, bf = (block.double() for block in (core, bx, bq, bf))
         s = torch.stack([(1 - (p @ core.T)).amin(1) for p in bf])
-        rows = torch.cat([f[m if m else d.topk(WORST).indices] for f, d, m in zip(bf, s, marked)])
+        rows = torch.cat([f[d.topk(WORST).indices if m is None else torch.tensor(m, dtype=torch.long)] for f, d, m in zip(bf, s, marked)])
         both = torch.cat([core, rows])
         label = torch.cat([-torch.ones(len(core)), torch.ones(len(rows))]).double()
         weight = torch.cat([torch.full((len(core),), 0.5 / len(core)), torch.full((len(rows),), 0.5 / len(rows))]).double()
@@ -216,7 +216,7 @@ def build(name, spread, near, seed, out):
     places, elsewhere = mq[0][5], unit(torch.randn(30, 6, generator=gen)).float()
     others = cores[0][owners[0] != owners[0][0]]
     # Known faults, drawn last so that the rest keeps its bits.
-    faulty, marked = tokens(5), [[2, 3], None, [7], None, [0, 1, 9]]
+    faulty, marked = tokens(5), [[2, 3], None, [7], [], [0, 1, 9]]
     faults = worst_with_faults(cores, owners, groups, mx, mq, faulty, marked)
     print(name, "together: share of normal images %.3f weight %.3f" % (share, weight))
     print(name, "groups", len(chosen), "width %.3f accepted %.4f alike %.4f weights" % (g, accepted, alike), weights)

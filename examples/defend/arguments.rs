@@ -93,7 +93,7 @@ pub(crate) struct Fit {
     /// several times.
     #[arg(long)]
     pub(crate) abnormal: Vec<PathBuf>,
-    /// Folder of masks that show in white where the faults of --abnormal are, NAME.png or NAME_mask.png for each picture NAME. Without,
+    /// Folder of masks that show in white where the faults of --abnormal are, NAME_mask.png or NAME.png for each picture NAME. Without,
     /// the worst patches of each are taken for faulty. Faults are learnt where normal pictures are alike, such as parts on a line.
     #[arg(long, requires = "abnormal")]
     pub(crate) abnormal_masks: Option<PathBuf>,
@@ -222,7 +222,8 @@ pub(crate) struct Background {
 #[derive(Args)]
 pub(crate) struct Embed {
     /// File to write: .safetensors has everything, and `defend fit --features` takes it back; so has .parquet, in a program that was
-    /// built with --features parquet; .npy has what the default compares (phi), beside a table of names and hashes.
+    /// built with --features parquet; .npy has the tokens of each picture as one row of unit length (phi), beside a table of names and
+    /// hashes.
     #[arg(long)]
     pub(crate) out: PathBuf,
     /// Pictures and folders of pictures.

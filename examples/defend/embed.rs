@@ -62,7 +62,7 @@ struct Row<'a> {
     hash: &'a str,
 }
 
-/// What the posterior compares as a matrix, and names and hashes as `<out>.csv`, row by row.
+/// The tokens of each picture as one row of unit length, and names and hashes as `<out>.csv`, row by row.
 fn write_npy(table: &FeatureTable, out: &Path) -> Result<()> {
     let phi = table.embeddings().phi(1.0).mapv(|value| value as f32);
     let shape = phi.dim();

@@ -49,7 +49,7 @@ pub(crate) fn run(arguments: &Extend) -> Result<()> {
             .is_some_and(|evidence| evidence.patch_weight() > 0.0)
         {
             eprintln!(
-                "patches count in this model: their faults are learnt by defend fit --abnormal alone, which has the normal pictures"
+                "patches count in this model: what is faulty about these pictures cannot be learnt without the normal ones, as defend fit --abnormal does"
             );
         }
         say(

@@ -45,6 +45,21 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
     };
     fitted.detector.save(&arguments.out)?;
     summarize(&fitted);
+    if fitted
+        .closed_form()
+        .is_some_and(|report| report.patch_weight == 0.0)
+    {
+        for (flag, given) in [
+            ("--tiles", fitted.detector.config().tiles.is_some()),
+            ("--abnormal-masks", arguments.abnormal_masks.is_some()),
+        ] {
+            if given {
+                eprintln!(
+                    "{flag} has no influence on scores here: normal pictures are too various for patches to count"
+                );
+            }
+        }
+    }
     let out = arguments.out.display();
     let next = if fitted.detector.calibration().is_some() {
         format!("defend score --model {out} PICTURES")

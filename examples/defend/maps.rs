@@ -6,18 +6,18 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use defend_core::data::{Dataset, Fit, RgbImage};
-use defend_core::{Detector, Finding, MapScale, overlay};
+use defend_core::{Detector, Finding, MapScale, NoveltyDetector, overlay};
 
 use crate::pictures::make_folder;
 
-/// Longest side of an overlay, pixels: a map of 14 x 14 values has no detail for more.
+/// Longest side of an overlay, pixels: the few hundred or thousand values of a map have no detail for more.
 const LONGEST_SIDE: u32 = 1024;
 
 /// A folder of pictures with their novelty laid over them.
 pub(crate) struct MapFolder {
     folder: PathBuf,
     scale: MapScale,
-    /// Whether the detector saw the whole picture, so that its map covers it.
+    /// Whether the detector saw the whole picture, so that its map covers it; what it saw is shown otherwise.
     whole: bool,
     written: HashSet<PathBuf>,
 }
@@ -28,7 +28,7 @@ impl MapFolder {
         Ok(Self {
             folder: folder.to_owned(),
             scale: detector.map_scale().clone(),
-            whole: detector.config().fit == Fit::Squash,
+            whole: detector.config().fit == Fit::Squash && detector.preprocess().region.is_none(),
             written: HashSet::new(),
         })
     }

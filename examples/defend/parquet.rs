@@ -21,7 +21,7 @@ use parquet::schema::parser::parse_message_type;
 const TEACHER: &str = "defend.teacher";
 /// Columns of a teacher's tokens, as `FeatureTable::save` names them; a teacher of a single block has the last two.
 const PARTS: [&str; 3] = ["cls_before", "cls", "mean_patch"];
-/// What the default compares, made of the others.
+/// The others at unit length as one row.
 const PHI: &str = "phi";
 
 /// Writes names, hashes and features, a row an image.
@@ -103,13 +103,15 @@ pub(crate) fn read(path: &Path) -> Result<FeatureTable> {
     let teacher: TeacherIdentity = serde_json::from_str(teacher).with_context(said)?;
     let names = texts(&reader, "path").with_context(said)?;
     let hashes = texts(&reader, "hash").with_context(said)?;
-    let columns = metadata.schema_descr().columns().iter();
-    let known: Vec<&str> = columns
-        .filter_map(|column| column.path().parts().first())
-        .filter_map(|name| PARTS.into_iter().find(|part| part == name))
-        .collect();
-    let parts = known
+    let there = |name: &&str| {
+        let columns = metadata.schema_descr().columns().iter();
+        let mut names = columns.filter_map(|column| column.path().parts().first());
+        names.any(|found| found == name)
+    };
+    // By name: other tools may write the columns in another order.
+    let parts = PARTS
         .into_iter()
+        .filter(there)
         .map(|name| lists(&reader, name, names.len()))
         .collect::<Result<_>>()
         .with_context(said)?;
@@ -149,17 +151,23 @@ fn texts(reader: &SerializedFileReader<File>, name: &str) -> Result<Vec<String>>
 }
 
 fn lists(reader: &SerializedFileReader<File>, name: &str, rows: usize) -> Result<Array2<f32>> {
-    let mut values = Vec::new();
+    let (mut values, mut begins) = (Vec::new(), Vec::new());
     for (column, rows) in columns(reader, name)? {
         let ColumnReader::FloatColumnReader(mut column) = column else {
             bail!("column {name:?} holds no lists of f32");
         };
-        let (mut there, mut begins) = (Vec::new(), Vec::new());
+        let mut there = Vec::new();
         column.read_records(rows, Some(&mut there), Some(&mut begins), &mut values)?;
     }
+    let width = values.len() / rows.max(1);
+    // A row begins where the repetition level is 0.
+    let regular = begins
+        .iter()
+        .enumerate()
+        .all(|(i, level)| (*level == 0) == (i % width.max(1) == 0));
     ensure!(
-        rows > 0 && values.len().is_multiple_of(rows),
+        width > 0 && values.len() == rows * width && begins.len() == values.len() && regular,
         "lists of column {name:?} have different lengths"
     );
-    Ok(Array2::from_shape_vec((rows, values.len() / rows), values)?)
+    Ok(Array2::from_shape_vec((rows, width), values)?)
 }

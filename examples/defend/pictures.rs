@@ -60,26 +60,34 @@ impl Found {
         Arc::new(ImageFolder::from_paths(self.paths.clone()))
     }
 
-    /// The files as a data set with the masks that lie under the same names, as `NAME.png` or `NAME_mask.png`, in a folder; an error
+    /// The files as a data set with the masks that lie under the same names, as `NAME_mask.png` or `NAME.png`, in a folder; an error
     /// when none does.
     pub(crate) fn with_masks(&self, folder: &Path) -> Result<Arc<dyn Dataset>> {
         let mask = |inside: &PathBuf| {
             let stem = inside.file_stem()?.to_string_lossy();
-            let names = [format!("{stem}.png"), format!("{stem}_mask.png")];
+            let names = [format!("{stem}_mask.png"), format!("{stem}.png")];
             let paths = names.map(|name| folder.join(inside.with_file_name(name)));
             paths.into_iter().find(|path| path.exists())
         };
         let masks: Vec<Option<PathBuf>> = self.inside.iter().map(mask).collect();
+        let same =
+            |path: &PathBuf, mask: &PathBuf| path.canonicalize().ok() == mask.canonicalize().ok();
+        let pairs = self.paths.iter().zip(&masks);
+        for (path, mask) in pairs.filter_map(|(path, mask)| Some((path, mask.as_ref()?))) {
+            if same(path, mask) {
+                bail!("{} cannot be its own mask", path.display());
+            }
+        }
         let found = masks.iter().flatten().count();
         if found == 0 {
             bail!(
-                "{} holds no mask: expected NAME.png or NAME_mask.png for a picture NAME",
+                "{} holds no mask: expected NAME_mask.png or NAME.png for a picture NAME",
                 folder.display()
             );
         }
         eprintln!("{found} of {} pictures have a mask", masks.len());
         Ok(Arc::new(
-            ImageFolder::from_paths(self.paths.clone()).with_masks(masks),
+            ImageFolder::from_paths(self.paths.clone()).with_masks(masks)?,
         ))
     }
 }

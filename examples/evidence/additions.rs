@@ -51,7 +51,7 @@ pub(crate) fn measure(assets: &Assets, count: usize) -> Result<()> {
     }
     let adding = start.elapsed().as_secs_f64();
     let start = Instant::now();
-    detector.learn_additions(additions)?;
+    detector.learn_additions(&additions)?;
     let refit = start.elapsed().as_secs_f64();
     let (_, of_all) = fit(paths)?;
     println!(

@@ -133,6 +133,10 @@ fn tiles_regions_and_known_faults() {
     assert!(error.contains("columns and rows"), "{error}");
     let error = with(&["--abnormal", "odd", "--abnormal-masks", "normal"]);
     assert!(error.contains("no mask"), "{error}");
+    let error = with(&["--abnormal", "odd", "--abnormal-masks", "odd"]);
+    assert!(error.contains("its own mask"), "{error}");
+    let error = with(&["--tiles", "16x16", "--image-size", "448"]);
+    assert!(error.contains("tiles") && error.contains("4096"), "{error}");
     assert!(!folder.join("none.defend").exists());
 }
 

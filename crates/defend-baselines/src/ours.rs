@@ -50,6 +50,14 @@ impl System for Ours {
             fit: teacher.preprocess().fit,
             ..self.config()
         };
+        if settings.region.is_some() {
+            return Err(Error::Config {
+                field: "region",
+                value: "set".into(),
+                expected: "null: masks, boxes and pages of a benchmark are of whole pictures"
+                    .into(),
+            });
+        }
         let layers = settings
             .masked_student()
             .map_or(1, |masked| masked.distill.layers);
@@ -82,7 +90,7 @@ impl System for Ours {
                 expected: "false for the closed form, which knows the spread of its values".into(),
             });
         };
-        let pictures = teacher.read(normal, observer)?;
+        let pictures = teacher.read_for(&fitted.detector, normal, observer)?;
         let indices: Vec<usize> = (0..pictures.len()).collect();
         let mut errors = Vec::with_capacity(indices.len());
         for batch in indices.chunks(BATCH) {

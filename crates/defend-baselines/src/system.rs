@@ -123,7 +123,26 @@ impl Teacher {
         images: Arc<dyn Dataset>,
         observer: &mut dyn Observer,
     ) -> Result<Pictures, Error> {
-        let preprocess = self.preprocess.clone();
+        self.prepared(images, &self.preprocess, observer)
+    }
+
+    /// As [`Teacher::read`], prepared as a detector wants them.
+    pub(crate) fn read_for(
+        &self,
+        detector: &dyn NoveltyDetector,
+        images: Arc<dyn Dataset>,
+        observer: &mut dyn Observer,
+    ) -> Result<Pictures, Error> {
+        self.prepared(images, detector.preprocess(), observer)
+    }
+
+    fn prepared(
+        &self,
+        images: Arc<dyn Dataset>,
+        preprocess: &Preprocess,
+        observer: &mut dyn Observer,
+    ) -> Result<Pictures, Error> {
+        let preprocess = preprocess.clone();
         Pictures::read(
             images,
             preprocess,

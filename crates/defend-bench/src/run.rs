@@ -315,10 +315,7 @@ impl Bench<'_> {
         let (values, truth) = (ArrayView1::from(&values), ArrayView1::from(&split.abnormal));
         let maps: Vec<Option<&PatchMap>> = novelties.iter().map(|n| n.map.as_ref()).collect();
         let all_maps: Option<Vec<&PatchMap>> = maps.iter().copied().collect();
-        // A map of a region does not lie over the whole mask.
-        let whole = detector.preprocess().region.is_none();
-        let masks = test.masks.as_deref().filter(|_| whole);
-        let pixels = pixel_figures(masks, &maps)?;
+        let pixels = pixel_figures(test.masks.as_deref(), &maps)?;
         let objects = match task.experiment {
             Some(experiment) => {
                 let normal = |class| experiment.protocol.label(&[class]) == Label::Normal;

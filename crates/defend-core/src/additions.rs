@@ -23,7 +23,7 @@ use crate::{Detector, Error, Learnt};
 /// for path in ["confirmed/17.jpg", "confirmed/18.jpg"] {
 ///     additions.add(path, &read_image(path)?)?;
 /// }
-/// detector.learn_additions(additions)?;
+/// detector.learn_additions(&additions)?;
 /// # Ok::<(), defend_core::Error>(())
 /// ```
 pub struct Additions {
@@ -73,9 +73,11 @@ impl Detector {
     /// Gathers normal images one by one, for [`Detector::learn_additions`].
     ///
     /// # Errors
-    /// [`Error::Config`] for a masked student.
+    /// [`Error::Config`] for a masked student; [`Error::Evidence`] for a model that cannot learn on without its images, which
+    /// [`Detector::learn_normal`] refuses too.
     pub fn additions(&self) -> Result<Additions, Error> {
         let closed = self.closed_form()?;
+        closed.evidence.can_be_refitted()?;
         Ok(Additions {
             teacher: Arc::clone(&closed.teacher),
             blocks: closed.blocks.clone(),
@@ -88,16 +90,20 @@ impl Detector {
 
     /// Learns normal images that were gathered one by one, as [`Detector::learn_normal`] learns a data set.
     ///
-    /// A failure leaves the detector as it was.
+    /// A failure leaves the detector as it was, and the images are still there.
     ///
     /// # Errors
     /// [`Error::Config`] for images that were gathered for another detector; as [`Detector::learn_normal`].
-    pub fn learn_additions(&mut self, additions: Additions) -> Result<Learnt, Error> {
-        if !Arc::ptr_eq(&self.closed_form()?.teacher, &additions.teacher) {
+    pub fn learn_additions(&mut self, additions: &Additions) -> Result<Learnt, Error> {
+        let closed = self.closed_form()?;
+        let same = Arc::ptr_eq(&closed.teacher, &additions.teacher)
+            && closed.blocks == additions.blocks
+            && self.preprocess == additions.preprocess;
+        if !same {
             return Err(Error::Config {
                 field: "additions",
                 value: "those of another detector".into(),
-                expected: "images that were gathered with this one's teacher".into(),
+                expected: "images that were gathered for this one".into(),
             });
         }
         if additions.is_empty() {

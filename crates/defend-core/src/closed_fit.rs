@@ -18,6 +18,9 @@ use crate::{Background, Error, MapScale, PatchMap};
 /// How far above what is usual in the normal images a map's colour is full, as a multiple of their 99th percentile.
 const HEADROOM: f32 = 2.0;
 
+/// Images in tiles whose patches are looked at, however many tiles there are: fewer would leave no threshold.
+const LEAST_TILED: usize = 64;
+
 impl Stages<'_> {
     pub(crate) fn closed_form(
         &mut self,
@@ -29,8 +32,11 @@ impl Stages<'_> {
         let tiling = tiling_of(teacher.spec(), &self.config);
         let blocks = TokenBlocks::of(teacher.spec().architecture.depth).in_tiles(tiling);
         let mut config = config.clone();
-        // As many tiles are kept in memory as images without tiles would be.
-        config.patches.images = (config.patches.images / tiling.map_or(1, |t| t.count())).max(1);
+        // About as many tiles are kept in memory as images without tiles would be.
+        if let Some(tiling) = tiling {
+            let fewer = config.patches.images / tiling.count();
+            config.patches.images = config.patches.images.min(fewer.max(LEAST_TILED));
+        }
         let config = &config;
         let mut normals = Normals::new(&**teacher, &blocks, &self.pictures);
         let images = normals.embeddings(config.objects.images, self.observer)?;

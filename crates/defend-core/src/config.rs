@@ -205,7 +205,7 @@ impl DefendConfig {
                 return fault("null, or a closed-form student on a teacher that is not tuned");
             }
             if self.fit != Fit::Squash {
-                return fault("null, or pictures that are squashed: a crop has no whole to be cut");
+                return fault("null, or fit = squash: tiles are cut from the whole picture");
             }
         }
         match &self.student {

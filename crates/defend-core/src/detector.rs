@@ -327,7 +327,10 @@ impl NoveltyDetector for Detector {
     }
 
     fn batch(&self) -> usize {
-        self.config.batch
+        match &self.student {
+            StudentStage::ClosedForm(closed) => closed.blocks.images_of(self.config.batch),
+            StudentStage::Masked(_) => self.config.batch,
+        }
     }
 
     fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {

@@ -121,7 +121,8 @@ pub enum Error {
     },
     /// Models that are scored together have different teachers, or look at different parts of a picture.
     #[error(
-        "{model} was fitted with {found}, expected the teacher of the first model, {expected}, and its region and tiles"
+        "{model} looks at pictures in another way than the first model: its teacher is {found}, the first one's {expected}, and size, \
+         region and tiles have to be the same too"
     )]
     OtherProfile {
         /// The model.

@@ -61,7 +61,7 @@ impl Faulty<'_> {
         Ok((tokens, marked.collect::<Result<_, Error>>()?))
     }
 
-    /// Patches that lie under the white of a mask.
+    /// Patches that lie under the white of a mask; none where nothing is white in what is looked at.
     fn under(&self, mask: &GrayImage, grid: Grid) -> Result<Vec<usize>, Error> {
         let white = RgbImage::from_fn(mask.width(), mask.height(), |x, y| {
             let white = mask.get_pixel(x, y).0[0] > 0;
@@ -81,8 +81,13 @@ impl Faulty<'_> {
                 *sum += f64::from(pixel.0[0]);
             }
         }
-        let least = LEAST_SHARE * 255.0 * (side * side) as f64;
-        let faulty = sums.iter().enumerate().filter(|(_, sum)| **sum > least);
+        let largest = sums.iter().copied().fold(0.0, f64::max);
+        // A fault that is smaller than that is in the patch that has most of it.
+        let least = (LEAST_SHARE * 255.0 * (side * side) as f64).min(largest);
+        let faulty = sums
+            .iter()
+            .enumerate()
+            .filter(|(_, sum)| **sum > 0.0 && **sum >= least);
         Ok(faulty.map(|(patch, _)| patch).collect())
     }
 }

@@ -192,8 +192,8 @@ impl FeatureTable {
         })
     }
 
-    /// Writes a safetensors file, which appears whole or not at all: `cls_before`, `cls` and `mean_patch` in `f32`, and `phi`, what the
-    /// posterior compares: the three at unit length, joined, at unit length again. Names and hashes are JSON in its metadata, under
+    /// Writes a safetensors file, which appears whole or not at all: `cls_before`, `cls` and `mean_patch` in `f32`, and `phi`: the
+    /// three at unit length, joined, at unit length again. (The posterior weighs the first of them more, `posterior.first_part`.) Names and hashes are JSON in its metadata, under
     /// `defend.features`.
     ///
     /// # Errors
@@ -338,7 +338,7 @@ impl DefendBuilder {
             false,
             embedded,
         )?;
-        let preprocess = preprocess_for(teacher.encoder().spec(), &config);
+        let preprocess = preprocess_for(teacher.encoder().spec(), &config)?;
         let teacher = teacher.frozen_encoder(config.arithmetic)?;
         let background = background.ready(&*teacher, config.fit, (&device, strict), observer)?;
         let names = |image: usize| table.names().get(image).cloned().unwrap_or_default();

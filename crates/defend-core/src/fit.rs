@@ -125,7 +125,7 @@ impl DefendBuilder {
             config.dense.is_some(),
             embedded,
         )?;
-        let preprocess = preprocess_for(teacher.encoder().spec(), &config);
+        let preprocess = preprocess_for(teacher.encoder().spec(), &config)?;
         let pictures = Pictures::read(
             Arc::new(normal),
             preprocess.clone(),

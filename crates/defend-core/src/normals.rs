@@ -44,6 +44,11 @@ impl<'a> Normals<'a> {
         self.teacher
     }
 
+    /// Images that are looked at together.
+    fn batch(&self) -> usize {
+        self.blocks.images_of(PASS_BATCH)
+    }
+
     pub(crate) fn blocks(&self) -> &TokenBlocks {
         self.blocks
     }
@@ -81,7 +86,7 @@ impl<'a> Normals<'a> {
         }
         if !places.is_empty() {
             let rows: Vec<usize> = (0..chosen.len()).collect();
-            self.places = Some((chosen, rows_of(&places, &rows)?));
+            self.places = Some((chosen, rows_of(&places, &rows, self.batch())?));
         }
         let embeddings = Embeddings::joined(&batches)?.select(&place_of);
         self.order = place_of;
@@ -120,7 +125,10 @@ impl<'a> Normals<'a> {
     ) -> Result<PatchTokens, Error> {
         if !self.patches.is_empty() {
             let places = images.iter().filter_map(|&i| self.order.get(i).copied());
-            return rows_of(&self.patches, &places.collect::<Vec<_>>());
+            let places: Vec<usize> = places.collect();
+            return self
+                .blocks
+                .in_parts(rows_of(&self.patches, &places, self.batch())?);
         }
         let (mut again, wanted) = (
             Vec::new(),
@@ -139,7 +147,8 @@ impl<'a> Normals<'a> {
                 Ok(())
             },
         )?;
-        rows_of(&again, &(0..images.len()).collect::<Vec<_>>())
+        let rows: Vec<usize> = (0..images.len()).collect();
+        self.blocks.in_parts(rows_of(&again, &rows, self.batch())?)
     }
 
     /// Hands over what is taken of each batch; `wanted` of the one that begins at a place in `images`. Features that are not finite
@@ -157,11 +166,11 @@ impl<'a> Normals<'a> {
             images: images.len() as u64,
         });
         self.pictures.announce(images);
-        for (number, batch) in images.chunks(PASS_BATCH).enumerate() {
+        for (number, batch) in images.chunks(self.batch()).enumerate() {
             let embedded = self.blocks.embed(
                 self.teacher,
                 &self.pictures.images(batch)?,
-                wanted(number * PASS_BATCH),
+                wanted(number * self.batch()),
             );
             on_batch(embedded.map_err(|error| {
                 match error {
@@ -185,12 +194,12 @@ impl<'a> Normals<'a> {
     }
 }
 
-/// Rows of batches of [`PASS_BATCH`] images, in the order asked for.
-fn rows_of(batches: &[PatchTokens], rows: &[usize]) -> Result<PatchTokens, Error> {
+/// Rows of batches of `size` images, in the order asked for.
+fn rows_of(batches: &[PatchTokens], rows: &[usize], size: usize) -> Result<PatchTokens, Error> {
     let blocks = batches.first().map_or(0, |tokens| tokens.blocks().len());
     let join = |block: usize| -> Result<Array3<f32>, Error> {
         let of_image = |&row: &usize| {
-            let (batch, at) = (row / PASS_BATCH, row % PASS_BATCH);
+            let (batch, at) = (row / size, row % size);
             let tokens = batches.get(batch)?.blocks().get(block)?;
             Some(tokens.index_axis(Axis(0), at))
         };

@@ -81,6 +81,9 @@ pub fn preprocess_of(spec: &BackboneSpec, fit: defend_data::Fit) -> Preprocess {
     }
 }
 
+/// Longest side of all tiles together, pixels.
+const LARGEST_INPUT: usize = 4096;
+
 /// The tiles that settings ask for.
 pub(crate) fn tiling_of(spec: &BackboneSpec, config: &DefendConfig) -> Option<Tiling> {
     let teacher = &spec.architecture;
@@ -89,22 +92,37 @@ pub(crate) fn tiling_of(spec: &BackboneSpec, config: &DefendConfig) -> Option<Ti
 }
 
 /// The preprocessing that a backbone and settings ask for.
-pub(crate) fn preprocess_for(spec: &BackboneSpec, config: &DefendConfig) -> Preprocess {
+///
+/// # Errors
+/// [`Error::Config`] for more tiles than an input holds.
+pub(crate) fn preprocess_for(
+    spec: &BackboneSpec,
+    config: &DefendConfig,
+) -> Result<Preprocess, Error> {
     let preprocess = Preprocess {
         region: config.region.clone(),
         ..preprocess_of(spec, config.fit)
     };
     let Some(tiling) = tiling_of(spec, config) else {
-        return preprocess;
+        return Ok(preprocess);
     };
     let pixels = |side: usize| u32::try_from(side).unwrap_or(u32::MAX);
     let (width, height) = tiling.input_size();
-    Preprocess {
+    if width.max(height) > LARGEST_INPUT {
+        return Err(Error::Config {
+            field: "tiles",
+            value: format!("{width} x {height} px together"),
+            expected: format!(
+                "at most {LARGEST_INPUT} px a side: fewer tiles or a smaller image size"
+            ),
+        });
+    }
+    Ok(Preprocess {
         size: pixels(width),
         height: (height != width).then(|| pixels(height)),
         smallest: Some(pixels(tiling.side())),
         ..preprocess
-    }
+    })
 }
 
 /// Normalised pictures as a tensor `[B, 3, height, width]`.

@@ -7,6 +7,7 @@ use defend_vit::{Encoder, Layer};
 use ndarray::{Array2, Array3};
 
 use crate::Error;
+use crate::fit::PASS_BATCH;
 use crate::tiles::Tiling;
 
 /// What is wanted of a pass beside the embeddings.
@@ -131,25 +132,39 @@ impl TokenBlocks {
         images: &Tensor,
         tiling: &Tiling,
     ) -> Result<PatchTokens, Error> {
+        let tiles = tiling.cut(images)?;
         let mut batches = vec![Vec::new(); self.middle.len()];
-        // As many tiles at a time as images without tiles, so that the memory of a pass stays the same.
-        let images_at_once = images.dim(0)?.div_ceil(tiling.count()).max(1);
-        for first in (0..images.dim(0)?).step_by(images_at_once) {
-            let some = images.narrow(0, first, images_at_once.min(images.dim(0)? - first))?;
-            let layers = teacher.intermediates(&tiling.cut(&some)?, &self.middle)?;
+        for first in (0..tiles.dim(0)?).step_by(PASS_BATCH) {
+            let some = tiles.narrow(0, first, PASS_BATCH.min(tiles.dim(0)? - first))?;
+            let layers = teacher.intermediates(&some, &self.middle)?;
             for (block, batch) in self.middle.iter().zip(&mut batches) {
                 let patches = &layer_of(&layers, &self.middle, *block)?.patches;
-                let patches = tiling.stitch(&patches.to_dtype(DType::F32)?)?;
-                batch.push(if tiling.per_position() {
-                    with_positions(&patches, tiling)?
-                } else {
-                    patches
-                });
+                batch.push(patches.to_dtype(DType::F32)?);
             }
         }
-        let blocks = batches.iter().map(|batch| cube(&Tensor::cat(batch, 0)?));
-        let tokens = PatchTokens::new(blocks.collect::<Result<_, Error>>()?)?;
-        Ok(tokens.in_parts(&tiling.tile_of_patches())?)
+        let blocks = batches.iter().map(|batch| {
+            let patches = tiling.stitch(&Tensor::cat(batch, 0)?)?;
+            cube(&if tiling.per_position() {
+                with_positions(&patches, tiling)?
+            } else {
+                patches
+            })
+        });
+        self.in_parts(PatchTokens::new(blocks.collect::<Result<_, Error>>()?)?)
+    }
+
+    /// Patches of images in tiles as such.
+    pub(crate) fn in_parts(&self, tokens: PatchTokens) -> Result<PatchTokens, Error> {
+        Ok(match &self.tiling {
+            Some(tiling) => tokens.in_parts(&tiling.tile_of_patches())?,
+            None => tokens,
+        })
+    }
+
+    /// Of `images` in a pass, how many are looked at together, so that a pass over tiles takes no more memory.
+    pub(crate) fn images_of(&self, images: usize) -> usize {
+        let tiles = self.tiling.map_or(1, |tiling| tiling.count());
+        (images / tiles.max(1)).max(1)
     }
 }
 
@@ -165,8 +180,9 @@ fn layer_of<'a>(layers: &'a [Layer], blocks: &[usize], block: usize) -> Result<&
         })
 }
 
-/// Patch tokens `[B, N, D]` with a channel for each tile that says which one they are from, `[B, N, D + tiles]`: patches of other
-/// tiles are then farther than any of the same, and distances within a tile are halved.
+/// Patch tokens `[B, N, D]` with a channel for each tile that says which one they are from, `[B, N, D + tiles]`: distances within a
+/// tile are halved, and those to patches of other tiles are a half more, which is farther than any patch of the same tile
+/// whose cosine is not below 0.
 fn with_positions(tokens: &Tensor, tiling: &Tiling) -> Result<Tensor, Error> {
     let (images, patches, _) = tokens.dims3()?;
     let tiles = tiling.count();

@@ -294,20 +294,24 @@ fn images_that_come_one_by_one_are_learnt_together() -> Result<(), Error> {
     let empty = additions.add("empty", &RgbImage::new(0, 3)).unwrap_err();
     assert!(matches!(empty, Error::Data(_)), "{empty}");
     assert_eq!(additions.len(), 10);
-    assert_eq!(detector.learn_additions(additions)?.images, 10);
+    assert_eq!(detector.learn_additions(&additions)?.images, 10);
     let pairs = scores(&detector, queries());
     for (found, expected) in pairs.iter().zip(scores(&whole, queries())) {
         assert!((found - expected).abs() < 1e-4, "{found} beside {expected}");
     }
     assert_eq!(detector.normal_names(), whole.normal_names());
 
+    let patches_count = fit(builder(), pictures(&[(0, 0..30)]));
+    assert!(patches_count.evidence().unwrap().patch_weight() > 0.0);
+    assert!(matches!(patches_count.additions(), Err(Error::Evidence(_))));
+
     let before = scores(&detector, queries());
     let nothing = detector.additions()?;
     assert!(matches!(
-        detector.learn_additions(nothing),
+        detector.learn_additions(&nothing),
         Err(Error::NoImages { .. })
     ));
-    let error = detector.learn_additions(whole.additions()?).unwrap_err();
+    let error = detector.learn_additions(&whole.additions()?).unwrap_err();
     assert!(error.to_string().contains("another detector"), "{error}");
     assert_eq!(scores(&detector, queries()), before, "nothing changed");
     Ok(())

@@ -118,6 +118,40 @@ fn a_small_fault_is_found_in_its_tile_and_survives_a_file() -> Result<(), Error>
     Ok(())
 }
 
+/// Left-out values of the fit and scores are made in the same way: new normal parts are as far from normal as left-out ones.
+#[test]
+fn tiles_of_new_parts_are_judged_as_those_of_left_out_ones() -> Result<(), Error> {
+    // Faults of all normal pictures at places of their own, so that worst patches are in one tile of several.
+    let speckled = |numbers: std::ops::Range<u32>| {
+        let mut memory = Memory::default();
+        for number in numbers {
+            let mut picture = part(number, None);
+            for speck in 0..12u32 {
+                let (x, y) = (
+                    (number * 31 + speck * 37) % 92,
+                    (number * 17 + speck * 53) % 92,
+                );
+                let shade = (number * 13 + speck * 29) % 250;
+                picture.put_pixel(x, y, [shade as u8, 255 - shade as u8, 90].into());
+            }
+            memory.push(format!("{number}"), picture, vec![]);
+        }
+        memory
+    };
+    let fitted = Defend::builder()
+        .teacher(teacher(7))
+        .config(settings(tiles(3, 3, 0.0, TileMemory::Shared)))
+        .fit(speckled(0..60), &mut Silent)?;
+    let found = scan(&fitted.detector, speckled(60..120), &mut Silent)?.findings;
+    let z = found.iter().map(|finding| {
+        let explained = finding.novelty.explanation.as_ref().unwrap();
+        explained.patches.expect("patches count").z
+    });
+    let mean = z.sum::<f64>() / found.len() as f64;
+    assert!(mean.abs() < 0.5, "{mean}");
+    Ok(())
+}
+
 /// With a memory for each position a patch is never explained by one of another tile.
 #[test]
 fn what_is_normal_elsewhere_is_not_normal_here() -> Result<(), Error> {
@@ -332,7 +366,7 @@ fn what_does_not_fit_is_named_and_nothing_is_lost() -> Result<(), Error> {
     let set = ProfileSet::new(vec![("a".into(), detector), ("b".into(), other)]);
     let error = set.err().unwrap().to_string();
     assert!(
-        error.contains("b was fitted") && error.contains("tiles"),
+        error.starts_with("b looks") && error.contains("tiles"),
         "{error}"
     );
     Ok(())

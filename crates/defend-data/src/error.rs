@@ -100,7 +100,7 @@ pub enum Error {
     },
     /// A picture is smaller than the tiles that it is to be cut into.
     #[error(
-        "{width} x {height} px are to be cut into tiles of {smallest} px, expected at least one tile: use fewer or no tiles"
+        "{width} x {height} px are to be cut into tiles of {smallest} px, expected at least one tile: use no tiles, or a smaller image size"
     )]
     TooSmall {
         /// Width of what is looked at, pixels.

@@ -57,10 +57,19 @@ impl ImageFolder {
     }
 
     /// With masks of where the novelty is: one for each of the files, or none. A mask is as large as its image.
-    #[must_use]
-    pub fn with_masks(mut self, masks: Vec<Option<PathBuf>>) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Config`] for another number of masks than files.
+    pub fn with_masks(mut self, masks: Vec<Option<PathBuf>>) -> Result<Self, Error> {
+        if masks.len() != self.paths.len() {
+            return Err(Error::Config {
+                field: "masks",
+                value: masks.len() as f64,
+                expected: "as many as files",
+            });
+        }
         self.masks = masks;
-        self
+        Ok(self)
     }
 
     /// The files.

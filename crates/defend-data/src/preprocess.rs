@@ -115,7 +115,7 @@ impl Preprocess {
                 fine,
                 "height",
                 height as f32,
-                "1..=4096, and pictures that are squashed",
+                "1..=4096, or none where pictures are cropped",
             )?;
         }
         if let Some(region) = &self.region {

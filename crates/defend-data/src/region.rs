@@ -191,17 +191,14 @@ impl Region {
     /// [`Error::Region`] for a rectangle that does not lie in the image, and for an image of another shape than the mask.
     pub fn cut(&self, picture: &RgbImage, fill: [u8; 3]) -> Result<RgbImage, Error> {
         self.validate()?;
-        let &Self::Rectangle {
-            x,
-            y,
-            width,
-            height,
-        } = self
-        else {
-            return match self {
-                Self::Mask(mask) => mask.cut(picture, fill),
-                Self::Rectangle { .. } => Ok(picture.clone()),
-            };
+        let (x, y, width, height) = match self {
+            Self::Mask(mask) => return mask.cut(picture, fill),
+            &Self::Rectangle {
+                x,
+                y,
+                width,
+                height,
+            } => (x, y, width, height),
         };
         let (picture_width, picture_height) = picture.dimensions();
         let ends = |from: u32, side: u32, whole: u32| {

@@ -117,8 +117,8 @@ fn of_all(patches: ArrayView3<'_, f32>, direction: ArrayView1<'_, f64>) -> Vec<f
 pub struct KnownFaults<'a> {
     /// Patches of the images.
     pub tokens: &'a PatchTokens,
-    /// Numbers of the faulty patches of each image, where they are known: under a mask or a box. Of an image without, the worst
-    /// patches, as many as count for a score.
+    /// Numbers of the faulty patches of each image, where they are known, such as under a mask; an empty list is an image without
+    /// any. Of an image for which nothing is known the worst patches are taken, as many as count for a score.
     pub marked: &'a [Option<Vec<usize>>],
 }
 
@@ -208,8 +208,8 @@ fn faulty_rows<'a>(
     let images = tokens.axis_iter(Axis(0)).zip(faults.marked).zip(distances);
     for ((image, marked), distances) in images {
         let places = match marked {
-            Some(marked) if !marked.is_empty() => marked.clone(),
-            _ => worst_places(distances.get(block).map_or(&[], Vec::as_slice), worst),
+            Some(marked) => marked.clone(),
+            None => worst_places(distances.get(block).map_or(&[], Vec::as_slice), worst),
         };
         let known = places.into_iter().filter(|place| *place < image.nrows());
         rows.extend(known.map(|place| image.index_axis_move(Axis(0), place)));

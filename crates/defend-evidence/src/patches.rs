@@ -351,8 +351,16 @@ pub(crate) fn worst_places(distances: &[f32], count: usize) -> Vec<usize> {
     places
 }
 
+/// Patches that are compared with the core set at a time: 14 MB of similarities.
+const COMPARED: usize = 1024;
+
 /// `1 - cosine` of each patch to the nearest of the core set that is not of the group `own`.
 fn nearest(patches: ArrayView2<'_, f32>, core: &CoreSet, own: Option<usize>) -> Vec<f32> {
+    let some = patches.axis_chunks_iter(Axis(0), COMPARED);
+    some.flat_map(|some| nearest_of(some, core, own)).collect()
+}
+
+fn nearest_of(patches: ArrayView2<'_, f32>, core: &CoreSet, own: Option<usize>) -> Vec<f32> {
     let mut similarities = product(patches, core.patches.view());
     if let Some(own) = own {
         for mut column in similarities

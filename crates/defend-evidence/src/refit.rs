@@ -3,7 +3,27 @@
 use crate::closed_form::{WeighedPatches, first_equal};
 use crate::{ClosedForm, Embeddings, Error};
 
+const PATCHES_COUNT: Error = Error::NeedsImages {
+    reason: "patches count in this model, and they are chosen from the images",
+};
+
 impl ClosedForm {
+    /// Whether [`ClosedForm::refit`] has what it needs.
+    ///
+    /// # Errors
+    /// [`Error::NeedsImages`] where patches count, and for a form that was saved without its background.
+    pub fn can_be_refitted(&self) -> Result<(), Error> {
+        if self.patch_weight > 0.0 {
+            return Err(PATCHES_COUNT);
+        }
+        if self.contrast.is_some() && self.background.is_none() {
+            return Err(Error::NeedsImages {
+                reason: "the model was saved by an earlier version, without its whole background",
+            });
+        }
+        Ok(())
+    }
+
     /// A fit on the kept images of `rows` and on `more`: what a fit on all of these from scratch gives, with the background, the
     /// known abnormal images and the object memory of this form. [`ClosedForm::kept`] of it numbers `rows`, then `more`. Of more
     /// images than are judged exactly only leaders of groups were kept: they stand for all.
@@ -14,17 +34,7 @@ impl ClosedForm {
     /// [`Error::NeedsImages`] where patches count, before or after, and for a form that was saved without its background;
     /// [`Error::AlsoAbnormal`] for one of `more` that is a known abnormal image; as [`ClosedForm::fit`].
     pub fn refit(&self, rows: &[usize], more: Option<&Embeddings>) -> Result<Self, Error> {
-        let patches_count = Error::NeedsImages {
-            reason: "patches count in this model, and they are chosen from the images",
-        };
-        if self.patch_weight > 0.0 {
-            return Err(patches_count);
-        }
-        if self.contrast.is_some() && self.background.is_none() {
-            return Err(Error::NeedsImages {
-                reason: "the model was saved by an earlier version, without its whole background",
-            });
-        }
+        self.can_be_refitted()?;
         if let Some(more) = more {
             self.normal.check_widths(more, "the normal embeddings")?;
             if let Some(known) = &self.known
@@ -38,7 +48,7 @@ impl ClosedForm {
         let all = Embeddings::joined(&all)?;
         let mut form = Self::fit(&all, self.background.as_ref(), &self.config)?;
         if form.patch_weight > 0.0 {
-            return Err(patches_count);
+            return Err(PATCHES_COUNT);
         }
         if let Some(known) = &self.known {
             form.learn_abnormal(&known.abnormal)?;

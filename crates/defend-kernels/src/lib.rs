@@ -49,3 +49,8 @@ pub fn column_sums(values: &[f32], columns: usize) -> Vec<f32> {
     }
     total
 }
+
+/// The README's example runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -49,3 +49,8 @@ pub use metric::{
 pub use pro::{PRO_FPR_LIMIT, pro};
 pub use roc::{RocCurve, RocPoint};
 pub use threshold::{FalseAlarmRate, Threshold, threshold_for};
+
+/// The README's example runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -24,3 +24,8 @@ pub use error::Error;
 pub use init::{normal, truncated_normal, xavier_uniform};
 pub use schedule::{Schedule, half_cosine};
 pub use training::{TensorCache, TrainingStep, rows_of, shuffled_batches};
+
+/// The README's example runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

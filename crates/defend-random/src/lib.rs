@@ -73,3 +73,8 @@ mod tests {
         );
     }
 }
+
+/// The README's example runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -49,3 +49,8 @@ pub use features::{
 pub use spec::{Architecture, BackboneSpec, Interpolation, Normalization};
 pub use vit::{TrainScope, Vit};
 pub use weights::Weights;
+
+/// The README's example runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
