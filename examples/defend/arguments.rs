@@ -20,7 +20,7 @@ pub(crate) struct Arguments {
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Learns from a folder of normal pictures and writes a model.
-    Fit(Fit),
+    Fit(Box<Fit>),
     /// Looks at ordinary photos with a backbone and writes what fits contrast with.
     Background(Background),
     /// Teaches a model more: known abnormal pictures, further normal ones, or what to forget.

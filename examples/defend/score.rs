@@ -26,7 +26,7 @@ pub(crate) fn run(arguments: &Score) -> Result<()> {
             link: false,
             format: arguments.format,
             paths: arguments.paths.clone(),
-            common: arguments.common.clone(),
+            common: arguments.common,
         });
     }
     let detector = arguments.common.load(model)?;

@@ -9,7 +9,7 @@ use defend_core::embedded_backbone;
 use defend_core::evidence::{ClosedForm, Embeddings, EvidenceConfig};
 use defend_core::metrics::auroc;
 use defend_core::nn::{Rng, shuffled_batches};
-use defend_core::vit::{Pretrained, TrainScope};
+use defend_core::vit::{TrainScope, Vit};
 use ndarray::{Array2, ArrayView1, Axis};
 
 use crate::more::{Kinds, cifar, fashion, mahalanobis, voc};
@@ -141,26 +141,37 @@ pub(crate) fn measure(mut assets: Assets, draws: usize, seed: u64) -> Result<()>
     )?;
     drop(sets);
 
-    // Four blocks: the backbone that ships inside.
+    let teacher = assets.teacher.copy(TrainScope::Frozen)?;
+    with_four_blocks(&mut assets, draws, seed)?;
+    at_larger_sizes(&mut assets, &teacher, draws, seed)?;
+    assets.teacher = teacher;
+    assets.blocks = vec![10, 11];
+    println!();
+    by_colour_and_texture(&assets, draws, seed)
+}
+
+/// The backbone that ships inside.
+fn with_four_blocks(assets: &mut Assets, draws: usize, seed: u64) -> Result<()> {
     assets.teacher = embedded_backbone().load(TrainScope::Frozen, &assets.device)?;
     assets.blocks = vec![0, 1, 2, 3];
-    let sets = Sets::of(&assets)?;
+    let sets = Sets::of(assets)?;
     for (name, parts) in [
         ("default, 4 blocks", &DEFAULT[..]),
         ("4 blocks, CLS of the last block, mean patch", &[3, 4]),
         ("4 blocks, CLS of the last three, mean patch", &[1, 2, 3, 4]),
     ] {
-        run(&sets, &Trial::new(name, parts))?;
+        row(&sets, &Trial::new(name, parts), draws, seed)?;
     }
-    drop(sets);
+    Ok(())
+}
 
-    let weights = folder.join("weights/vit_tiny_patch16_224");
-    let teacher = Pretrained::local(&weights).load(TrainScope::Frozen, &assets.device)?;
+/// Photos at more pixels.
+fn at_larger_sizes(assets: &mut Assets, teacher: &Vit, draws: usize, seed: u64) -> Result<()> {
     assets.blocks = vec![8, 9, 10, 11];
     for size in [224, 336, 448] {
         assets.teacher = teacher.resized(size, TrainScope::Frozen)?;
         let start = Instant::now();
-        let (kinds, ordinary) = (voc(&assets)?, assets.ordinary()?);
+        let (kinds, ordinary) = (voc(assets)?, assets.ordinary()?);
         let seconds = start.elapsed().as_secs_f64();
         let trial = Trial::new("", &DEFAULT);
         let found = mean_auroc(&kinds, &one_each(&kinds), &ordinary, &trial, draws, seed)?;
@@ -169,10 +180,7 @@ pub(crate) fn measure(mut assets: Assets, draws: usize, seed: u64) -> Result<()>
             100.0 * found
         );
     }
-    assets.teacher = teacher;
-    assets.blocks = vec![10, 11];
-    println!();
-    by_colour_and_texture(&assets, draws, seed)
+    Ok(())
 }
 
 fn row(sets: &Sets, trial: &Trial<'_>, draws: usize, seed: u64) -> Result<()> {
@@ -343,8 +351,8 @@ fn look(picture: &RgbImage) -> [f64; 3] {
     };
     for (x, y, pixel) in picture.enumerate_pixels() {
         let [r, g, b] = pixel.0.map(f64::from);
-        sums[0] += b - (r + g) / 2.0;
-        sums[1] += r - (g + b) / 2.0;
+        sums[0] += b - f64::midpoint(r, g);
+        sums[1] += r - f64::midpoint(g, b);
         if x > 0 && y > 0 {
             sums[2] += (grey(x, y) - grey(x - 1, y)).abs() + (grey(x, y) - grey(x, y - 1)).abs();
         }

@@ -215,8 +215,12 @@ fn features_marks_and_whole_folders() {
         folder,
     );
     assert!(error.contains("--together"), "{error}");
+    marks(folder);
+}
 
-    // Somebody looks at the table and marks two pictures.
+/// Somebody looks at a table and marks two pictures, which the model then learns.
+fn marks(folder: &Path) {
+    let score = |model: &str| said(&["score", "--model", model, "new"], folder);
     let table = said(
         &[
             "score",

@@ -17,6 +17,9 @@ const PICTURE_BYTES: usize = 256 << 20;
 /// Share of a patch under the mask from which it is faulty.
 const LEAST_SHARE: f64 = 0.1;
 
+/// Faulty patches of an image, where they are known.
+type Marked = Option<Vec<usize>>;
+
 /// Known faulty images, and how they are prepared.
 pub(crate) struct Faulty<'a> {
     pub(crate) images: &'a Arc<dyn Dataset>,
@@ -33,7 +36,7 @@ impl Faulty<'_> {
         blocks: &TokenBlocks,
         limit: usize,
         observer: &mut dyn Observer,
-    ) -> Result<(PatchTokens, Vec<Option<Vec<usize>>>), Error> {
+    ) -> Result<(PatchTokens, Vec<Marked>), Error> {
         let pictures = Pictures::read(
             Arc::clone(self.images),
             self.preprocess.clone(),

@@ -49,6 +49,10 @@ fn settings(tiles: Option<Tiles>) -> DefendConfig {
     }
 }
 
+fn settings_in(tiles: Tiles) -> DefendConfig {
+    settings(Some(tiles))
+}
+
 fn fit(config: DefendConfig) -> Result<Detector, Error> {
     let fitted = Defend::builder()
         .teacher(teacher(7))
@@ -57,13 +61,13 @@ fn fit(config: DefendConfig) -> Result<Detector, Error> {
     Ok(fitted.detector)
 }
 
-fn tiles(columns: usize, rows: usize, overlap: f64, memory: TileMemory) -> Option<Tiles> {
-    Some(Tiles {
+fn tiles(columns: usize, rows: usize, overlap: f64, memory: TileMemory) -> Tiles {
+    Tiles {
         columns,
         rows,
         overlap,
         memory,
-    })
+    }
 }
 
 fn scan_of(detector: &Detector, fault: Option<(u32, u32)>) -> Result<Scan, Error> {
@@ -88,7 +92,7 @@ fn a_small_fault_is_found_in_its_tile_and_survives_a_file() -> Result<(), Error>
         (3, 3, 0.25, TileMemory::PerPosition),
         (4, 2, 0.5, TileMemory::Shared),
     ] {
-        let detector = fit(settings(tiles(columns, rows, overlap, memory)))?;
+        let detector = fit(settings_in(tiles(columns, rows, overlap, memory)))?;
         let (normal, faulty) = (
             scan_of(&detector, None)?,
             scan_of(&detector, Some((66, 34)))?,
@@ -135,7 +139,7 @@ fn tiles_of_new_parts_are_judged_as_those_of_left_out_ones() -> Result<(), Error
     };
     let fitted = Defend::builder()
         .teacher(teacher(7))
-        .config(settings(tiles(3, 3, 0.0, TileMemory::Shared)))
+        .config(settings_in(tiles(3, 3, 0.0, TileMemory::Shared)))
         .fit(speckled(60), &mut Silent)?;
     let found = scan(&fitted.detector, speckled(60), &mut Silent)?.findings;
     let z = found.iter().map(|finding| {
@@ -169,7 +173,7 @@ fn what_is_normal_elsewhere_is_not_normal_here() -> Result<(), Error> {
     let patches_z = |memory: TileMemory| -> Result<f64, Error> {
         let fitted = Defend::builder()
             .teacher(teacher(7))
-            .config(settings(tiles(3, 3, 0.0, memory)))
+            .config(settings_in(tiles(3, 3, 0.0, memory)))
             .fit(set(0..24, false), &mut Silent)?;
         let found = scan(&fitted.detector, set(30..36, true), &mut Silent)?;
         let explained = found.findings[0].novelty.explanation.as_ref().unwrap();
@@ -271,7 +275,7 @@ fn known_faults_are_learnt_and_kept() -> Result<(), Error> {
         memory
     };
     // 144 patches of the whole picture, or 64 of each tile, so that the worst five are few.
-    for (tiled, size) in [(None, 96), (tiles(2, 2, 0.5, TileMemory::Shared), 64)] {
+    for (tiled, size) in [(None, 96), (Some(tiles(2, 2, 0.5, TileMemory::Shared)), 64)] {
         let build = || {
             let config = DefendConfig {
                 image_size: Some(size),
@@ -325,7 +329,7 @@ fn known_faults_are_learnt_and_kept() -> Result<(), Error> {
 
 #[test]
 fn what_does_not_fit_is_named_and_nothing_is_lost() -> Result<(), Error> {
-    let detector = fit(settings(tiles(2, 2, 0.0, TileMemory::Shared)))?;
+    let detector = fit(settings_in(tiles(2, 2, 0.0, TileMemory::Shared)))?;
     let mut small = parts(30..32, None);
     small.push("too small", RgbImage::new(31, 96), vec![]);
     let found = scan(&detector, small, &mut Silent)?;
@@ -350,10 +354,10 @@ fn what_does_not_fit_is_named_and_nothing_is_lost() -> Result<(), Error> {
 
     let masked = DefendConfig {
         student: Student::Masked(MaskedConfig::default()),
-        ..settings(tiles(2, 2, 0.0, TileMemory::Shared))
+        ..settings_in(tiles(2, 2, 0.0, TileMemory::Shared))
     };
     assert!(fit(masked).err().unwrap().to_string().contains("tiles"));
-    let config = settings(tiles(2, 2, 0.0, TileMemory::Shared));
+    let config = settings_in(tiles(2, 2, 0.0, TileMemory::Shared));
     let builder = || Defend::builder().teacher(teacher(7)).config(config.clone());
     let error = builder()
         .embed(parts(0..4, None), &mut Silent)
@@ -361,7 +365,7 @@ fn what_does_not_fit_is_named_and_nothing_is_lost() -> Result<(), Error> {
         .unwrap();
     assert!(error.to_string().contains("tiles"), "{error}");
 
-    let other = fit(settings(tiles(2, 2, 0.0, TileMemory::PerPosition)))?;
+    let other = fit(settings_in(tiles(2, 2, 0.0, TileMemory::PerPosition)))?;
     let set = ProfileSet::new(vec![("a".into(), detector), ("b".into(), other)]);
     let error = set.err().unwrap().to_string();
     assert!(
@@ -382,7 +386,7 @@ fn tiles_share_the_background_of_whole_pictures() -> Result<(), Error> {
     )?;
     let fitted = Defend::builder()
         .teacher(teacher(7))
-        .config(settings(tiles(2, 2, 0.0, TileMemory::Shared)))
+        .config(settings_in(tiles(2, 2, 0.0, TileMemory::Shared)))
         .background(background)
         .fit(parts(0..24, None), &mut Silent)?;
     let report = fitted.closed_form().unwrap();

@@ -56,7 +56,7 @@ pub fn decode_image(bytes: &[u8], origin: &str) -> Result<RgbImage, Error> {
 }
 
 /// A mask as shades of grey, which has to be as large as its picture.
-pub(crate) fn mask_of(picture: &Path, path: &Path, mask: RgbImage) -> Result<GrayImage, Error> {
+pub(crate) fn mask_of(picture: &Path, path: &Path, mask: &RgbImage) -> Result<GrayImage, Error> {
     let (picture_width, picture_height) = read_dimensions(picture)?;
     let (width, height) = mask.dimensions();
     if (width, height) != (picture_width, picture_height) {
@@ -68,7 +68,7 @@ pub(crate) fn mask_of(picture: &Path, path: &Path, mask: RgbImage) -> Result<Gra
             picture_height,
         });
     }
-    Ok(image::imageops::grayscale(&mask))
+    Ok(image::imageops::grayscale(mask))
 }
 
 /// Width and height of an image file's picture as [`read_image`] gives it, from the file's header.

@@ -103,7 +103,7 @@ impl Dataset for ImageFolder {
         let Some(Some(path)) = self.masks.get(index) else {
             return Ok(None);
         };
-        Ok(Some(mask_of(picture, path, read_image(path)?)?))
+        Ok(Some(mask_of(picture, path, &read_image(path)?)?))
     }
 
     fn classes(&self, _index: usize) -> &[ClassId] {

@@ -114,7 +114,7 @@ impl Dataset for MvtecAd {
             return Ok(None);
         };
         let mask = read_picture(path, MISSING)?;
-        Ok(Some(mask_of(&found.picture, path, mask)?))
+        Ok(Some(mask_of(&found.picture, path, &mask)?))
     }
 
     fn class_names(&self) -> &[String] {

@@ -186,7 +186,7 @@ fn direction(
     let rows: Vec<_> = faulty.iter().map(|row| row.insert_axis(Axis(0))).collect();
     let wrong = || Error::Shape {
         what: "channels of the faulty patches".into(),
-        found: faulty.iter().map(|row| row.len()).take(1).collect(),
+        found: faulty.first().map_or_else(Vec::new, |row| vec![row.len()]),
         expected: vec![core.patches.ncols()],
     };
     let faulty = concatenate(Axis(0), &rows).map_err(|_| wrong())?;

@@ -76,6 +76,9 @@ impl Columns {
     }
 
     /// Some blocks of columns that are one group.
+    ///
+    /// # Panics
+    /// For columns of several groups.
     pub fn part(self, blocks: Range<usize>) -> Self {
         assert_eq!(self.group, self.count);
         let ends = [blocks.start, blocks.end].map(|i| (i * self.width).min(self.count));

@@ -202,6 +202,9 @@ impl Target<'_, '_> {
 /// `out = start + factor x M` for the rows of `x`, `[rows, depth]`; `out` is `[rows, columns]`.
 ///
 /// A row's result depends on no other row.
+///
+/// # Panics
+/// When the sides do not fit each other.
 pub fn product(
     out: Target<'_, '_>,
     start: Start<'_>,
@@ -662,6 +665,9 @@ every_height!(tiles);
 /// `factor G^T X` for the columns of some blocks of `left`, G, and all of `right`, X, over their rows.
 ///
 /// An element's sum is taken in an order that depends on nothing but the pieces.
+///
+/// # Panics
+/// When the sides do not fit each other.
 pub fn transposed_product(
     out: Target<'_, '_>,
     left: Stack<'_>,
