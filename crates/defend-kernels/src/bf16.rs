@@ -111,7 +111,7 @@ mod nowhere {
             None
         }
 
-        pub(in crate::kernels) fn run(self, _: super::super::packed::Product<'_, '_, '_>) {
+        pub(crate) fn run(self, _: super::super::packed::Product<'_, '_, '_>) {
             match self {}
         }
     }
