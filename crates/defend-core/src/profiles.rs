@@ -14,7 +14,7 @@ use crate::tokens::{TokenBlocks, Wanted};
 use crate::{Detector, Error, Maps, Novelty, Observer, TeacherIdentity, scan_each};
 
 /// Models of one teacher, in closed form: what each calls normal is a *profile*. The teacher's pass, by far the most of the work,
-/// is done once an image; a profile adds a few hundredths of it.
+/// is done once an image; a profile adds less than a hundredth of it (docs/PERFORMANCE.md).
 ///
 /// ```no_run
 /// use defend_core::prelude::*;
