@@ -55,7 +55,7 @@ pub struct Sorted {
 /// Scores all images of a data set, then again by what they have in common: many abnormal images tell what abnormal ones look
 /// like. `expected`: the share of abnormal images, in `0..1`, where the caller knows it and wants the images compared in any case.
 ///
-/// Memory grows with the images, about 3 KB each.
+/// Memory grows with the images, about 5 KB each.
 ///
 /// # Errors
 /// [`Error::Config`] for a masked student or an expected share out of range; as [`scan`](crate::scan()).
