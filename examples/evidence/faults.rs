@@ -52,23 +52,11 @@ pub(crate) fn measure(assets: &Assets, known: &[usize], trials: usize, seed: u64
         ];
         let mut found = names.map(|_| (Vec::new(), Vec::new()));
         for _ in 0..trials {
-            let order = shuffled_batches(kinds.len(), SHOWN, &mut rng);
-            let shown: Vec<u32> = order
-                .first()
-                .context("no faults")?
-                .iter()
-                .map(|&i| kinds[i])
-                .collect();
+            let shown = drawn(&kinds, SHOWN, &mut rng)?;
             let pool: Vec<usize> = (0..test.len())
                 .filter(|&i| shown.contains(&kind(i)))
                 .collect();
-            let chosen = shuffled_batches(pool.len(), count, &mut rng);
-            let learnt: Vec<usize> = chosen
-                .first()
-                .context("no faulty images")?
-                .iter()
-                .map(|&i| pool[i])
-                .collect();
+            let learnt = drawn(&pool, count, &mut rng)?;
             let abnormal = || Subset::new(test.clone(), learnt.clone());
             let with = |known: Arc<dyn Dataset>| -> Result<Vec<f64>> {
                 let fitted = builder().abnormal(known).fit(normal()?, &mut Silent)?;
@@ -110,6 +98,13 @@ pub(crate) fn measure(assets: &Assets, known: &[usize], trials: usize, seed: u64
         }
     }
     Ok(())
+}
+
+/// `count` of some things, at random.
+fn drawn<T: Copy>(things: &[T], count: usize, rng: &mut Rng) -> Result<Vec<T>> {
+    let batches = shuffled_batches(things.len(), count, rng);
+    let first = batches.first().context("MVTec AD screw has no faults")?;
+    Ok(first.iter().map(|&i| things[i]).collect())
 }
 
 /// A data set whose masks are not told.

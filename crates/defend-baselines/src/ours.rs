@@ -90,7 +90,7 @@ impl System for Ours {
                 expected: "false for the closed form, which knows the spread of its values".into(),
             });
         };
-        let pictures = teacher.read_for(&fitted.detector, normal, observer)?;
+        let pictures = teacher.read_as(normal, fitted.detector.preprocess(), observer)?;
         let indices: Vec<usize> = (0..pictures.len()).collect();
         let mut errors = Vec::with_capacity(indices.len());
         for batch in indices.chunks(BATCH) {

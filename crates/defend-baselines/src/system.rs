@@ -123,20 +123,11 @@ impl Teacher {
         images: Arc<dyn Dataset>,
         observer: &mut dyn Observer,
     ) -> Result<Pictures, Error> {
-        self.prepared(images, &self.preprocess, observer)
+        self.read_as(images, &self.preprocess, observer)
     }
 
-    /// As [`Teacher::read`], prepared as a detector wants them.
-    pub(crate) fn read_for(
-        &self,
-        detector: &dyn NoveltyDetector,
-        images: Arc<dyn Dataset>,
-        observer: &mut dyn Observer,
-    ) -> Result<Pictures, Error> {
-        self.prepared(images, detector.preprocess(), observer)
-    }
-
-    fn prepared(
+    /// As [`Teacher::read`], prepared in another way.
+    pub(crate) fn read_as(
         &self,
         images: Arc<dyn Dataset>,
         preprocess: &Preprocess,

@@ -47,12 +47,7 @@ impl Additions {
         let embedded = self
             .blocks
             .embed(&*self.teacher, &images, Wanted::default());
-        let embedded = embedded.map_err(|error| match error {
-            Error::Evidence(defend_evidence::Error::NotFinite { .. }) => {
-                Error::NonFiniteFeatures { name: name.clone() }
-            }
-            other => other,
-        })?;
+        let embedded = embedded.map_err(|error| error.naming(|_| name.clone()))?;
         self.embeddings.push(embedded.images);
         self.names.push(name);
         Ok(())

@@ -110,10 +110,7 @@ impl Fit<'_> {
             kept,
             maps,
         } = learnt;
-        let grid = match blocks.tiling() {
-            Some(tiling) => tiling.grid(),
-            None => teacher.spec().architecture.grid(),
-        };
+        let grid = blocks.grid(&*teacher);
         let maps: Vec<PatchMap> = maps
             .into_iter()
             .map(|values| PatchMap { grid, values })

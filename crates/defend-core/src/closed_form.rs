@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use defend_evidence::{ClosedForm, Embeddings};
-use defend_vit::{Encoder, Grid};
+use defend_vit::Encoder;
 
 use crate::novelty::{Explanation, NearestNormal};
 use crate::tokens::{Embedded, TokenBlocks, Wanted};
@@ -28,7 +28,7 @@ impl ClosedFormStudent {
     ) -> Result<(Vec<Novelty>, Embeddings), Error> {
         let wanted = self.wanted(with_maps);
         let embedded = self.embed(images, wanted)?;
-        let novelties = self.judge(images, &embedded, with_maps)?;
+        let novelties = self.judge(&embedded, with_maps)?;
         Ok((novelties, embedded.images))
     }
 
@@ -50,7 +50,6 @@ impl ClosedFormStudent {
     /// Scores without verdicts of images that are embedded.
     pub(crate) fn judge(
         &self,
-        images: &Tensor,
         embedded: &Embedded,
         with_maps: bool,
     ) -> Result<Vec<Novelty>, Error> {
@@ -61,7 +60,7 @@ impl ClosedFormStudent {
         if with_maps {
             maps = self.evidence.maps(&judgements, embedded.places.as_ref())?;
         }
-        let grid = self.grid(images)?;
+        let grid = self.blocks.grid(&*self.teacher);
         let judged = judgements.into_iter().zip(maps);
         let novelties = judged.map(|(judgement, map)| Novelty {
             score: judgement.score,
@@ -92,14 +91,5 @@ impl ClosedFormStudent {
     fn nearest(&self, (image, share): (usize, f64)) -> Option<NearestNormal> {
         let name = self.names.get(image)?.clone();
         Some(NearestNormal { name, share })
-    }
-
-    fn grid(&self, images: &Tensor) -> Result<Grid, Error> {
-        let (_, _, height, width) = images.dims4()?;
-        let patch = self.teacher.spec().architecture.patch_size.max(1);
-        Ok(Grid {
-            rows: height / patch,
-            columns: width / patch,
-        })
     }
 }

@@ -182,6 +182,16 @@ pub enum Error {
 }
 
 impl Error {
+    /// Features that are not finite under the name of their image; `name`: of an image of the batch.
+    pub(crate) fn naming(self, name: impl FnOnce(usize) -> String) -> Self {
+        match self {
+            Self::Evidence(defend_evidence::Error::NotFinite { image, .. }) => {
+                Self::NonFiniteFeatures { name: name(image) }
+            }
+            other => other,
+        }
+    }
+
     /// None of the images that were tried could be read.
     pub(crate) fn no_images(tried: usize, skipped: &[Skipped]) -> Self {
         Self::NoImages {

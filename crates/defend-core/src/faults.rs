@@ -48,12 +48,7 @@ impl Faulty<'_> {
         let count = pictures.len().min(limit);
         let some: Vec<usize> = (0..count).map(|i| i * pictures.len() / count).collect();
         let tokens = Normals::new(teacher, blocks, &pictures).patches(&some, observer)?;
-        let patch = teacher.spec().architecture.patch_size;
-        let (width, height) = self.preprocess.input_size();
-        let grid = Grid {
-            rows: height as usize / patch.max(1),
-            columns: width as usize / patch.max(1),
-        };
+        let grid = blocks.grid(teacher);
         let marked = some.iter().map(|&image| {
             let Some(index) = pictures.index(image) else {
                 return Ok(None);

@@ -172,18 +172,11 @@ impl<'a> Normals<'a> {
                 &self.pictures.images(batch)?,
                 wanted(number * self.batch()),
             );
-            on_batch(embedded.map_err(|error| {
-                match error {
-                    Error::Evidence(defend_evidence::Error::NotFinite { image, .. }) => {
-                        Error::NonFiniteFeatures {
-                            name: batch
-                                .get(image)
-                                .map_or_else(String::new, |&i| self.pictures.name(i)),
-                        }
-                    }
-                    other => other,
-                }
-            })?)?;
+            let name = |image: usize| {
+                let picture = batch.get(image);
+                picture.map_or_else(String::new, |&i| self.pictures.name(i))
+            };
+            on_batch(embedded.map_err(|error| error.naming(name))?)?;
             observer.on(&Event::Advanced {
                 images: batch.len() as u64,
                 loss: None,

@@ -133,7 +133,7 @@ impl ProfileSet {
         }
         let embedded = first.embed(images, wanted)?;
         let of_profile = |(student, detector): (&&ClosedFormStudent, &Detector)| {
-            let mut novelties = student.judge(images, &embedded, false)?;
+            let mut novelties = student.judge(&embedded, false)?;
             detector.decide(&mut novelties)?;
             Ok(novelties)
         };

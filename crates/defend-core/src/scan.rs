@@ -261,18 +261,11 @@ pub fn scan_each<E: From<Error>>(
                 Maps::Free => detector.score(&tensor),
                 Maps::Wanted => detector.score_with_maps(&tensor),
             };
-            let novelties = novelties.map_err(|error| match error {
-                Error::Evidence(defend_evidence::Error::NotFinite { image, .. }) => {
-                    let name = batch
-                        .indices
-                        .get(image)
-                        .map(|&i| images.name(i).into_owned());
-                    Error::NonFiniteFeatures {
-                        name: name.unwrap_or_default(),
-                    }
-                }
-                other => other,
-            })?;
+            let name = |image: usize| {
+                let index = batch.indices.get(image);
+                index.map_or_else(String::new, |&i| images.name(i).into_owned())
+            };
+            let novelties = novelties.map_err(|error| error.naming(name))?;
             let results = batch.indices.into_iter().zip(batch.pictures).zip(novelties);
             for ((index, picture), novelty) in results {
                 let name = images.name(index).into_owned();

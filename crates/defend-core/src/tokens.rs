@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 use defend_evidence::{Embeddings, PatchTokens};
 use defend_nn::ops;
-use defend_vit::{Encoder, Layer};
+use defend_vit::{Encoder, Grid, Layer};
 use ndarray::{Array2, Array3};
 
 use crate::Error;
@@ -159,6 +159,14 @@ impl TokenBlocks {
             Some(tiling) => tokens.in_parts(&tiling.tile_of_patches())?,
             None => tokens,
         })
+    }
+
+    /// Patches of an image: those of all tiles together where it is in some.
+    pub(crate) fn grid(&self, teacher: &dyn Encoder) -> Grid {
+        match &self.tiling {
+            Some(tiling) => tiling.grid(),
+            None => teacher.spec().architecture.grid(),
+        }
     }
 
     /// Of `images` in a pass, how many are looked at together, so that a pass over tiles takes no more memory.

@@ -43,6 +43,15 @@ fn builder() -> DefendBuilder {
     Defend::builder().teacher(small::teacher(7))
 }
 
+/// As [`builder`], but patches do not count, as in photos of many things.
+fn without_patches() -> DefendBuilder {
+    let mut config = defend_core::DefendConfig::default();
+    if let defend_core::Student::ClosedForm(evidence) = &mut config.student {
+        evidence.patches.weight = 0.0;
+    }
+    builder().config(config)
+}
+
 fn fit(builder: DefendBuilder, normal: Memory) -> Detector {
     builder.fit(normal, &mut Silent).expect("a fit").detector
 }
@@ -56,14 +65,9 @@ fn known_abnormal_images_are_learnt_at_once_or_later() -> Result<(), Error> {
     let (normal, queries) = (|| pictures(&[(0, 0..40)]), || pictures(&[(3, 5..15)]));
     let abnormal = || pictures(&[(3, 0..5)]);
     // Where patches count, a fit learns faults too, for which a later lesson lacks the normal pictures.
-    let mut config = defend_core::DefendConfig::default();
-    if let defend_core::Student::ClosedForm(evidence) = &mut config.student {
-        evidence.patches.weight = 0.0;
-    }
-    let build = || builder().config(config.clone());
-    let plain = fit(build(), normal());
+    let plain = fit(without_patches(), normal());
     let before = scores(&plain, queries());
-    let at_once = fit(build().abnormal(abnormal()), normal());
+    let at_once = fit(without_patches().abnormal(abnormal()), normal());
     let mut later = plain;
     let learnt = later.learn_abnormal(abnormal(), &mut Silent)?;
     assert_eq!((learnt.images, learnt.calibration_dropped), (5, false));
@@ -225,15 +229,9 @@ fn a_folder_is_sorted_as_a_whole() -> Result<(), Error> {
 
 #[test]
 fn learning_on_and_forgetting_is_a_fit_from_scratch() -> Result<(), Error> {
-    // Patches do not count, as in photos of many things; they only make maps.
-    let mut config = defend_core::DefendConfig::default();
-    if let defend_core::Student::ClosedForm(evidence) = &mut config.student {
-        evidence.patches.weight = 0.0;
-    }
-    let build = || builder().config(config.clone());
     let queries = || pictures(&[(0, 50..55), (3, 0..5)]);
-    let mut detector = fit(build(), pictures(&[(0, 0..30)]));
-    let whole = fit(build(), pictures(&[(0, 0..40)]));
+    let mut detector = fit(without_patches(), pictures(&[(0, 0..30)]));
+    let whole = fit(without_patches(), pictures(&[(0, 0..40)]));
     let before = scores(&detector, queries());
     let learnt = detector.learn_normal(pictures(&[(0, 30..40)]), &mut Silent)?;
     assert_eq!((learnt.images, learnt.calibration_dropped), (10, false));
@@ -278,14 +276,9 @@ fn learning_on_and_forgetting_is_a_fit_from_scratch() -> Result<(), Error> {
 
 #[test]
 fn images_that_come_one_by_one_are_learnt_together() -> Result<(), Error> {
-    let mut config = defend_core::DefendConfig::default();
-    if let defend_core::Student::ClosedForm(evidence) = &mut config.student {
-        evidence.patches.weight = 0.0;
-    }
-    let build = || builder().config(config.clone());
     let queries = || pictures(&[(0, 50..55), (3, 0..5)]);
-    let mut detector = fit(build(), pictures(&[(0, 0..30)]));
-    let whole = fit(build(), pictures(&[(0, 0..40)]));
+    let mut detector = fit(without_patches(), pictures(&[(0, 0..30)]));
+    let whole = fit(without_patches(), pictures(&[(0, 0..40)]));
     let mut additions = detector.additions()?;
     assert!(additions.is_empty());
     for number in 30..40 {
@@ -321,12 +314,8 @@ fn images_that_come_one_by_one_are_learnt_together() -> Result<(), Error> {
 fn one_pass_scores_against_many_models() -> Result<(), Error> {
     let models = || {
         let plain = fit(builder(), pictures(&[(0, 0..40)]));
-        let mut config = defend_core::DefendConfig::default();
-        if let defend_core::Student::ClosedForm(evidence) = &mut config.student {
-            evidence.patches.weight = 0.0;
-        }
-        let without_patches = fit(builder().config(config), pictures(&[(3, 0..40)]));
-        vec![("a".to_owned(), plain), ("b".to_owned(), without_patches)]
+        let other = fit(without_patches(), pictures(&[(3, 0..40)]));
+        vec![("a".to_owned(), plain), ("b".to_owned(), other)]
     };
     let queries = || pictures(&[(0, 50..55), (3, 50..57)]);
     let profiles = defend_core::ProfileSet::new(models())?;
