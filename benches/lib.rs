@@ -8,7 +8,8 @@
 
 use candle_core::{Device, Tensor};
 use defend_distill::{DistillObjective, FeatureDistance};
-use defend_nn::{AdamW, AdamWConfig, ParameterGroup, Rng, backward, normal};
+use defend_nn::{Rng, backward, normal};
+use defend_train::{AdamW, AdamWConfig, ParameterGroup};
 use defend_vit::{Architecture, BackboneSpec, TokenSet, TrainScope, Trainable, Vit};
 
 pub fn noise(shape: &[usize], seed: u64) -> Tensor {

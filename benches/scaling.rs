@@ -16,9 +16,10 @@ use std::time::Instant;
 use candle_core::{Device, Tensor};
 use clap::Parser;
 use defend_benches::{frozen_vit, noise};
-use defend_distill::{DistillConfig, Distiller, FeatureDistance};
+use defend_distill::{DistillConfig, DistillRoles, Distiller, FeatureDistance};
 use defend_nn::{Rng, normal};
 use defend_ot::{Assigner, SinkhornKnopp};
+use defend_train::Training;
 use defend_vit::{Architecture, Backbone, BackboneSpec, Error, ImageSource, Vit};
 use plotters::prelude::*;
 
@@ -203,15 +204,13 @@ fn by_images() -> Vec<Panel> {
                 .and_then(|distiller| {
                     let objective = FeatureDistance::default();
                     let images = Made(count);
-                    distiller.distill(
-                        &teacher,
-                        &student,
-                        &mask,
-                        &objective,
-                        &images,
-                        &mut rng,
-                        &mut |_| {},
-                    )
+                    let roles = DistillRoles {
+                        teacher: &teacher,
+                        student: &student,
+                        mask: &mask,
+                        objective: &objective,
+                    };
+                    distiller.distill(roles, &images, Training::new(&mut rng, &mut |_| ()))
                 })
                 .expect("a student");
             if kept {

@@ -14,8 +14,9 @@ use defend_data::{Preprocess, RgbImage, decode_image};
 use defend_dense::{CropBox, DenseConfig, DenseObjective, PrototypeObjective};
 use defend_distill::{DistillObjective, FeatureDistance};
 use defend_kernels::block::timed::Timed;
-use defend_nn::{AdamW, AdamWConfig, Rng};
+use defend_nn::Rng;
 use defend_ot::{Assigner, SinkhornKnopp};
+use defend_train::{AdamW, AdamWConfig};
 use defend_vit::{Architecture, Backbone, Grid, Trainable};
 use image::{ImageFormat, Rgb};
 

@@ -1,7 +1,7 @@
-"""Golden values of defend-nn: PyTorch's operations, AdamW and the cosine schedule.
+"""Golden values of defend-nn and defend-train: PyTorch's operations, AdamW and the cosine schedule.
 
 Usage: python tools/golden_nn.py   (needs torch, safetensors)
-Writes crates/defend-nn/tests/golden/ops.safetensors. Computed in float64 from f32-representable
+Writes crates/defend-nn/tests/golden/ops.safetensors and crates/defend-train/tests/golden/training.safetensors (adamw, schedule). Computed in float64 from f32-representable
 inputs, stored as f32. g is always the upstream gradient, dx the gradient of sum(y * g).
 
   layer_norm.{x [3,5,48], weight [48], bias [48], g, y, dx [3,5,48], dweight, dbias [48]}
@@ -137,7 +137,9 @@ def main():
     out = {}
     for part in (norms, activations, linears, attention, adamw, schedule):
         part(out)
-    write("defend-nn", "ops", out)
+    training = {k: v for k, v in out.items() if k.startswith(("adamw.", "schedule."))}
+    write("defend-nn", "ops", {k: v for k, v in out.items() if k not in training})
+    write("defend-train", "training", training)
 
 
 if __name__ == "__main__":

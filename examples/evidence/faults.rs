@@ -5,8 +5,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use defend_core::data::{ClassId, Dataset, MvtecAd, Split, Subset};
 use defend_core::metrics::auroc;
-use defend_core::nn::{Rng, shuffled_batches};
+use defend_core::nn::Rng;
 use defend_core::prelude::*;
+use defend_core::train::shuffled_batches;
 use ndarray::ArrayView1;
 
 use crate::{Assets, mean_and_deviation};

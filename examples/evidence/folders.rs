@@ -2,7 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use defend_core::evidence::{ClosedForm, Embeddings};
-use defend_core::nn::{Rng, shuffled_batches};
+use defend_core::nn::Rng;
+use defend_core::train::shuffled_batches;
 
 use crate::{Assets, CIFAR, JUDGED, LEARNT, mean_and_deviation, photos, without_patches};
 

@@ -6,7 +6,8 @@ use anyhow::{Context, Result};
 use defend_core::data::{ClassId, Dataset, Difficult, Idx, Split, Subset, Voc};
 use defend_core::evidence::{ClosedForm, Embeddings};
 use defend_core::metrics::auroc;
-use defend_core::nn::{Rng, shuffled_batches};
+use defend_core::nn::Rng;
+use defend_core::train::shuffled_batches;
 use ndarray::{Array1, Array2, ArrayView1, Axis};
 
 use crate::{Assets, CIFAR, append, mean_and_deviation, spread, without_patches};

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, ensure};
 use defend_core::Background;
 use defend_core::data::{Dataset, MultiObject, Protocol};
 use defend_core::evidence::{ClosedForm, Embeddings, Judgement};
-use defend_core::nn::{Rng, shuffled_batches};
+use defend_core::nn::Rng;
+use defend_core::train::shuffled_batches;
 
 use crate::{Assets, CIFAR, LEARNT, SETS, append, area, voc, without_patches};
 

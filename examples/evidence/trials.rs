@@ -8,7 +8,8 @@ use defend_core::data::{Dataset, ImageFolder, RgbImage, Subset};
 use defend_core::embedded_backbone;
 use defend_core::evidence::{ClosedForm, Embeddings, EvidenceConfig};
 use defend_core::metrics::auroc;
-use defend_core::nn::{Rng, shuffled_batches};
+use defend_core::nn::Rng;
+use defend_core::train::shuffled_batches;
 use defend_core::vit::{TrainScope, Vit};
 use ndarray::{Array2, ArrayView1, Axis};
 

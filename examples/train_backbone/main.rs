@@ -1,30 +1,41 @@
-//! How the embedded backbone was made: masked distillation of a pretrained Vision Transformer into one
-//! with fewer blocks, on any photos.
+//! How the embedded backbone is made: distillation of a pretrained Vision Transformer into one with fewer blocks, on augmented views
+//! of any photos.
 //!
-//! The student starts from evenly spaced blocks of the teacher, learns with half of the patches hidden,
-//! then for a last stretch with all of them, as it will be used.
+//! The student starts from blocks of the teacher. It learns the teacher's patch tokens and CLS token, and those of the block before
+//! the last, which the closed form looks at too.
 //!
-//! `cargo run --release --bin train_backbone -- --weights vit_tiny_patch16_224 --out weights.safetensors PHOTOS...`
+//! `cargo run --release --bin train_backbone -- --weights vit_tiny_patch16_224 --out weights.safetensors --checkpoint run.checkpoint PHOTOS=10`
+//!
+//! A run that was stopped goes on with `--resume` and ends with the same bits.
 
+mod views;
+
+use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use clap::Parser;
-use defend_core::data::{Fit, Subset};
+use defend_core::data::Fit;
 use defend_core::distill::{
-    DistillConfig, DistillObjective, Distiller, FeatureDistance, Mask, discrepancy,
+    DistillConfig, DistillObjective, DistillRoles, Distiller, FeatureDistance, Mask,
 };
-use defend_core::nn::{Rng, Schedule, TrainingStep};
+use defend_core::nn::Rng;
 use defend_core::prelude::*;
-use defend_core::vit::{Encoder, ImageSource, TrainScope, Trainable, Vit};
-use defend_core::{Event, Observer, Pictures, Stage, preprocess_of};
+use defend_core::train::{Checkpoints, Schedule, Training, TrainingStep};
+use defend_core::vit::{Backbone, Encoder, ImageSource, TrainScope, Trainable, Vit};
+use defend_core::{Event, Observer, Stage, preprocess_of};
+
+use views::{Photos, Views};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Layers that student and teacher are compared at: the last, and the one before it.
+const LAYERS: usize = 2;
+
 /// Distils a pretrained backbone into one with fewer blocks.
-#[derive(Parser)]
+#[derive(Parser, Debug)]
 struct Arguments {
     /// Weight file or timm folder of the teacher.
     #[arg(long)]
@@ -36,19 +47,19 @@ struct Arguments {
     #[arg(long, default_value = "defend_tiny_patch16_224")]
     name: String,
     /// Blocks of the teacher that the student starts from.
-    #[arg(long, value_delimiter = ',', default_value = "0,3,7,11")]
+    #[arg(long, value_delimiter = ',', default_value = "0,1,3,5,7,9,10,11")]
     blocks: Vec<usize>,
-    /// Epochs with half of the patches hidden.
-    #[arg(long, default_value_t = 8)]
-    masked_epochs: usize,
-    /// Epochs with all patches.
-    #[arg(long, default_value_t = 2)]
-    whole_epochs: usize,
+    /// Passes over the views.
+    #[arg(long, default_value_t = 1)]
+    epochs: usize,
+    /// Share of the patches that are hidden from the student, 0 for none.
+    #[arg(long, default_value_t = 0.0)]
+    masked: f64,
     /// Images a step.
     #[arg(long, default_value_t = 32)]
     batch: usize,
-    /// Peak learning rate of the masked epochs; a third of it for the others.
-    #[arg(long, default_value_t = 1e-3)]
+    /// Peak learning rate.
+    #[arg(long, default_value_t = 5e-4)]
     learning_rate: f64,
     /// Seed of every random choice.
     #[arg(long, default_value_t = 0)]
@@ -56,123 +67,222 @@ struct Arguments {
     /// Every n-th photo is held out to measure the result.
     #[arg(long, default_value_t = 50)]
     held_out: usize,
-    /// Folders of photos.
+    /// File that keeps the run, so that it can be resumed.
+    #[arg(long)]
+    checkpoint: Option<PathBuf>,
+    /// Seconds between checkpoints.
+    #[arg(long, default_value_t = 300)]
+    every: u64,
+    /// Goes on from the checkpoint.
+    #[arg(long, requires = "checkpoint")]
+    resume: bool,
+    /// Steps between measurements on the photos that are held out.
+    #[arg(long, default_value_t = 1000)]
+    measure: usize,
+    /// Folders of photos, or text files that name one a line, each with the number of views of a photo: `PATH=20`.
     #[arg(required = true)]
-    photos: Vec<PathBuf>,
+    photos: Vec<String>,
+}
+
+impl Arguments {
+    /// All that the bits of the run depend on.
+    fn run(&self, views: &Views) -> String {
+        format!(
+            "train_backbone: {} photos, {} views, {:?} blocks of {}, {} epochs of batches of {}, masked {}, rate {}, seed {}, held out {}",
+            views.photos(),
+            views.len(),
+            self.blocks,
+            self.weights.display(),
+            self.epochs,
+            self.batch,
+            self.masked,
+            self.learning_rate,
+            self.seed,
+            self.held_out,
+        )
+    }
 }
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let teacher = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &best_device())?;
-    let mut bar = ProgressBar::new();
+    let device = best_device();
+    let teacher = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &device)?;
+    let teacher = teacher.with_layers(LAYERS)?;
+    let preprocess = preprocess_of(teacher.spec(), Fit::Squash);
 
-    let mut paths = Vec::new();
-    for folder in &arguments.photos {
-        paths.extend(ImageFolder::open(folder)?.paths().to_vec());
+    let (mut used, mut held_out) = (Vec::new(), Vec::new());
+    for text in &arguments.photos {
+        let set = Photos::parse(text)?;
+        let nth = arguments.held_out.max(2);
+        let (mut held, mut kept) = (Vec::new(), Vec::new());
+        for (i, path) in set.paths.into_iter().enumerate() {
+            let target = if i % nth == 0 { &mut held } else { &mut kept };
+            target.push(path);
+        }
+        held_out.push(Photos {
+            paths: held,
+            views: 1,
+        });
+        used.push(Photos {
+            paths: kept,
+            views: set.views,
+        });
     }
-    let (held_out, used): (Vec<usize>, Vec<usize>) =
-        (0..paths.len()).partition(|i| i % arguments.held_out.max(2) == 0);
-    ensure!(!used.is_empty(), "no photos left to train on");
-    let photos: Arc<dyn Dataset> = Arc::new(ImageFolder::from_paths(paths));
-    let mut read = |indices| -> Result<Pictures> {
-        let subset = Arc::new(Subset::new(photos.clone(), indices)?);
-        let preprocess = preprocess_of(teacher.spec(), Fit::Squash);
-        Ok(Pictures::read(
-            subset,
-            preprocess,
-            &best_device(),
-            usize::MAX,
-            false,
-            &mut bar,
-        )?)
-    };
-    let (held_out, used) = (read(held_out)?, read(used)?);
+    let views = Views::read(&used, preprocess.clone(), arguments.seed)?;
+    ensure!(!views.is_empty(), "no photos left to train on");
 
     let student = teacher.with_blocks(&arguments.blocks, &arguments.name)?;
-    let parameters: usize = student
-        .parameters()
-        .iter()
-        .map(|(_, v)| v.elem_count())
-        .sum();
+    let parameters = student.parameters();
+    let parameters: usize = parameters.iter().map(|(_, v)| v.elem_count()).sum();
     eprintln!(
-        "{} photos, {} held out, {parameters} parameters",
-        used.len(),
-        held_out.len()
+        "{} photos, {} views, {parameters} parameters",
+        views.photos(),
+        views.len()
     );
-    report("before", &teacher, &student, &held_out)?;
-    let phases = [
-        (
-            "masked",
-            arguments.masked_epochs,
-            Mask::Random { ratio: 0.5 },
-            1.0,
-        ),
-        ("whole", arguments.whole_epochs, Mask::None, 1.0 / 3.0),
-    ];
-    for (phase, epochs, mask, share) in phases {
-        if epochs == 0 {
-            continue;
+    let held_out = HeldOut::new(&held_out, &preprocess, &teacher)?;
+    eprintln!("before: {}", held_out.measure(&student)?);
+
+    let config = DistillConfig {
+        epochs: arguments.epochs,
+        batch: arguments.batch,
+        mask: match arguments.masked {
+            0.0 => Mask::None,
+            ratio => Mask::Random { ratio },
+        },
+        layers: LAYERS,
+        cls_weight: 1.0,
+        learning_rate: arguments.learning_rate,
+        schedule: Schedule::Cosine {
+            warmup: 0.02,
+            floor: 0.01,
+        },
+        drop_path: 0.0,
+        // No two steps see the same view of an epoch: a second pass of the teacher costs less than the disk.
+        cache_bytes: 0,
+        ..DistillConfig::default()
+    };
+    let checkpoints = arguments.checkpoint.as_ref().map(|path| {
+        Checkpoints::new(path, arguments.run(&views))
+            .every(Duration::from_secs(arguments.every))
+            .resuming(arguments.resume)
+    });
+    let mut bar = ProgressBar::new();
+    bar.on(&Event::Started {
+        stage: Stage::Distill,
+        images: (arguments.epochs * views.len()) as u64,
+    });
+    let (start, mut sum, mut failed) = (Instant::now(), (0.0, 0), None);
+    let mut on_step = |step: TrainingStep| {
+        let (images, loss) = (step.images as u64, Some(step.loss));
+        bar.on(&Event::Advanced { images, loss });
+        sum = (sum.0 + step.loss, sum.1 + 1);
+        if step.step.is_multiple_of(arguments.measure.max(1)) {
+            match held_out.measure(&student) {
+                Ok(found) => eprintln!(
+                    "step {} of {}, {:.0} s: loss {:.4}, {found}",
+                    step.step,
+                    step.steps,
+                    start.elapsed().as_secs_f64(),
+                    sum.0 / f64::from(sum.1)
+                ),
+                Err(error) => failed = Some(error),
+            }
+            sum = (0.0, 0);
         }
-        let config = DistillConfig {
-            epochs,
-            batch: arguments.batch,
-            mask,
-            cls_weight: 1.0,
-            learning_rate: arguments.learning_rate * share,
-            schedule: Schedule::Cosine {
-                warmup: 0.02,
-                floor: 0.01,
-            },
-            drop_path: 0.0,
-            cache_bytes: 8 << 30,
-            ..DistillConfig::default()
-        };
-        bar.on(&Event::Started {
-            stage: Stage::Distill,
-            images: (epochs * used.len()) as u64,
-        });
-        let mut on_step = |step: TrainingStep| {
-            let (images, loss) = (step.images as u64, Some(step.loss));
-            bar.on(&Event::Advanced { images, loss });
-        };
-        let (distance, mut rng) = (FeatureDistance::default(), Rng::stream(arguments.seed, 1));
-        let distilled = Distiller::new(config)?.distill(
-            &teacher,
-            &student,
-            &mask,
-            &distance,
-            &used,
-            &mut rng,
-            &mut on_step,
-        )?;
-        bar.on(&Event::Finished {
-            stage: Stage::Distill,
-        });
-        eprintln!("{phase}: losses {:.4?}", distilled.losses);
-        report(phase, &teacher, &student, &held_out)?;
-        std::fs::write(
-            &arguments.out,
-            student.to_safetensors(defend_core::DType::F16)?,
-        )?;
+    };
+    let (distance, mut rng) = (
+        FeatureDistance::default(),
+        Rng::stream(arguments.seed, u64::MAX),
+    );
+    let roles = DistillRoles {
+        teacher: &teacher,
+        student: &student,
+        mask: &config.mask.clone(),
+        objective: &distance,
+    };
+    let training = Training::new(&mut rng, &mut on_step).with_checkpoints(checkpoints.as_ref());
+    let report = Distiller::new(config)?.distill(roles, &views, training)?;
+    if let Some(error) = failed {
+        return Err(error);
     }
+    eprintln!(
+        "losses {:.4?}, {}",
+        report.losses,
+        held_out.measure(&student)?
+    );
+    let bytes = student.to_safetensors(defend_core::DType::F16)?;
+    std::fs::write(&arguments.out, bytes)?;
     Ok(())
 }
 
-/// Mean squared distance of unit features on photos that were not trained on.
-fn report(name: &str, teacher: &Vit, student: &Vit, photos: &Pictures) -> Result<()> {
-    let distance: &dyn DistillObjective = &FeatureDistance::default();
-    let indices: Vec<usize> = (0..photos.len()).collect();
-    let (mut patches, mut cls) = (0.0, 0.0);
-    for batch in indices.chunks(32) {
-        let found = discrepancy(teacher, student, distance, 1, &photos.images(batch)?)?;
-        patches += f64::from(found.patches.mean_all()?.to_scalar::<f32>()?) * batch.len() as f64;
-        cls += f64::from(found.cls.mean_all()?.to_scalar::<f32>()?) * batch.len() as f64;
+/// Photos that are not trained on and the teacher's features of them.
+struct HeldOut {
+    images: Vec<defend_core::Tensor>,
+    /// Unit patch tokens and CLS tokens of each layer, last first.
+    expected: Vec<Vec<[defend_core::Tensor; 2]>>,
+    photos: usize,
+}
+
+impl HeldOut {
+    fn new(
+        sets: &[Photos],
+        preprocess: &defend_core::data::Preprocess,
+        teacher: &Vit,
+    ) -> Result<Self> {
+        let paths: Vec<PathBuf> = sets.iter().flat_map(|set| set.paths.clone()).collect();
+        let folder = ImageFolder::from_paths(paths);
+        let photos = folder.len();
+        let (mut images, mut expected) = (Vec::new(), Vec::new());
+        for batch in (0..photos).collect::<Vec<_>>().chunks(32) {
+            let mut values = vec![0f32; batch.len() * preprocess.input_len()];
+            for (input, &i) in values.chunks_mut(preprocess.input_len()).zip(batch) {
+                preprocess.normalize_into(&preprocess.resize(&folder.image(i)?)?, input)?;
+            }
+            let side = preprocess.size as usize;
+            let shape = (batch.len(), 3, side, side);
+            let batch = defend_core::Tensor::from_vec(values, shape, &defend_core::Device::Cpu)?;
+            expected.push(layers(teacher, &batch)?);
+            images.push(batch);
+        }
+        Ok(Self {
+            images,
+            expected,
+            photos,
+        })
     }
-    let n = photos.len() as f64;
-    eprintln!(
-        "{name}: held-out distance of patches {:.4}, of CLS tokens {:.4}",
-        patches / n,
-        cls / n
-    );
-    Ok(())
+
+    /// Mean squared distance of unit features (0 to 4) to the teacher's.
+    fn measure(&self, student: &Vit) -> Result<String> {
+        let objective: &dyn DistillObjective = &FeatureDistance::default();
+        let mut sums = [[0.0; 2]; LAYERS];
+        for (images, expected) in self.images.iter().zip(&self.expected) {
+            let found = layers(student, images)?;
+            for ((sums, found), expected) in sums.iter_mut().zip(&found).zip(expected) {
+                for ((sum, found), expected) in sums.iter_mut().zip(found).zip(expected) {
+                    let distances = objective.distances(expected, found)?.mean_all()?;
+                    *sum += f64::from(distances.to_scalar::<f32>()?) * images.dim(0)? as f64;
+                }
+            }
+        }
+        let mut text = format!("{} photos held out:", self.photos);
+        for (layer, [patches, cls]) in sums.into_iter().enumerate() {
+            let n = self.photos as f64;
+            write!(
+                text,
+                " layer -{}: patches {:.4}, CLS {:.4};",
+                layer + 1,
+                patches / n,
+                cls / n
+            )?;
+        }
+        Ok(text)
+    }
+}
+
+/// Patch tokens and CLS tokens of the last layers, last first.
+fn layers(network: &Vit, images: &defend_core::Tensor) -> Result<Vec<[defend_core::Tensor; 2]>> {
+    let features = network.features(images)?;
+    let last = [features.patches, features.cls];
+    let earlier = features.earlier.into_iter().map(|l| [l.patches, l.cls]);
+    Ok(std::iter::once(last).chain(earlier).collect())
 }

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor, Var};
-use defend_core::nn::{
-    AdamW, AdamWConfig, ParameterGroup, Rng, backward, release_memory, shuffled_batches,
+use candle_core::{Tensor, Var};
+use defend_core::nn::Rng;
+use defend_core::train::{
+    AdamW, AdamWConfig, ParameterGroup, Training, TrainingPlan, TrainingStage, TrainingStep, train,
 };
 use defend_core::vit::{ImageSource, TrainScope, Trainable, Vit};
-use defend_core::{Error, Event, NoveltyDetector, Observer, Stage, distill};
+use defend_core::{Error, Event, NoveltyDetector, Observer, Stage};
 
 use crate::neighbours::{Bank, Distance};
 use crate::scored::Scored;
@@ -33,7 +34,7 @@ pub(crate) trait BatchLoss {
 type Loss<'a> = dyn Fn(&[usize], &mut Rng) -> Result<Tensor, Error> + 'a;
 
 /// Trains `parameters` by AdamW over shuffled batches of images.
-pub(crate) fn train(
+pub(crate) fn train_by_loss(
     parameters: Vec<(String, Var)>,
     images: usize,
     schedule: &Schedule,
@@ -46,33 +47,38 @@ pub(crate) fn train(
         learning_rate: schedule.learning_rate,
         weight_decay: schedule.weight_decay,
     };
-    let mut optimiser =
-        AdamW::new(vec![group], AdamWConfig::default()).map_err(distill::Error::from)?;
+    let mut optimiser = AdamW::new(vec![group], AdamWConfig::default())?;
     let stage = Stage::Distill;
     observer.on(&Event::Started {
         stage,
         images: (schedule.epochs * images) as u64,
     });
-    for _ in 0..schedule.epochs {
-        for batch in shuffled_batches(images, schedule.batch, rng) {
-            let loss = loss(&batch, rng)?;
-            let value = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
-            if !value.is_finite() {
-                let step = optimiser.steps();
-                return Err(distill::Error::Diverged { step, loss: value }.into());
-            }
-            optimiser
-                .step(&backward(&loss)?, 1.0)
-                .map_err(distill::Error::from)?;
-            observer.on(&Event::Advanced {
-                images: batch.len() as u64,
-                loss: Some(value),
-            });
-        }
-    }
+    let plan = TrainingPlan {
+        images,
+        batch_size: schedule.batch,
+        epochs: schedule.epochs,
+    };
+    let mut on_step = |step: TrainingStep| {
+        observer.on(&Event::Advanced {
+            images: step.images as u64,
+            loss: Some(step.loss),
+        });
+    };
+    let training = Training::new(rng, &mut on_step);
+    train(&mut ByLoss(loss), &mut optimiser, &plan, training)?;
     observer.on(&Event::Finished { stage });
-    release_memory();
     Ok(())
+}
+
+/// A stage that is its loss and nothing else.
+struct ByLoss<'a>(&'a Loss<'a>);
+
+impl TrainingStage for ByLoss<'_> {
+    type Error = Error;
+
+    fn loss(&mut self, indices: &[usize], rng: &mut Rng) -> Result<Tensor, Error> {
+        (self.0)(indices, rng)
+    }
 }
 
 /// A detector by nearest neighbours on a copy of the teacher with its last blocks trained.
@@ -89,7 +95,7 @@ pub(crate) fn fit_adapted(
     let backbone = teacher.vit().copy(TrainScope::LastBlocks(blocks))?;
     let of_batch =
         |batch: &[usize], rng: &mut Rng| loss.loss(&backbone, &images.images(batch)?, rng);
-    train(
+    train_by_loss(
         backbone.parameters(),
         images.len(),
         schedule,

@@ -9,7 +9,7 @@ use defend_core::vit::{Backbone, Features, ImageSource};
 use defend_core::{Error, Novelty, NoveltyDetector, Observer};
 use serde::{Deserialize, Serialize};
 
-use crate::adapted::{Schedule, train};
+use crate::adapted::{Schedule, train_by_loss};
 use crate::scored::{Density, Pool, Scored, mapped};
 use crate::{System, Teacher};
 
@@ -113,7 +113,7 @@ impl System for OneClassHead {
             Ok(head.distances(&features.patches)?.mean_all()?)
         };
         let images = pictures.len();
-        train(
+        train_by_loss(
             parameters.to_vec(),
             images,
             &schedule,

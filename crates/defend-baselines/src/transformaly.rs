@@ -9,7 +9,7 @@ use defend_core::vit::{Encoder, ImageSource, TrainScope, Trainable, Vit};
 use defend_core::{Error, Novelty, NoveltyDetector, Observer};
 use serde::{Deserialize, Serialize};
 
-use crate::adapted::{Schedule, train};
+use crate::adapted::{Schedule, train_by_loss};
 use crate::gaussian::Gaussian;
 use crate::scored::unmapped;
 use crate::system::BATCH;
@@ -136,7 +136,7 @@ impl System for Transformaly {
             learning_rate: self.learning_rate,
             weight_decay: 0.0,
         };
-        train(
+        train_by_loss(
             pair.parameters(),
             pictures.len(),
             &schedule,

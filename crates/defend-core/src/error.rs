@@ -170,6 +170,9 @@ pub enum Error {
     /// The distillation stage failed.
     #[error(transparent)]
     Distill(#[from] defend_distill::Error),
+    /// A training run failed.
+    #[error(transparent)]
+    Train(#[from] defend_train::Error),
     /// The closed form failed.
     #[error(transparent)]
     Evidence(#[from] defend_evidence::Error),

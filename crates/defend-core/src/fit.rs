@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use candle_core::Device;
 use defend_data::Dataset;
-use defend_dense::{DenseObjective, DenseReport, DenseTuner, PrototypeObjective};
-use defend_distill::{DistillReport, Distiller, MaskPolicy};
+use defend_dense::{DenseObjective, DenseTuner, PrototypeObjective};
+use defend_distill::{DistillRoles, Distiller, MaskPolicy};
 use defend_evidence::Summary;
 use defend_metrics::FalseAlarmRate;
-use defend_nn::{Rng, TrainingStep};
+use defend_nn::Rng;
+use defend_train::{Training, TrainingReport, TrainingStep};
 use defend_vit::{Backbone, Encoder, ImageSource, Trainable};
 
 use crate::background::Checked;
@@ -40,7 +41,7 @@ pub struct Fitted {
     /// The detector. In closed form it has a threshold already, where there are enough images for one.
     pub detector: Detector,
     /// The dense stage, where it ran.
-    pub dense: Option<DenseReport>,
+    pub dense: Option<TrainingReport>,
     /// The student stage.
     pub student: StudentReport,
     /// Images that were used.
@@ -55,7 +56,7 @@ pub enum StudentReport {
     /// In closed form.
     ClosedForm(ClosedFormReport),
     /// By masked distillation.
-    Masked(DistillReport),
+    Masked(TrainingReport),
 }
 
 /// What the closed form found in the normal images.
@@ -75,7 +76,7 @@ pub struct ClosedFormReport {
 
 impl Fitted {
     /// The distillation of a masked student.
-    pub fn distill(&self) -> Option<&DistillReport> {
+    pub fn distill(&self) -> Option<&TrainingReport> {
         match &self.student {
             StudentReport::Masked(report) => Some(report),
             StudentReport::ClosedForm(_) => None,
@@ -273,7 +274,7 @@ impl Stages<'_> {
         &mut self,
         teacher: &Teacher,
         objective: Option<Box<dyn DenseObjective>>,
-    ) -> Result<Option<DenseReport>, Error> {
+    ) -> Result<Option<TrainingReport>, Error> {
         let (Some(dense), Teacher::Vit(teacher)) = (&self.config.dense, teacher) else {
             return Ok(None);
         };
@@ -291,7 +292,8 @@ impl Stages<'_> {
         let (images, pictures) = (dense.epochs * self.pictures.len(), &self.pictures);
         let report = observed(self.observer, Stage::Dense, images, |on_step| {
             let tuner = DenseTuner::new(dense.clone())?;
-            tuner.tune(&**teacher, &*objective, pictures, &mut rng, on_step)
+            let training = Training::new(&mut rng, on_step);
+            tuner.tune(&**teacher, &*objective, pictures, training)
         })?;
         Ok(Some(report))
     }
@@ -301,7 +303,7 @@ impl Stages<'_> {
         teacher: Arc<dyn Backbone>,
         settings: &MaskedConfig,
         roles: DefendBuilder,
-    ) -> Result<(MaskedStudent, DistillReport), Error> {
+    ) -> Result<(MaskedStudent, TrainingReport), Error> {
         let mask: Box<dyn MaskPolicy> = match roles.mask {
             Some(mask) => mask,
             None => Box::new(settings.distill.mask),
@@ -320,15 +322,14 @@ impl Stages<'_> {
             let images = settings.distill.epochs_for(pictures.len()) * pictures.len();
             observed(observer, Stage::Distill, images, |on_step| {
                 let mut rng = Rng::stream(config.seed, stream::DISTILL);
-                Distiller::new(settings.distill.clone())?.distill(
-                    &*targets,
+                let roles = DistillRoles {
+                    teacher: &*targets,
                     student,
-                    &*mask,
-                    &*objective,
-                    pictures,
-                    &mut rng,
-                    on_step,
-                )
+                    mask: &*mask,
+                    objective: &*objective,
+                };
+                let training = Training::new(&mut rng, on_step);
+                Distiller::new(settings.distill.clone())?.distill(roles, pictures, training)
             })
         };
         let (student, report): (Arc<dyn Backbone>, _) = if let Some(own) = roles.student {

@@ -27,7 +27,7 @@
 //!
 //! Every stage is a crate of its own behind an object-safe role, and each can be replaced: see
 //! [`DefendBuilder`]. They are re-exported here as [`vit`], [`ot`], [`dense`], [`distill`],
-//! [`evidence`], [`data`], [`metrics`] and [`nn`].
+//! [`evidence`], [`data`], [`metrics`], [`train`] and [`nn`].
 
 mod additions;
 mod background;
@@ -94,6 +94,7 @@ pub use defend_evidence as evidence;
 pub use defend_metrics as metrics;
 pub use defend_nn as nn;
 pub use defend_ot as ot;
+pub use defend_train as train;
 pub use defend_vit as vit;
 
 pub use candle_core::{DType, Device, Tensor};

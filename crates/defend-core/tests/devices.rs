@@ -16,12 +16,13 @@ use defend_core::dense::{
     PrototypeObjective, Resampling, View, crop_targets,
 };
 use defend_core::distill::{
-    Aggregation, DistillConfig, DistillObjective, Distiller, FeatureDistance, FeatureNorm, Mask,
-    NormalizedSide, Penalty, Score, Selection, discrepancy,
+    Aggregation, DistillConfig, DistillObjective, DistillRoles, Distiller, FeatureDistance,
+    FeatureNorm, Mask, NormalizedSide, Penalty, Score, Selection, discrepancy,
 };
-use defend_core::nn::{AdamW, AdamWConfig, ParameterGroup, Rng, backward, normal, ops};
+use defend_core::nn::{Rng, backward, normal, ops};
 use defend_core::ot::{Assigner, SinkhornKnopp};
 use defend_core::prelude::*;
+use defend_core::train::{AdamW, AdamWConfig, ParameterGroup, Training};
 use defend_core::vit::{
     Architecture, Arithmetic, Backbone, BackboneSpec, CacheConfig, Cached, Encoder, Features, Grid,
     Precision, TokenSet, TrainScope, Trainable, Vit, Weights,
@@ -453,9 +454,12 @@ fn dense(place: &Place, config: &DenseConfig) -> Steps {
     let images = place.noise(&[4, 3, 32, 32], 8);
     DenseTuner::new(config.clone())
         .unwrap()
-        .tune(&vit, &objective, &images, &mut Rng::seed(9), &mut |step| {
-            losses.push(step.loss);
-        })
+        .tune(
+            &vit,
+            &objective,
+            &images,
+            Training::new(&mut Rng::seed(9), &mut |step| losses.push(step.loss)),
+        )
         .unwrap();
     Steps {
         losses,
@@ -533,13 +537,14 @@ fn masked_distillation_steps() {
         Distiller::new(config)
             .unwrap()
             .distill(
-                &teacher,
-                &student,
-                &mask,
-                &FeatureDistance::default(),
+                DistillRoles {
+                    teacher: &teacher,
+                    student: &student,
+                    mask: &mask,
+                    objective: &FeatureDistance::default(),
+                },
                 &place.noise(&[6, 3, 32, 32], 12),
-                &mut Rng::seed(13),
-                &mut |step| losses.push(step.loss),
+                Training::new(&mut Rng::seed(13), &mut |step| losses.push(step.loss)),
             )
             .unwrap();
         Steps {

@@ -17,9 +17,10 @@ use std::sync::{Arc, Mutex};
 
 use defend_core::data::{ImageFolder, Memory, RgbImage};
 use defend_core::dense::{DenseConfig, DenseTuner, PrototypeObjective};
-use defend_core::distill::{Aggregation, DistillConfig, Distiller};
+use defend_core::distill::{Aggregation, DistillConfig, DistillRoles, Distiller};
 use defend_core::nn::Rng;
 use defend_core::prelude::*;
+use defend_core::train::Training;
 use defend_core::vit::{
     Arithmetic, Backbone, BackboneSpec, Encoder, Features, ImageSource, Layer, Precision, TokenSet,
     TrainScope, Vit,
@@ -160,21 +161,24 @@ fn both_stages_announce_the_order_in_which_they_ask_for_images() {
     let tuned = teacher().copy(TrainScope::LastBlocks(1)).unwrap();
     let objective = PrototypeObjective::random(&dense, 24, &mut rng, &Device::Cpu).unwrap();
     let tuner = DenseTuner::new(dense).unwrap();
-    let report = tuner.tune(&tuned, &objective, &source, &mut rng, &mut |_| ());
+    let report = tuner.tune(
+        &tuned,
+        &objective,
+        &source,
+        Training::new(&mut rng, &mut |_| ()),
+    );
     report.unwrap();
     let [announced, found] = asked();
     assert_eq!((announced.len(), &announced), (10, &found));
     let (distill, student) = (masked.distill, teacher());
     let distiller = Distiller::new(distill.clone()).unwrap();
-    let report = distiller.distill(
-        &tuned,
-        &student,
-        &distill.mask,
-        &distill.distance,
-        &source,
-        &mut rng,
-        &mut |_| (),
-    );
+    let roles = DistillRoles {
+        teacher: &tuned,
+        student: &student,
+        mask: &distill.mask,
+        objective: &distill.distance,
+    };
+    let report = distiller.distill(roles, &source, Training::new(&mut rng, &mut |_| ()));
     report.unwrap();
     let [announced, found] = asked();
     assert_eq!((announced.len(), &announced), (20, &found));

@@ -14,31 +14,18 @@ pub enum Error {
         /// What the field accepts.
         expected: &'static str,
     },
-    /// There is nothing to train on.
-    #[error("no images to tune on, expected at least one")]
-    NoImages,
     /// The backbone has no trainable parameters.
     #[error("the backbone has no trainable blocks: load it with TrainScope::LastBlocks")]
     FrozenBackbone,
-    /// Training ran away.
-    #[error(
-        "the dense loss is {loss} at step {step}: lower the learning rates or check the images"
-    )]
-    Diverged {
-        /// Steps taken before.
-        step: usize,
-        /// The loss.
-        loss: f64,
-    },
     /// The backbone failed.
     #[error(transparent)]
     Vit(#[from] defend_vit::Error),
     /// The assignment failed.
     #[error(transparent)]
     Assign(#[from] defend_ot::Error),
-    /// The optimiser failed.
+    /// The run failed: no images, a loss or gradient that is not finite, a checkpoint that does not fit.
     #[error(transparent)]
-    Optimiser(#[from] defend_nn::Error),
+    Train(#[from] defend_train::Error),
     /// candle failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

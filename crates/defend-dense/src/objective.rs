@@ -1,5 +1,6 @@
 //! The dense loss (eq. 1).
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{D, DType, Device, Tensor, Var};
@@ -44,6 +45,23 @@ pub trait DenseObjective {
     /// # Errors
     /// [`Error::Candle`] when candle fails.
     fn constrain(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// What changes from step to step beside the parameters, for checkpoints.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] when candle fails.
+    fn state(&self) -> Result<BTreeMap<String, Tensor>, Error> {
+        Ok(BTreeMap::new())
+    }
+
+    /// Takes back what [`DenseObjective::state`] gave, on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] for what does not fit.
+    fn restore(&self, state: BTreeMap<String, Tensor>) -> Result<(), Error> {
+        let _ = state;
         Ok(())
     }
 }
@@ -192,5 +210,18 @@ impl DenseObjective for PrototypeObjective {
     fn constrain(&self) -> Result<(), Error> {
         let unit = ops::l2_normalize(&self.prototypes.as_detached_tensor())?;
         Ok(self.prototypes.set(&unit)?)
+    }
+
+    fn state(&self) -> Result<BTreeMap<String, Tensor>, Error> {
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let queue = queue.iter().map(|queue| ("queue".into(), queue.clone()));
+        Ok(queue.collect())
+    }
+
+    fn restore(&self, mut state: BTreeMap<String, Tensor>) -> Result<(), Error> {
+        let queue = state.remove("queue");
+        let queue = queue.map(|queue| queue.to_device(self.prototypes.device()));
+        *self.queue.lock().unwrap_or_else(PoisonError::into_inner) = queue.transpose()?;
+        Ok(())
     }
 }

@@ -1,29 +1,25 @@
-//! The training loop of the dense stage.
+//! The training stage of the dense loss.
+
+use std::collections::BTreeMap;
 
 use candle_core::Tensor;
-use defend_nn::{
-    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, backward, half_cosine,
-    release_memory, rows_of, shuffled_batches,
+use defend_nn::Rng;
+use defend_train::{
+    AdamW, AdamWConfig, MovingAverage, ParameterGroup, TensorCache, Training, TrainingPlan,
+    TrainingReport, TrainingStage, half_cosine, rows_of, train,
 };
 use defend_vit::{Grid, ImageSource, Prefix, Trainable};
 
 use crate::crop::{CropSampler, extract};
-use crate::moving_average::MovingAverage;
 use crate::{DenseConfig, DenseObjective, Error, View};
+
+/// Names of the moving averages in a checkpoint begin so.
+const AVERAGE: &str = "average.";
 
 /// Fine-tunes the trainable blocks of a backbone on normal images (paper, section 3.1).
 #[derive(Debug, Clone)]
 pub struct DenseTuner {
     config: DenseConfig,
-}
-
-/// What a run of the tuner did.
-#[derive(Debug, Clone, PartialEq)]
-pub struct DenseReport {
-    /// Mean loss of each epoch, first epoch first.
-    pub losses: Vec<f64>,
-    /// Steps taken.
-    pub steps: usize,
 }
 
 impl DenseTuner {
@@ -36,24 +32,20 @@ impl DenseTuner {
         Ok(Self { config })
     }
 
-    /// Trains `backbone` and `objective` in place; `on_step` hears of every step.
+    /// Trains `backbone` and `objective` in place.
     ///
     /// # Errors
-    /// [`Error::NoImages`], [`Error::FrozenBackbone`], [`Error::Config`] for crops that are no multiple of the
-    /// patch size, [`Error::Diverged`], and what backbone and objective return.
+    /// [`Error::FrozenBackbone`], [`Error::Config`] for crops that are no multiple of the patch size, those of [`train`], and what
+    /// backbone and objective return.
     pub fn tune(
         &self,
         backbone: &dyn Trainable,
         objective: &dyn DenseObjective,
         images: &dyn ImageSource,
-        rng: &mut Rng,
-        on_step: &mut dyn FnMut(TrainingStep),
-    ) -> Result<DenseReport, Error> {
+        training: Training<'_>,
+    ) -> Result<TrainingReport, Error> {
         let config = &self.config;
         let patch = backbone.spec().architecture.patch_size;
-        if images.is_empty() {
-            return Err(Error::NoImages);
-        }
         if backbone.parameters().is_empty() {
             return Err(Error::FrozenBackbone);
         }
@@ -74,85 +66,116 @@ impl DenseTuner {
             group(objective.parameters(), config.head_learning_rate),
         ];
         let mut optimiser = AdamW::new(groups, AdamWConfig::default())?;
-        let mut average = config
-            .target_momentum
-            .map(|momentum| {
-                let trained = [backbone.parameters(), objective.parameters()].concat();
-                MovingAverage::new(momentum, trained)
-            })
-            .transpose()?;
-        let sampler = CropSampler::new(config.crop_area, config.crop_aspect);
-        let mut views = TensorCache::<1>::new(images.len(), config.cache_bytes);
-        let steps = config.epochs * images.len().div_ceil(config.batch);
-        let mut losses = Vec::with_capacity(config.epochs);
-        for epoch in 0..config.epochs {
-            let mut total = 0.0;
-            let batches = shuffled_batches(images.len(), config.batch, rng);
-            images.announce(&batches.concat());
-            for indices in batches {
-                let (pixels, prefix) = self.views(backbone, images, &indices, &mut views, rng)?;
-                let (grid, count) = (prefix.grid, pixels.dim(0)?);
-                let boxes = sampler.boxes(grid, count * config.crops, rng);
-                let crops = extract(&pixels, &boxes, patch, config.crop_size)?;
-                objective.constrain()?;
-                // No gradient flows through the view: Q is a constant target.
-                let assign =
-                    || objective.assign(&backbone.features_from(&prefix)?.patches.detach());
-                let assigned = match &mut average {
-                    Some(average) => average.during(|| {
-                        objective.constrain()?;
-                        assign()
-                    })?,
-                    None => assign()?,
-                };
-                let crops = backbone.features_from(&backbone.frozen_prefix(&crops)?)?;
-                let loss = objective.loss(&assigned, grid, &crops.patches, crops.grid, &boxes)?;
-                let value = f64::from(loss.to_scalar::<f32>()?);
-                if !value.is_finite() {
-                    return Err(Error::Diverged {
-                        step: optimiser.steps(),
-                        loss: value,
-                    });
-                }
-                if let Some(last) = config.final_weight_decay {
-                    let first = config.weight_decay;
-                    optimiser.set_weight_decay(between(first, last, optimiser.steps(), steps))?;
-                }
-                optimiser.step(&backward(&loss)?, 1.0)?;
-                if let Some(average) = &mut average {
-                    average.update()?;
-                }
-                total += value * indices.len() as f64;
-                on_step(TrainingStep {
-                    epoch,
-                    step: optimiser.steps(),
-                    steps,
-                    images: indices.len(),
-                    loss: value,
-                });
-            }
-            losses.push(total / images.len() as f64);
-        }
+        let average = config.target_momentum.map(|momentum| {
+            let trained = [backbone.parameters(), objective.parameters()].concat();
+            MovingAverage::new(momentum, trained)
+        });
+        let mut stage = DenseTuning {
+            config,
+            backbone,
+            objective,
+            images,
+            average: average.transpose()?,
+            sampler: CropSampler::new(config.crop_area, config.crop_aspect),
+            views: TensorCache::new(images.len(), config.cache_bytes),
+        };
+        let plan = TrainingPlan {
+            images: images.len(),
+            batch_size: config.batch,
+            epochs: config.epochs,
+        };
+        let report = train(&mut stage, &mut optimiser, &plan, training)?;
         objective.constrain()?;
-        release_memory();
-        Ok(DenseReport { losses, steps })
+        Ok(report)
+    }
+}
+
+struct DenseTuning<'a> {
+    config: &'a DenseConfig,
+    backbone: &'a dyn Trainable,
+    objective: &'a dyn DenseObjective,
+    images: &'a dyn ImageSource,
+    /// The assigning network, where it is not the trained one.
+    average: Option<MovingAverage>,
+    sampler: CropSampler,
+    /// Tokens of whole images after the frozen blocks.
+    views: TensorCache<1>,
+}
+
+impl TrainingStage for DenseTuning<'_> {
+    type Error = Error;
+
+    fn prefetch(&self, order: &[usize]) {
+        self.images.announce(order);
     }
 
-    /// The pixels of a batch's views and their tokens after the frozen blocks.
-    fn views(
-        &self,
-        backbone: &dyn Trainable,
-        images: &dyn ImageSource,
-        indices: &[usize],
-        cache: &mut TensorCache<1>,
-        rng: &mut Rng,
-    ) -> Result<(Tensor, Prefix), Error> {
+    fn loss(&mut self, indices: &[usize], rng: &mut Rng) -> Result<Tensor, Error> {
+        let (config, backbone, objective) = (self.config, self.backbone, self.objective);
         let patch = backbone.spec().architecture.patch_size;
-        let batch = images.images(indices)?;
+        let (pixels, prefix) = self.views(indices, rng)?;
+        let (grid, count) = (prefix.grid, pixels.dim(0)?);
+        let boxes = self.sampler.boxes(grid, count * config.crops, rng);
+        let crops = extract(&pixels, &boxes, patch, config.crop_size)?;
+        objective.constrain()?;
+        // No gradient flows through the view: Q is a constant target.
+        let assign = || objective.assign(&backbone.features_from(&prefix)?.patches.detach());
+        let assigned = match &mut self.average {
+            Some(average) => average.during(|| {
+                objective.constrain()?;
+                assign()
+            })?,
+            None => assign()?,
+        };
+        let crops = backbone.features_from(&backbone.frozen_prefix(&crops)?)?;
+        objective.loss(&assigned, grid, &crops.patches, crops.grid, &boxes)
+    }
+
+    fn schedule(&self, optimiser: &mut AdamW, step: usize, steps: usize) -> Result<f64, Error> {
+        if let Some(last) = self.config.final_weight_decay {
+            let first = self.config.weight_decay;
+            optimiser.set_weight_decay(between(first, last, step, steps))?;
+        }
+        Ok(1.0)
+    }
+
+    fn after_step(&mut self) -> Result<(), Error> {
+        if let Some(average) = &mut self.average {
+            average.update()?;
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> Result<BTreeMap<String, Tensor>, Error> {
+        let mut state = self.objective.state()?;
+        if let Some(average) = &self.average {
+            let averages = average.state().into_iter();
+            state.extend(averages.map(|(name, tensor)| (format!("{AVERAGE}{name}"), tensor)));
+        }
+        Ok(state)
+    }
+
+    fn restore(&mut self, mut state: BTreeMap<String, Tensor>) -> Result<(), Error> {
+        if let Some(average) = &mut self.average {
+            let named = state.iter().filter_map(|(name, tensor)| {
+                Some((name.strip_prefix(AVERAGE)?.to_owned(), tensor.clone()))
+            });
+            average.restore(&mut named.collect())?;
+            state.retain(|name, _| !name.starts_with(AVERAGE));
+        }
+        self.objective.restore(state)
+    }
+}
+
+impl DenseTuning<'_> {
+    /// The pixels of a batch's views and their tokens after the frozen blocks.
+    fn views(&mut self, indices: &[usize], rng: &mut Rng) -> Result<(Tensor, Prefix), Error> {
+        let backbone = self.backbone;
+        let patch = backbone.spec().architecture.patch_size;
+        let batch = self.images.images(indices)?;
         let grid = grid_of(&batch, patch)?;
         match self.config.view {
             View::Whole => {
-                let [tokens] = cache.batch(indices, |missing| {
+                let [tokens] = self.views.batch(indices, |missing| {
                     let batch = rows_of(&batch, indices, missing)?;
                     Ok::<_, Error>([backbone.frozen_prefix(&batch)?.tokens.detach()])
                 })?;
@@ -185,9 +208,13 @@ fn between(first: f64, last: f64, step: usize, steps: usize) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+
     use super::*;
     use crate::PrototypeObjective;
     use candle_core::{DType, Device};
+    use defend_train::Checkpoints;
     use defend_vit::{Architecture, BackboneSpec, Encoder, TrainScope, Vit};
 
     fn backbone() -> Vit {
@@ -219,6 +246,22 @@ mod tests {
         }
     }
 
+    /// Images that cannot be read any more after so many batches.
+    struct Stopping(Tensor, AtomicUsize);
+
+    impl ImageSource for Stopping {
+        fn len(&self) -> usize {
+            ImageSource::len(&self.0)
+        }
+
+        fn images(&self, indices: &[usize]) -> Result<Tensor, defend_vit::Error> {
+            if self.1.fetch_sub(1, Ordering::SeqCst) == 0 {
+                return Err(candle_core::Error::Msg("stopped".into()).into());
+            }
+            self.0.images(indices)
+        }
+    }
+
     /// Ten images of two halves with different textures.
     fn images() -> Tensor {
         let values: Vec<f32> = (0..10 * 3 * 64 * 64)
@@ -243,9 +286,14 @@ mod tests {
             let objective = PrototypeObjective::random(&config, 32, &mut rng, &Device::Cpu)?;
             let mut seen = Vec::new();
             let tuner = DenseTuner::new(config)?;
-            let report = tuner.tune(&vit, &objective, &images(), &mut rng, &mut |s| {
-                seen.push(s.step);
-            })?;
+            let report = tuner.tune(
+                &vit,
+                &objective,
+                &images(),
+                Training::new(&mut rng, &mut |s| {
+                    seen.push(s.step);
+                }),
+            )?;
             assert_eq!(seen, (1..=18).collect::<Vec<_>>());
             Ok((report, vit))
         };
@@ -290,20 +338,27 @@ mod tests {
             DenseConfig::official_leopart(),
         ] {
             recipe.validate()?;
-            let run = || -> Result<_, Error> {
+            let run = |stop: usize, checkpoints: Option<&Checkpoints>| -> Result<_, Error> {
                 let (vit, config) = (backbone(), small(recipe.clone()));
                 let mut rng = Rng::seed(2);
                 let objective = PrototypeObjective::random(&config, 32, &mut rng, &Device::Cpu)?;
                 let tuner = DenseTuner::new(config)?;
-                tuner.tune(&vit, &objective, &images(), &mut rng, &mut |_| ())
+                let images = Stopping(images(), AtomicUsize::new(stop));
+                let on_step = &mut |_| ();
+                let training = Training::new(&mut rng, on_step).with_checkpoints(checkpoints);
+                let report = tuner.tune(&vit, &objective, &images, training)?;
+                let prototypes = objective.parameters().pop().map(|(_, var)| var.to_vec2::<f32>());
+                Ok((report, prototypes.transpose()?))
             };
-            let report = run()?;
-            assert!(
-                report.losses[5] < 0.9 * report.losses[0],
-                "{recipe:?}: {:?}",
-                report.losses
-            );
-            assert_eq!(report, run()?);
+            let whole = run(usize::MAX, None)?;
+            let losses = &whole.0.losses;
+            assert!(losses[5] < 0.9 * losses[0], "{recipe:?}: {losses:?}");
+            // Stopped in the midst of an epoch, then resumed.
+            let folder = tempfile::tempdir().unwrap();
+            let checkpoints =
+                Checkpoints::new(folder.path().join("run"), "run").every(Duration::ZERO);
+            assert!(run(8, Some(&checkpoints)).is_err());
+            assert_eq!(run(usize::MAX, Some(&checkpoints.resuming(true)))?, whole);
         }
         Ok(())
     }
@@ -321,17 +376,35 @@ mod tests {
         let objective = PrototypeObjective::random(&config(), 32, &mut rng, &Device::Cpu)?;
         let tuner = DenseTuner::new(config())?;
         let none = Tensor::zeros((0, 3, 64, 64), DType::F32, &Device::Cpu)?;
-        let result = tuner.tune(&backbone(), &objective, &none, &mut rng, &mut |_| ());
-        assert!(matches!(result, Err(Error::NoImages)));
+        let result = tuner.tune(
+            &backbone(),
+            &objective,
+            &none,
+            Training::new(&mut rng, &mut |_| ()),
+        );
+        assert!(matches!(
+            result,
+            Err(Error::Train(defend_train::Error::NoImages))
+        ));
         let frozen = backbone().copy(TrainScope::Frozen)?;
         assert_eq!(frozen.spec().architecture.depth, 3);
-        let result = tuner.tune(&frozen, &objective, &images(), &mut rng, &mut |_| ());
+        let result = tuner.tune(
+            &frozen,
+            &objective,
+            &images(),
+            Training::new(&mut rng, &mut |_| ()),
+        );
         assert!(matches!(result, Err(Error::FrozenBackbone)));
         let tuner = DenseTuner::new(DenseConfig {
             crop_size: 30,
             ..config()
         })?;
-        let result = tuner.tune(&backbone(), &objective, &images(), &mut rng, &mut |_| ());
+        let result = tuner.tune(
+            &backbone(),
+            &objective,
+            &images(),
+            Training::new(&mut rng, &mut |_| ()),
+        );
         assert!(matches!(
             result,
             Err(Error::Config {

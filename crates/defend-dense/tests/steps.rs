@@ -14,6 +14,7 @@ use defend_dense::{
 use defend_nn::Rng;
 use defend_ot::SinkhornKnopp;
 use defend_testing::{Golden, assert_close, assert_moved};
+use defend_train::Training;
 use defend_vit::{Architecture, BackboneSpec, TrainScope, Vit, Weights};
 
 #[test]
@@ -70,8 +71,7 @@ fn three_steps_match_pytorch() {
             &vit,
             &objective,
             &golden.get("images"),
-            &mut Rng::seed(0),
-            &mut |step| losses.push(step.loss),
+            Training::new(&mut Rng::seed(0), &mut |step| losses.push(step.loss)),
         )
         .unwrap();
     let losses = Tensor::new(losses, &Device::Cpu).unwrap();

@@ -1,6 +1,6 @@
 //! Settings of the distillation stage.
 
-use defend_nn::Schedule;
+use defend_train::Schedule;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, FeatureDistance, Mask, Selection};
@@ -70,7 +70,7 @@ impl DistillConfig {
     /// Checks every field's range.
     ///
     /// # Errors
-    /// [`Error::Config`] that names the field; [`Error::Optimiser`] for the schedule.
+    /// [`Error::Config`] that names the field; [`Error::Train`] for the schedule.
     pub fn validate(&self) -> Result<(), Error> {
         let check = |ok: bool, field, value: String, expected| {
             if ok {

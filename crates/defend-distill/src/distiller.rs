@@ -1,9 +1,10 @@
-//! The training loop of masked knowledge distillation.
+//! The training stage of masked knowledge distillation.
 
-use candle_core::{DType, Tensor};
-use defend_nn::{
-    AdamW, AdamWConfig, ParameterGroup, Rng, TensorCache, TrainingStep, backward, release_memory,
-    rows_of, shuffled_batches,
+use candle_core::Tensor;
+use defend_nn::Rng;
+use defend_train::{
+    AdamW, AdamWConfig, ParameterGroup, TensorCache, Training, TrainingPlan, TrainingReport,
+    TrainingStage, rows_of, train,
 };
 use defend_vit::{Backbone, ImageSource, Trainable};
 
@@ -16,13 +17,17 @@ pub struct Distiller {
     config: DistillConfig,
 }
 
-/// What a run of the distiller did.
-#[derive(Debug, Clone, PartialEq)]
-pub struct DistillReport {
-    /// Mean loss of each epoch, first epoch first.
-    pub losses: Vec<f64>,
-    /// Steps taken.
-    pub steps: usize,
+/// What takes part in a distillation, each part behind its role.
+#[derive(Clone, Copy)]
+pub struct DistillRoles<'a> {
+    /// The frozen network whose features are predicted.
+    pub teacher: &'a dyn Backbone,
+    /// The network that predicts them, trained in place.
+    pub student: &'a dyn Trainable,
+    /// Which patches the student sees.
+    pub mask: &'a dyn MaskPolicy,
+    /// The distance between prediction and feature.
+    pub objective: &'a dyn DistillObjective,
 }
 
 impl Distiller {
@@ -35,81 +40,86 @@ impl Distiller {
         Ok(Self { config })
     }
 
-    /// Trains `student` in place; `on_step` hears of every step.
+    /// Trains the student in place on `images`.
     ///
-    /// The teacher sees whole images, once: without augmentation its features and attention are constant.
+    /// The teacher sees whole images. What it gives is kept up to the settings' limit of memory: the same image always has the
+    /// same features.
     ///
     /// # Errors
-    /// [`Error::NoImages`], [`Error::Diverged`], and what teacher, student, mask and objective return.
-    #[allow(clippy::too_many_arguments)] // the four roles of the stage, its images, and the run's two handles
+    /// Those of [`train`], and what teacher, student, mask and objective return.
     pub fn distill(
         &self,
-        teacher: &dyn Backbone,
-        student: &dyn Trainable,
-        mask: &dyn MaskPolicy,
-        objective: &dyn DistillObjective,
+        roles: DistillRoles<'_>,
         images: &dyn ImageSource,
-        rng: &mut Rng,
-        on_step: &mut dyn FnMut(TrainingStep),
-    ) -> Result<DistillReport, Error> {
+        training: Training<'_>,
+    ) -> Result<TrainingReport, Error> {
         let config = &self.config;
-        if images.is_empty() {
-            return Err(Error::NoImages);
+        let plan = TrainingPlan {
+            images: images.len(),
+            batch_size: config.batch,
+            epochs: config.epochs_for(images.len()),
+        };
+        let mut optimiser = optimiser(roles.student, config)?;
+        let mut stage = Distillation {
+            config,
+            roles,
+            images,
+            targets: TensorCache::new(images.len(), config.cache_bytes),
+        };
+        train(&mut stage, &mut optimiser, &plan, training)
+    }
+}
+
+struct Distillation<'a> {
+    config: &'a DistillConfig,
+    roles: DistillRoles<'a>,
+    images: &'a dyn ImageSource,
+    /// The teacher's patch tokens, CLS tokens and CLS attention.
+    targets: TensorCache<3>,
+}
+
+impl TrainingStage for Distillation<'_> {
+    type Error = Error;
+
+    fn prefetch(&self, order: &[usize]) {
+        self.images.announce(order);
+    }
+
+    fn loss(&mut self, indices: &[usize], rng: &mut Rng) -> Result<Tensor, Error> {
+        let DistillRoles {
+            teacher,
+            student,
+            mask,
+            objective,
+        } = self.roles;
+        let layers = self.config.layers;
+        let batch = self.images.images(indices)?;
+        let [patches, cls, attention] = self.targets.batch(indices, |missing| {
+            let features = teacher.features(&rows_of(&batch, indices, missing)?)?;
+            let attention = features.cls_attention.mean(1)?;
+            let layers = Layers::of(&features, layers)?;
+            Ok::<_, Error>([layers.patches.detach(), layers.cls.detach(), attention])
+        })?;
+        let grid = student_grid(student, &batch)?;
+        let keep = mask.keep(&attention, grid, rng)?;
+        let predicted = student.training_features(&batch, keep.as_ref(), rng)?;
+        let predicted = Layers::of(&predicted, layers)?;
+        let patches = match &keep {
+            Some(keep) => Layers::keep(&patches, keep)?,
+            None => patches,
+        };
+        let loss = objective
+            .distances(&patches, &predicted.patches)?
+            .mean_all()?;
+        if self.config.cls_weight > 0.0 {
+            let cls = objective.distances(&cls, &predicted.cls)?.mean_all()?;
+            return Ok((loss + (cls * self.config.cls_weight)?)?);
         }
-        let mut optimiser = optimiser(student, config)?;
-        let mut targets = TensorCache::<3>::new(images.len(), config.cache_bytes);
-        let epochs = config.epochs_for(images.len());
-        let steps = epochs * images.len().div_ceil(config.batch);
-        let mut losses = Vec::with_capacity(epochs);
-        for epoch in 0..epochs {
-            let mut total = 0.0;
-            let batches = shuffled_batches(images.len(), config.batch, rng);
-            images.announce(&batches.concat());
-            for indices in batches {
-                let batch = images.images(&indices)?;
-                let [patches, cls, attention] = targets.batch(&indices, |missing| {
-                    let features = teacher.features(&rows_of(&batch, &indices, missing)?)?;
-                    let attention = features.cls_attention.mean(1)?;
-                    let layers = Layers::of(&features, config.layers)?;
-                    Ok::<_, Error>([layers.patches.detach(), layers.cls.detach(), attention])
-                })?;
-                let grid = student_grid(student, &batch)?;
-                let keep = mask.keep(&attention, grid, rng)?;
-                let predicted = student.training_features(&batch, keep.as_ref(), rng)?;
-                let predicted = Layers::of(&predicted, config.layers)?;
-                let patches = match &keep {
-                    Some(keep) => Layers::keep(&patches, keep)?,
-                    None => patches,
-                };
-                let mut loss = objective
-                    .distances(&patches, &predicted.patches)?
-                    .mean_all()?;
-                if config.cls_weight > 0.0 {
-                    let cls = objective.distances(&cls, &predicted.cls)?.mean_all()?;
-                    loss = (loss + (cls * config.cls_weight)?)?;
-                }
-                let value = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
-                if !value.is_finite() {
-                    return Err(Error::Diverged {
-                        step: optimiser.steps(),
-                        loss: value,
-                    });
-                }
-                let multiplier = config.schedule.multiplier(optimiser.steps(), steps);
-                optimiser.step(&backward(&loss)?, multiplier)?;
-                total += value * indices.len() as f64;
-                on_step(TrainingStep {
-                    epoch,
-                    step: optimiser.steps(),
-                    steps,
-                    images: indices.len(),
-                    loss: value,
-                });
-            }
-            losses.push(total / images.len() as f64);
-        }
-        release_memory();
-        Ok(DistillReport { losses, steps })
+        Ok(loss)
+    }
+
+    fn schedule(&self, _: &mut AdamW, step: usize, steps: usize) -> Result<f64, Error> {
+        Ok(self.config.schedule.multiplier(step, steps))
     }
 }
 
@@ -175,22 +185,24 @@ mod tests {
         Tensor::from_vec(values, (12, 3, 32, 32), &Device::Cpu).unwrap()
     }
 
-    fn distil(config: DistillConfig, teacher: &Vit, student: &Vit) -> Result<DistillReport, Error> {
+    fn distil(
+        config: DistillConfig,
+        teacher: &Vit,
+        student: &Vit,
+    ) -> Result<TrainingReport, Error> {
         let (mask, distance) = (config.mask, config.distance);
-        let (images, rng) = (images(0.0), &mut Rng::seed(3));
-        let distiller = Distiller::new(config)?;
-        distiller.distill(
+        let roles = DistillRoles {
             teacher,
             student,
-            &mask,
-            &distance,
-            &images,
-            rng,
-            &mut |_| (),
-        )
+            mask: &mask,
+            objective: &distance,
+        };
+        let distiller = Distiller::new(config)?;
+        let (images, rng) = (images(0.0), &mut Rng::seed(3));
+        distiller.distill(roles, &images, Training::new(rng, &mut |_| ()))
     }
 
-    fn train(mask: Mask) -> Result<(DistillReport, Vit), Error> {
+    fn trained(mask: Mask) -> Result<(TrainingReport, Vit), Error> {
         let config = DistillConfig {
             epochs: 10,
             min_steps: 60,
@@ -216,21 +228,21 @@ mod tests {
                 selection: Selection::TopK,
             },
         ] {
-            let (report, _) = train(mask)?;
+            let (report, _) = trained(mask)?;
             assert_eq!((report.losses.len(), report.steps), (20, 60));
             let (first, last) = (report.losses[0], report.losses[19]);
             assert!(
                 last < 0.7 * first,
                 "{mask:?}: loss went from {first} to {last}"
             );
-            assert_eq!(report, train(mask)?.0);
+            assert_eq!(report, trained(mask)?.0);
         }
         Ok(())
     }
 
     #[test]
     fn images_unlike_the_training_images_score_higher() -> Result<(), Error> {
-        let (_, student) = train(Mask::Random { ratio: 0.5 })?;
+        let (_, student) = trained(Mask::Random { ratio: 0.5 })?;
         let (teacher, distance) = (vit(1), FeatureDistance::default());
         let score = |images: &Tensor| -> Result<f32, Error> {
             let d = discrepancy(&teacher, &student, &distance, 1, images)?;

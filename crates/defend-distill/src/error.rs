@@ -24,25 +24,12 @@ pub enum Error {
         /// The shape it must have.
         expected: Vec<usize>,
     },
-    /// There is nothing to train on.
-    #[error("no images to distil on, expected at least one")]
-    NoImages,
-    /// Training ran away.
-    #[error(
-        "the distillation loss is {loss} at step {step}: lower the learning rate or check the images"
-    )]
-    Diverged {
-        /// Steps taken before.
-        step: usize,
-        /// The loss.
-        loss: f64,
-    },
     /// A backbone failed.
     #[error(transparent)]
     Vit(#[from] defend_vit::Error),
-    /// The optimiser failed.
+    /// The run failed: no images, a loss or gradient that is not finite, a checkpoint that does not fit.
     #[error(transparent)]
-    Optimiser(#[from] defend_nn::Error),
+    Train(#[from] defend_train::Error),
     /// candle failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -15,7 +15,7 @@ mod objective;
 mod score;
 
 pub use config::DistillConfig;
-pub use distiller::{DistillReport, Distiller};
+pub use distiller::{DistillRoles, Distiller};
 pub use error::Error;
 pub use mask::{Mask, MaskPolicy, Selection};
 pub use objective::{DistillObjective, FeatureDistance, FeatureNorm, NormalizedSide, Penalty};

@@ -8,9 +8,10 @@
 )]
 
 use candle_core::{Device, Tensor};
-use defend_distill::{DistillConfig, Distiller, FeatureDistance, Mask, Selection};
-use defend_nn::{Rng, Schedule};
+use defend_distill::{DistillConfig, DistillRoles, Distiller, FeatureDistance, Mask, Selection};
+use defend_nn::Rng;
 use defend_testing::{Golden, assert_close, assert_moved};
+use defend_train::{Schedule, Training};
 use defend_vit::{Architecture, BackboneSpec, TrainScope, Vit, Weights};
 
 fn vit(golden: &Golden, weights: &str, scope: TrainScope) -> Vit {
@@ -56,13 +57,14 @@ fn three_steps_match_pytorch() {
     Distiller::new(config)
         .unwrap()
         .distill(
-            &teacher,
-            &student,
-            &mask,
-            &FeatureDistance::default(),
+            DistillRoles {
+                teacher: &teacher,
+                student: &student,
+                mask: &mask,
+                objective: &FeatureDistance::default(),
+            },
             &golden.get("images"),
-            &mut Rng::seed(0),
-            &mut |step| losses.push(step.loss),
+            Training::new(&mut Rng::seed(0), &mut |step| losses.push(step.loss)),
         )
         .unwrap();
     let losses = Tensor::new(losses, &Device::Cpu).unwrap();

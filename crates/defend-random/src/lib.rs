@@ -14,6 +14,7 @@ use std::convert::Infallible;
 
 use rand::{RngExt, SeedableRng, TryRng};
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 
 /// The one source of randomness of a run.
 #[derive(Debug, Clone)]
@@ -32,6 +33,41 @@ impl Rng {
         rng.set_stream(purpose);
         Self(rng)
     }
+
+    /// Where the generator is, to go on from later.
+    ///
+    /// ```
+    /// use defend_random::{Rng, standard_normal};
+    ///
+    /// let mut rng = Rng::stream(7, 1);
+    /// standard_normal(&mut rng);
+    /// let mut again = Rng::at(rng.position());
+    /// assert_eq!(standard_normal(&mut rng), standard_normal(&mut again));
+    /// ```
+    pub fn position(&self) -> Position {
+        Position {
+            key: self.0.get_seed(),
+            stream: self.0.get_stream(),
+            // A run that drew 2^64 words would take centuries.
+            word: u64::try_from(self.0.get_word_pos()).unwrap_or(u64::MAX),
+        }
+    }
+
+    /// The generator at a position.
+    pub fn at(position: Position) -> Self {
+        let mut rng = ChaCha8Rng::from_seed(position.key);
+        rng.set_stream(position.stream);
+        rng.set_word_pos(u128::from(position.word));
+        Self(rng)
+    }
+}
+
+/// Where an [`Rng`] is in its stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    key: [u8; 32],
+    stream: u64,
+    word: u64,
 }
 
 impl TryRng for Rng {

@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::launch::{Grid, Number, address_of, launch};
-use crate::adamw::Update;
+use crate::ops::AdamWStep;
 
 /// Values that a block of threads handles.
 const VALUES_PER_PART: usize = 16 * 1024;
@@ -75,7 +75,7 @@ pub(crate) fn first_not_finite(slots: &[Slot<'_>]) -> Result<Option<usize>> {
 }
 
 /// Updates parameters and moments in place.
-pub(crate) fn step(slots: &[Slot<'_>], update: &Update) -> Result<()> {
+pub(crate) fn step(slots: &[Slot<'_>], update: &AdamWStep) -> Result<()> {
     if slots.is_empty() {
         return Ok(());
     }

@@ -6,6 +6,8 @@
 //! Gradients flow to every operand that is a variable or depends on one; operands that do not (frozen
 //! weights, plain inputs) cost nothing in the backward pass.
 
+mod adamw;
+mod adamw_step;
 mod attention;
 mod block;
 #[cfg(feature = "cuda")]
@@ -18,6 +20,8 @@ mod normalize;
 mod patches;
 mod pick;
 
+pub use adamw::{adamw, not_finite as adamw_not_finite};
+pub use adamw_step::{AdamWOperands, AdamWStep};
 pub use attention::{attention, cls_attention};
 pub use block::chain::transformer_blocks;
 pub use block::{Arithmetic, BlockParameters, BranchFactors, Prepared, transformer_block};

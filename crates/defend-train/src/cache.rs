@@ -1,32 +1,6 @@
-//! What training loops have in common: order of images, progress, and a cache of frozen results.
+//! A cache of what frozen networks compute.
 
 use candle_core::{Result, Tensor};
-use rand::seq::SliceRandom;
-
-use crate::Rng;
-
-/// State of a training run after a step, for progress displays.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct TrainingStep {
-    /// Epoch of this step, from 0.
-    pub epoch: usize,
-    /// Steps taken, this one included.
-    pub step: usize,
-    /// Steps of the whole run.
-    pub steps: usize,
-    /// Images in this step's batch.
-    pub images: usize,
-    /// Loss of this step's batch.
-    pub loss: f64,
-}
-
-/// The indices `0..images` in random order, cut into batches; the last may be smaller.
-pub fn shuffled_batches(images: usize, batch: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
-    let mut order: Vec<usize> = (0..images).collect();
-    order.shuffle(rng);
-    order.chunks(batch.max(1)).map(<[usize]>::to_vec).collect()
-}
-
 /// The rows of some of a batch's images; `batch`, `[B, ...]`, has those of `indices`, among which all of `wanted` are.
 ///
 /// # Errors
@@ -172,15 +146,6 @@ mod tests {
 
     fn values(t: &[Tensor; 1]) -> Vec<f32> {
         t[0].flatten_all().unwrap().to_vec1().unwrap()
-    }
-
-    #[test]
-    fn batches_cover_every_image_once() {
-        let batches = shuffled_batches(10, 4, &mut Rng::seed(1));
-        assert_eq!(batches.iter().map(Vec::len).collect::<Vec<_>>(), [4, 4, 2]);
-        let mut all = batches.concat();
-        all.sort_unstable();
-        assert_eq!(all, (0..10).collect::<Vec<_>>());
     }
 
     #[test]

@@ -1,0 +1,154 @@
+//! A run that is stopped anywhere and resumed ends with the bits of one that was not.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests may panic")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use candle_core::{Device, Tensor, Var};
+use defend_nn::{Rng, normal};
+use defend_train::{
+    AdamW, AdamWConfig, Checkpoints, Error, MovingAverage, ParameterGroup, Training, TrainingPlan,
+    TrainingReport, TrainingStage, train,
+};
+
+const PLAN: TrainingPlan = TrainingPlan {
+    images: 10,
+    batch_size: 4,
+    epochs: 3,
+};
+
+/// Follows targets with noise from the run's generator; fails at a step that a test chooses.
+struct Follow {
+    weight: Var,
+    average: MovingAverage,
+    targets: Tensor,
+    stop_at: Option<usize>,
+    steps: usize,
+}
+
+impl Follow {
+    fn new(stop_at: Option<usize>) -> (Self, AdamW) {
+        let mut rng = Rng::seed(1);
+        let weight = normal((3, 2), 1.0, &mut rng, &Device::Cpu).unwrap();
+        let weight = Var::from_tensor(&weight).unwrap();
+        let parameters = vec![("weight".to_owned(), weight.clone())];
+        let average = MovingAverage::new(0.5, parameters.clone()).unwrap();
+        let group = ParameterGroup {
+            parameters,
+            learning_rate: 0.1,
+            weight_decay: 0.01,
+        };
+        let stage = Self {
+            weight,
+            average,
+            targets: normal((10, 3, 2), 1.0, &mut rng, &Device::Cpu).unwrap(),
+            stop_at,
+            steps: 0,
+        };
+        let optimiser = AdamW::new(vec![group], AdamWConfig::default()).unwrap();
+        (stage, optimiser)
+    }
+
+    fn run(
+        stop_at: Option<usize>,
+        checkpoints: Option<&Checkpoints>,
+    ) -> Result<(TrainingReport, Vec<f32>), Error> {
+        let (mut stage, mut optimiser) = Self::new(stop_at);
+        let (mut rng, mut on_step) = (Rng::seed(2), |_| ());
+        let training = Training::new(&mut rng, &mut on_step).with_checkpoints(checkpoints);
+        let report = train(&mut stage, &mut optimiser, &PLAN, training)?;
+        let mut values = stage.weight.flatten_all()?.to_vec1::<f32>()?;
+        for (_, average) in stage.average.state() {
+            values.extend(average.flatten_all()?.to_vec1::<f32>()?);
+        }
+        Ok((report, values))
+    }
+}
+
+impl TrainingStage for Follow {
+    type Error = Error;
+
+    fn loss(&mut self, indices: &[usize], rng: &mut Rng) -> Result<Tensor, Error> {
+        if self.stop_at == Some(self.steps) {
+            return Err(candle_core::Error::Msg("stopped".into()).into());
+        }
+        self.steps += 1;
+        let indices: Vec<u32> = indices.iter().map(|&i| i as u32).collect();
+        let targets = self
+            .targets
+            .index_select(&Tensor::new(indices, &Device::Cpu)?, 0)?;
+        let noise = normal(targets.dims(), 0.1, rng, &Device::Cpu)?;
+        let away = (targets + noise)?.broadcast_sub(&self.weight)?;
+        Ok(away.sqr()?.mean_all()?)
+    }
+
+    fn after_step(&mut self) -> Result<(), Error> {
+        Ok(self.average.update()?)
+    }
+
+    fn state(&self) -> Result<BTreeMap<String, Tensor>, Error> {
+        Ok(self.average.state().into_iter().collect())
+    }
+
+    fn restore(&mut self, mut state: BTreeMap<String, Tensor>) -> Result<(), Error> {
+        Ok(self.average.restore(&mut state)?)
+    }
+}
+
+fn checkpoints(path: &Path, run: &str) -> Checkpoints {
+    Checkpoints::new(path, run).every(Duration::ZERO)
+}
+
+#[test]
+fn a_resumed_run_ends_with_the_same_bits() -> Result<(), Error> {
+    let whole = Follow::run(None, None)?;
+    assert_eq!(whole.0.steps, 9);
+    for stop in 0..9 {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        let saved = checkpoints(&path, "run");
+        assert!(Follow::run(Some(stop), Some(&saved)).is_err());
+        assert_eq!(path.exists(), stop > 0);
+        // Twice: stopped again at once, then to the end.
+        let resumed = saved.resuming(true);
+        assert!(Follow::run(Some(0), Some(&resumed)).is_err());
+        assert_eq!(
+            Follow::run(None, Some(&resumed))?,
+            whole,
+            "stopped at {stop}"
+        );
+        // What is over stays so.
+        assert_eq!(Follow::run(Some(0), Some(&resumed))?, whole);
+    }
+    Ok(())
+}
+
+#[test]
+fn saving_changes_nothing() -> Result<(), Error> {
+    let folder = tempfile::tempdir().unwrap();
+    let seldom = Checkpoints::new(folder.path().join("run"), "run");
+    assert_eq!(Follow::run(None, Some(&seldom))?, Follow::run(None, None)?);
+    Ok(())
+}
+
+#[test]
+fn a_checkpoint_of_another_run_is_refused_and_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run");
+    assert!(Follow::run(Some(4), Some(&checkpoints(&path, "run"))).is_err());
+    let before = std::fs::read(&path).unwrap();
+    let refusal = |checkpoints: Checkpoints| {
+        let error = Follow::run(None, Some(&checkpoints)).unwrap_err();
+        assert!(matches!(error, Error::Checkpoint { .. }), "{error}");
+        error.to_string()
+    };
+    assert!(refusal(checkpoints(&path, "run")).contains("it is there already"));
+    let other = checkpoints(&path, "another seed").resuming(true);
+    assert!(refusal(other).contains("other settings"));
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+    std::fs::write(&path, &before[..before.len() - 1]).unwrap();
+    let damaged = checkpoints(&path, "run").resuming(true);
+    assert!(refusal(damaged).contains("no complete safetensors file"));
+}
