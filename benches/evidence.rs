@@ -1,6 +1,6 @@
 //! What the closed form costs beside its teacher's pass: `cargo bench -p defend-benches --bench evidence`.
 //!
-//! Noise in place of pictures: costs do not depend on the content, and the settings say whether patches count.
+//! Noise in place of images: costs do not depend on the content, and the settings say whether patches count.
 #![allow(
     missing_docs,
     clippy::expect_used,
@@ -31,26 +31,26 @@ fn teacher() -> Vit {
     frozen_vit(&Architecture::vit_tiny())
 }
 
-/// Pictures of noise.
-fn pictures(count: usize) -> Memory {
+/// ResizedImages of noise.
+fn photos(count: usize) -> Memory {
     let mut rng = Rng::seed(1);
     let mut memory = Memory::default();
     for i in 0..count {
         let mut bytes = vec![0u8; 3 * 224 * 224];
         rng.fill(&mut bytes[..]);
-        let picture = RgbImage::from_raw(224, 224, bytes).expect("a picture");
-        memory.push(i.to_string(), picture, vec![]);
+        let image = RgbImage::from_raw(224, 224, bytes).expect("an image");
+        memory.push(i.to_string(), image, vec![]);
     }
     memory
 }
 
-/// Pictures of noise look like any other noise: the contrast counts, in scores and in maps.
+/// ResizedImages of noise look like any other noise: the contrast counts, in scores and in maps.
 fn background() -> Background {
     static READY: OnceLock<Background> = OnceLock::new();
     let ready = READY.get_or_init(|| {
         let builder =
             Defend::builder().teacher(teacher().copy(TrainScope::Frozen).expect("a copy"));
-        let photos = pictures(1000);
+        let photos = photos(1000);
         builder
             .look_at_background(photos, "noise", &mut Silent)
             .expect("a background")
@@ -83,7 +83,7 @@ fn fitted(config: DefendConfig, normal: impl Dataset + 'static) -> Detector {
 
 fn scoring(c: &mut Criterion) {
     let (images, vit) = (noise(&[32, 3, 224, 224], 3), teacher());
-    let normal = pictures(NORMAL);
+    let normal = photos(NORMAL);
     let mut masked = MaskedConfig::default();
     masked.distill.epochs = 1;
     let masked = DefendConfig {
@@ -118,7 +118,7 @@ fn scoring(c: &mut Criterion) {
         &patches,
         true,
     );
-    score("masked distillation", &fitted(masked, pictures(32)), false);
+    score("masked distillation", &fitted(masked, photos(32)), false);
     let profile = |i: usize| {
         let some = Subset::new(Arc::new(normal.clone()), (i..i + 64).collect()).expect("a part");
         (i.to_string(), fitted(closed_form(false), some))
@@ -131,7 +131,7 @@ fn scoring(c: &mut Criterion) {
 }
 
 fn fitting(c: &mut Criterion) {
-    let (normal, vit) = (pictures(NORMAL), teacher());
+    let (normal, vit) = (photos(NORMAL), teacher());
     let images: Vec<Tensor> = (0..NORMAL.div_ceil(32))
         .map(|i| noise(&[32.min(NORMAL - 32 * i), 3, 224, 224], i as u64))
         .collect();

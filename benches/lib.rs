@@ -82,7 +82,7 @@ impl StudentStep {
     pub fn loss(&self) -> Tensor {
         let features = self
             .student
-            .training_features(&self.images, Some(&self.keep), &mut Rng::seed(0))
+            .features_train(&self.images, Some(&self.keep), &mut Rng::seed(0))
             .expect("features");
         let distances = FeatureDistance::default().distances(&self.target, &features.patches);
         distances.expect("distances").mean_all().expect("a loss")

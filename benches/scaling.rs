@@ -85,8 +85,8 @@ fn milliseconds(rounds: usize, mut work: impl FnMut()) -> f64 {
 }
 
 /// Milliseconds of a forward pass.
-fn forward(vit: &Vit, batch: usize, side: usize, rounds: usize) -> f64 {
-    let images = noise(&[batch, 3, side, side], 1);
+fn forward(vit: &Vit, batch_size: usize, side: usize, rounds: usize) -> f64 {
+    let images = noise(&[batch_size, 3, side, side], 1);
     milliseconds(rounds, || {
         vit.features(&images).expect("features");
     })
@@ -190,7 +190,7 @@ fn by_images() -> Vec<Panel> {
         for (kept, memory) in [true, false].into_iter().zip(&mut memory) {
             let config = DistillConfig {
                 epochs: 2,
-                batch: 16,
+                batch_size: 16,
                 cache_bytes: if kept { 2 << 30 } else { 0 },
                 ..DistillConfig::default()
             };

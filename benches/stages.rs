@@ -68,10 +68,10 @@ fn distance(c: &mut Criterion) {
     });
 }
 
-fn pictures(c: &mut Criterion) {
-    let picture = RgbImage::from_fn(640, 480, |x, y| Rgb([x as u8, y as u8, (x ^ y) as u8]));
+fn images(c: &mut Criterion) {
+    let image = RgbImage::from_fn(640, 480, |x, y| Rgb([x as u8, y as u8, (x ^ y) as u8]));
     let mut jpeg = Cursor::new(Vec::new());
-    picture
+    image
         .write_to(&mut jpeg, ImageFormat::Jpeg)
         .expect("a JPEG");
     let jpeg = jpeg.into_inner();
@@ -79,10 +79,10 @@ fn pictures(c: &mut Criterion) {
     let mut group = c.benchmark_group("640 x 480 JPEG, one thread");
     group.throughput(Throughput::Elements(1));
     group.bench_function("decode", |b| {
-        b.iter(|| decode_image(&jpeg, "bench").expect("a picture"));
+        b.iter(|| decode_image(&jpeg, "bench").expect("an image"));
     });
     group.bench_function("resize to 224", |b| {
-        b.iter(|| preprocess.resize(&picture).expect("a picture"));
+        b.iter(|| preprocess.resize(&image).expect("an image"));
     });
     group.finish();
 }
@@ -215,6 +215,6 @@ fn adamw(c: &mut Criterion) {
 }
 
 criterion_group!(
-    benches, sinkhorn, dense_loss, distance, pictures, products, adamw
+    benches, sinkhorn, dense_loss, distance, images, products, adamw
 );
 criterion_main!(benches);

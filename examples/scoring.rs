@@ -4,13 +4,13 @@ use anyhow::{Result, bail};
 use defend_core::distill::{Aggregation, Score, discrepancy};
 use defend_core::metrics::auroc;
 use defend_core::vit::ImageSource;
-use defend_core::{Detector, Pictures};
+use defend_core::{Detector, ResizedImages};
 use ndarray::ArrayView1;
 
-/// The scores of all pictures with each aggregation, from one pass of teacher and student.
+/// The scores of all images with each aggregation, from one pass of teacher and student.
 pub(crate) fn scores(
     detector: &Detector,
-    pictures: &Pictures,
+    images: &ResizedImages,
     aggregations: &[Aggregation],
 ) -> Result<Vec<Vec<f32>>> {
     let config = detector.config();
@@ -20,15 +20,15 @@ pub(crate) fn scores(
             "these tables compare scores of a masked student: settings with \"student\": {{\"masked\": ...}}"
         );
     };
-    let all: Vec<usize> = (0..pictures.len()).collect();
+    let all: Vec<usize> = (0..images.len()).collect();
     let mut scores = vec![Vec::new(); aggregations.len()];
-    for batch in all.chunks(config.batch) {
+    for batch in all.chunks(config.batch_size) {
         let found = discrepancy(
             teacher,
             student,
             &masked.distill.distance,
             masked.distill.layers,
-            &pictures.images(batch)?,
+            &images.images(batch)?,
         )?;
         for (scores, aggregation) in scores.iter_mut().zip(aggregations) {
             scores.extend(aggregation.score(&found)?);

@@ -38,17 +38,17 @@ from torch import nn
 
 # The defaults of Rust's `DefendConfig`.
 DENSE = (
-    dict(epochs=3, batch=32, crops=4, crop_size=96, crop_area=[0.1, 0.3], crop_aspect=[3 / 4, 4 / 3])
+    dict(epochs=3, batch_size=32, crops=4, crop_size=96, crop_area=[0.1, 0.3], crop_aspect=[3 / 4, 4 / 3])
     | dict(head_hidden=[2048, 2048], head_output=256, prototypes=5, sinkhorn={"epsilon": 0.05, "iterations": 3})
     | dict(assignment="hard", temperature=0.1, trained_blocks=2)
     | dict(backbone_learning_rate=1e-5, head_learning_rate=1e-4, weight_decay=1e-2)
 )
 DISTILL = (
-    dict(epochs=10, min_steps=0, batch=32, mask={"keep-salient": {"ratio": 0.5, "selection": "sampled"}})
+    dict(epochs=10, min_steps=0, batch_size=32, mask={"keep-salient": {"ratio": 0.5, "selection": "sampled"}})
     | dict(cls_weight=1.0, learning_rate=1e-3, schedule={"cosine": {"warmup": 0.1, "floor": 0.01}}, weight_decay=0.05)
     | dict(betas=[0.9, 0.95], drop_path=0.1)
 )
-DEFAULTS = dict(seed=0, dense=DENSE, distill=DISTILL, aggregation={"patches-and-cls": {"weight": 1.0}}, batch=32)
+DEFAULTS = dict(seed=0, dense=DENSE, distill=DISTILL, aggregation={"patches-and-cls": {"weight": 1.0}}, batch_size=32)
 # Choices and their fields: in JSON a name, or {name: fields}.
 CHOICES = {
     "mask": {"none": "", "random": "ratio", "keep-salient": "ratio selection", "hide-salient": "ratio selection"},
@@ -333,7 +333,7 @@ def tune(vit, pictures, dense, recompute):
             tokens = prefix(cut(images, boxes, patch, dense.crop_size))
         return dense_loss(head, prototypes, view, finish(vit, tokens, first)[0], boxes, dense, grid)
 
-    losses = train(optimiser, lambda step: 1.0, dense.epochs, dense.batch, len(pictures), loss_of)
+    losses = train(optimiser, lambda step: 1.0, dense.epochs, dense.batch_size, len(pictures), loss_of)
     vit.requires_grad_(False)
     return losses
 
@@ -384,7 +384,7 @@ def distill(teacher, student, pictures, config, recompute):
         {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0},
     ]
     optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
-    steps_per_epoch = math.ceil(len(pictures) / config.batch)
+    steps_per_epoch = math.ceil(len(pictures) / config.batch_size)
     epochs = max(config.epochs, math.ceil(config.min_steps / steps_per_epoch))
     rate = lambda step: multiplier(config.schedule, step, epochs * steps_per_epoch)
     targets = Frozen(lambda indices: guided_features(teacher, pictures[indices]), recompute)
@@ -399,7 +399,7 @@ def distill(teacher, student, pictures, config, recompute):
             loss = loss + config.cls_weight * distances(cls, student_cls).mean()
         return loss
 
-    losses = train(optimiser, rate, epochs, config.batch, len(pictures), loss_of)
+    losses = train(optimiser, rate, epochs, config.batch_size, len(pictures), loss_of)
     student.eval()
     return losses
 
@@ -462,7 +462,7 @@ def run(weights, config, seed, normal, test, abnormal, recompute):
     start = time.perf_counter()
     teacher, student, dense_losses, losses = fit(weights, config, seed, normal, recompute)
     fitted = time.perf_counter()
-    found = discrepancy(teacher, student, test, config.batch)
+    found = discrepancy(teacher, student, test, config.batch_size)
     # f32 as in Rust, where close scores become ties.
     scores = {name: aggregate(how, *found).float().numpy() for name, how in printed_scores(config).items()}
     return {
@@ -508,7 +508,7 @@ def main():
     if args.no_dense:
         config.dense = None
     config.distill.epochs = args.epochs or config.distill.epochs
-    config.distill.batch = args.batch or config.distill.batch
+    config.distill.batch_size = args.batch or config.distill.batch_size
     printed_scores(config)  # refuses what does not fit before any work
 
     weights = Weights(args.weights)

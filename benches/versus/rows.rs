@@ -7,13 +7,15 @@ use std::rc::Rc;
 
 use candle_core::{DType, Device, IndexOp, Tensor};
 use defend_benches::{StudentStep, frozen_vit, noise, random_vit};
-use defend_data::{Fit, Interpolation, Preprocess, decode_image};
+use defend_data::{Interpolation, Preprocess, ResizeMode, decode_image};
 use defend_dense::{CropSampler, DenseConfig, DenseObjective, PrototypeObjective, extract};
 use defend_distill::{DistillObjective, FeatureDistance};
 use defend_nn::{Rng, backward};
 use defend_ot::{Assigner, SinkhornKnopp};
 use defend_train::{AdamW, AdamWConfig, ParameterGroup};
-use defend_vit::{Architecture, Arithmetic, Backbone, Grid, Prefix, TrainScope, Trainable, Vit};
+use defend_vit::{
+    Architecture, Backbone, ComputePrecision, FrozenTokens, Grid, TrainScope, Trainable, Vit,
+};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
@@ -70,7 +72,7 @@ pub(crate) fn all(photos: Option<&Path>) -> Vec<Row> {
     }
     rows.push(dense_step());
     rows.extend([20, 300].map(sinkhorn));
-    rows.extend(photos.map(pictures));
+    rows.extend(photos.map(images));
     rows
 }
 
@@ -86,7 +88,7 @@ fn request(
     let mut request = json!({ "prepare": row, "images": inputs });
     if let Some((timm, vit)) = model {
         let weights = folder.join("weights.safetensors");
-        let state = vit.state().expect("weights");
+        let state = vit.state_dict().expect("weights");
         candle_core::safetensors::save(&state, &weights).expect("a file of weights");
         request["model"] = timm.into();
         request["weights"] = json!(weights);
@@ -100,18 +102,18 @@ fn first(t: &Tensor) -> Vec<f64> {
     values.into_iter().take(8).collect()
 }
 
-fn forward(timm: &'static str, name: &'static str, arch: Architecture, batch: usize) -> Row {
+fn forward(timm: &'static str, name: &'static str, arch: Architecture, batch_size: usize) -> Row {
     let prepare = move |folder: &Path| {
-        let (vit, images, request) = forward_inputs(timm, &arch, batch, folder);
+        let (vit, images, request) = forward_inputs(timm, &arch, batch_size, folder);
         let plain = candle_forward(&vit, arch, &images);
         let mut work = features(vit, &images);
         work.here = Some(("candle", Box::new(plain)));
         (request, work)
     };
     Row {
-        name: format!("forward, {name}, batch {batch}"),
+        name: format!("forward, {name}, batch {batch_size}"),
         engines: vec!["torch", "onnxruntime"],
-        items: batch,
+        items: batch_size,
         warm_up: true,
         tolerance: TOLERANCE,
         prepare: Box::new(prepare),
@@ -123,7 +125,9 @@ fn rounded_forward(timm: &'static str, name: &'static str, arch: Architecture) -
     const BATCH: usize = 8;
     let prepare = move |folder: &Path| {
         let (vit, images, request) = forward_inputs(timm, &arch, BATCH, folder);
-        let rounded = vit.with_arithmetic(Arithmetic::Bf16).expect("a copy");
+        let rounded = vit
+            .with_compute_precision(ComputePrecision::Bf16)
+            .expect("a copy");
         let mut work = features(rounded, &images);
         work.here = Some(("ours in f32", Box::new(features(vit, &images))));
         (request, work)
@@ -143,11 +147,11 @@ fn rounded_forward(timm: &'static str, name: &'static str, arch: Architecture) -
 fn forward_inputs(
     timm: &str,
     architecture: &Architecture,
-    batch: usize,
+    batch_size: usize,
     folder: &Path,
 ) -> (Vit, Tensor, Value) {
     let vit = frozen_vit(architecture);
-    let images = noise(&[batch, 3, 224, 224], 1);
+    let images = noise(&[batch_size, 3, 224, 224], 1);
     let tensors = HashMap::from([("images", images.clone())]);
     let request = request("forward", folder, Some((timm, &vit)), &tensors);
     (vit, images, request)
@@ -168,7 +172,7 @@ fn features(vit: Vit, images: &Tensor) -> Work {
 
 /// The forward pass by candle's own operations.
 fn candle_forward(vit: &Vit, architecture: Architecture, images: &Tensor) -> Work {
-    let state = vit.state().expect("weights");
+    let state = vit.state_dict().expect("weights");
     let plain = candle::Vit::new(state, architecture, false).expect("a backbone");
     let (plain, images) = (Rc::new(plain), images.clone());
     let (again, same) = (Rc::clone(&plain), images.clone());
@@ -194,7 +198,7 @@ fn candle_step(
     kept: Vec<u32>,
     target: Tensor,
 ) -> Work {
-    let state = vit.state().expect("weights");
+    let state = vit.state_dict().expect("weights");
     let plain = Rc::new(candle::Vit::new(state, architecture, true).expect("a backbone"));
     let mut optimiser = plain.optimiser().expect("an optimiser");
     let loss = move || {
@@ -213,12 +217,12 @@ fn candle_step(
 }
 
 fn student_step(timm: &'static str, name: &'static str, architecture: Architecture) -> Row {
-    let batch = 32;
+    let batch_size = 32;
     let prepare = move |folder: &Path| {
         let student = random_vit(&architecture);
-        let images = noise(&[batch, 3, 224, 224], 1);
+        let images = noise(&[batch_size, 3, 224, 224], 1);
         let kept = StudentStep::kept(&architecture);
-        let target = noise(&[batch, kept, architecture.width], 2);
+        let target = noise(&[batch_size, kept, architecture.width], 2);
         let step = StudentStep::new(student, &architecture, images.clone(), target.clone());
         let tensors = HashMap::from([
             ("images", images.clone()),
@@ -243,9 +247,9 @@ fn student_step(timm: &'static str, name: &'static str, architecture: Architectu
         (request, work)
     };
     Row {
-        name: format!("student step, {name}, 99 tokens, batch {batch}"),
+        name: format!("student step, {name}, 99 tokens, batch {batch_size}"),
         engines: vec!["torch"],
-        items: batch,
+        items: batch_size,
         warm_up: true,
         tolerance: TOLERANCE,
         prepare: Box::new(prepare),
@@ -253,11 +257,11 @@ fn student_step(timm: &'static str, name: &'static str, architecture: Architectu
 }
 
 fn dense_step() -> Row {
-    let batch = 32;
+    let batch_size = 32;
     let prepare = move |folder: &Path| {
         let vit = random_vit(&Architecture::vit_tiny());
         let vit = vit.copy(TrainScope::LastBlocks(2)).expect("a copy");
-        let images = noise(&[batch, 3, 224, 224], 1);
+        let images = noise(&[batch_size, 3, 224, 224], 1);
         let tensors = HashMap::from([("images", images.clone())]);
         let model = Some(("vit_tiny_patch16_224", &vit));
         let request = request("dense_step", folder, model, &tensors);
@@ -271,14 +275,14 @@ fn dense_step() -> Row {
         };
         let mut optimiser = AdamW::new(vec![group], AdamWConfig::default()).expect("an optimiser");
         let sampler = CropSampler::new(config.crop_area, config.crop_aspect);
-        let tokens = vit.frozen_prefix(&images).expect("tokens").tokens;
-        let view = Prefix { tokens, grid: GRID };
+        let tokens = vit.frozen_tokens(&images).expect("tokens").tokens;
+        let view = FrozenTokens { tokens, grid: GRID };
         let mut run = move || -> Result<(), defend_dense::Error> {
-            let boxes = sampler.boxes(GRID, batch * config.crops, &mut rng);
+            let boxes = sampler.boxes(GRID, batch_size * config.crops, &mut rng);
             let crops = extract(&images, &boxes, 16, config.crop_size)?;
             objective.constrain()?;
-            let q = objective.assign(&vit.features_from(&view)?.patches.detach())?;
-            let crops = vit.features_from(&vit.frozen_prefix(&crops)?)?;
+            let q = objective.assign(&vit.features_from_frozen(&view)?.patches.detach())?;
+            let crops = vit.features_from_frozen(&vit.frozen_tokens(&crops)?)?;
             let loss = objective.loss(&q, GRID, &crops.patches, crops.grid, &boxes)?;
             optimiser.step(&backward(&loss)?, 1.0)?;
             Ok(())
@@ -291,9 +295,9 @@ fn dense_step() -> Row {
         (request, work)
     };
     Row {
-        name: format!("dense step, ViT-Ti, 4 crops, batch {batch}"),
+        name: format!("dense step, ViT-Ti, 4 crops, batch {batch_size}"),
         engines: vec!["torch"],
-        items: batch,
+        items: batch_size,
         warm_up: true,
         tolerance: TOLERANCE,
         prepare: Box::new(prepare),
@@ -326,7 +330,7 @@ fn sinkhorn(prototypes: usize) -> Row {
     }
 }
 
-fn pictures(folder: &Path) -> Row {
+fn images(folder: &Path) -> Row {
     let mut paths: Vec<PathBuf> = std::fs::read_dir(folder)
         .expect("a folder of photos")
         .filter_map(|entry| Some(entry.ok()?.path()))
@@ -336,27 +340,27 @@ fn pictures(folder: &Path) -> Row {
     paths.truncate(1000);
     let items = paths.len();
     let prepare = move |_: &Path| {
-        let request = json!({ "prepare": "pictures", "paths": paths });
+        let request = json!({ "prepare": "images", "paths": paths });
         let preprocess = Preprocess {
-            fit: Fit::Squash,
+            resize_mode: ResizeMode::Squash,
             filter: Interpolation::Bicubic,
             ..Preprocess::new(224, [0.5; 3], [0.5; 3])
         };
         let read = move |path: &PathBuf| {
             let bytes = std::fs::read(path).expect("a file");
-            let picture = decode_image(&bytes, "versus").expect("a picture");
-            preprocess.resize(&picture).expect("a picture")
+            let image = decode_image(&bytes, "versus").expect("an image");
+            preprocess.resize(&image).expect("an image")
         };
         let (same, again) = (read.clone(), paths[..8].to_vec());
         let mean = move |path: &PathBuf| {
-            let picture = same(path);
-            let total: f64 = picture.as_raw().iter().map(|&v| f64::from(v)).sum();
-            total / picture.as_raw().len() as f64 / 255.0
+            let image = same(path);
+            let total: f64 = image.as_raw().iter().map(|&v| f64::from(v)).sum();
+            total / image.as_raw().len() as f64 / 255.0
         };
         let work = Work {
             run: Box::new(move || {
-                let pictures: Vec<_> = paths.par_iter().map(&read).collect();
-                assert_eq!(pictures.len(), items);
+                let images: Vec<_> = paths.par_iter().map(&read).collect();
+                assert_eq!(images.len(), items);
             }),
             check: Box::new(move || again.iter().map(&mean).collect()),
             here: None,

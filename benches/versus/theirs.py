@@ -179,7 +179,7 @@ def score(row, engine):
 
     def run():
         pictures = reference.Pictures(Path(row["voc"]), row["names"], weights)
-        found = reference.discrepancy(weights.teacher, student, pictures, config.batch)
+        found = reference.discrepancy(weights.teacher, student, pictures, config.batch_size)
         return reference.aggregate(config.aggregation, *found)
 
     return run, lambda: run().tolist()

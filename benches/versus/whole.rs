@@ -13,10 +13,10 @@ use crate::rows::{Row, Work};
 
 /// Of the whole method without dense tuning.
 const CONFIG: &str = include_str!("../../examples/voc/alone.json");
-/// Pictures that a repetition scores.
+/// ResizedImages that a repetition scores.
 const SCORED: usize = 256;
 
-/// Where the pictures and the teacher are.
+/// Where the images and the teacher are.
 #[derive(Clone)]
 pub(crate) struct Files {
     /// VOC folder with Annotations, ImageSets and JPEGImages.
@@ -109,10 +109,10 @@ fn score(files: Files) -> Row {
         let detector = files.fitted(config, normal);
         let path = folder.join("detector.safetensors");
         detector.save(&path).expect("a model file");
-        let pictures = move || Subset::new(test.clone(), (0..SCORED).collect()).expect("images");
-        let mut request = files.request("score", &pictures());
+        let images = move || Subset::new(test.clone(), (0..SCORED).collect()).expect("images");
+        let mut request = files.request("score", &images());
         request["detector"] = json!(path);
-        let run = move || scan(&detector, pictures(), &mut Silent).expect("scores");
+        let run = move || scan(&detector, images(), &mut Silent).expect("scores");
         let run = Arc::new(run);
         let check = Arc::clone(&run);
         let work = Work {

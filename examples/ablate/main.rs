@@ -12,11 +12,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use defend_core::data::{Fit, Label, MultiObject, Protocol, Subset};
+use defend_core::data::{Label, MultiObject, Protocol, ResizeMode, Subset};
 use defend_core::distill::Aggregation;
 use defend_core::prelude::*;
 use defend_core::vit::{Encoder, TrainScope};
-use defend_core::{Pictures, preprocess_of};
+use defend_core::{ResizedImages, preprocess_of};
 use serde::Deserialize;
 
 use sets::{Set, class_id, spread};
@@ -50,7 +50,7 @@ struct Arguments {
     epochs: usize,
     /// Batch of the distillation, likewise.
     #[arg(long, default_value_t = 16)]
-    batch: usize,
+    batch_size: usize,
     /// Normal classes, one experiment each.
     #[arg(required = true)]
     classes: Vec<String>,
@@ -71,7 +71,7 @@ struct Row {
 /// One class as the normal one.
 struct Experiment {
     normal: Arc<Subset>,
-    test: Pictures,
+    test: ResizedImages,
     abnormal: Vec<bool>,
 }
 
@@ -135,7 +135,9 @@ fn settings(row: &Row, arguments: &Arguments) -> Result<DefendConfig> {
     }
     let distill = object;
     distill.entry("epochs").or_insert(arguments.epochs.into());
-    distill.entry("batch").or_insert(arguments.batch.into());
+    distill
+        .entry("batch")
+        .or_insert(arguments.batch_size.into());
     let config: DefendConfig = serde_json::from_value(value)?;
     config.validate()?;
     let masked = config.masked_student();
@@ -149,7 +151,7 @@ fn settings(row: &Row, arguments: &Arguments) -> Result<DefendConfig> {
 fn experiments(arguments: &Arguments) -> Result<Vec<Experiment>> {
     let (train, test) = arguments.set.open()?;
     let teacher = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &best_device())?;
-    let preprocess = preprocess_of(teacher.spec(), Fit::Squash);
+    let preprocess = preprocess_of(teacher.spec(), ResizeMode::Squash);
     arguments
         .classes
         .iter()
@@ -178,7 +180,7 @@ fn experiments(arguments: &Arguments) -> Result<Vec<Experiment>> {
             let test = Arc::new(Subset::new(test.clone(), [known, novel].concat())?);
             Ok(Experiment {
                 normal: Arc::new(Subset::new(train.clone(), normal)?),
-                test: Pictures::read(
+                test: ResizedImages::read(
                     test,
                     preprocess.clone(),
                     &best_device(),

@@ -9,7 +9,7 @@ use defend_core::vit::Pretrained;
 use defend_core::{Defend, DefendBuilder, DefendConfig, Detector, Device, Recipe, best_device};
 use defend_core::{TileMemory, Tiles};
 
-/// Does this picture show what I have called normal, even when other things are in it too?
+/// Does this image show what I have called normal, even when other things are in it too?
 #[derive(Parser)]
 #[command(name = "defend", version)]
 pub(crate) struct Arguments {
@@ -19,25 +19,25 @@ pub(crate) struct Arguments {
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
-    /// Learns from a folder of normal pictures and writes a model.
+    /// Learns from a folder of normal images and writes a model.
     Fit(Box<Fit>),
     /// Looks at ordinary photos with a backbone and writes what fits contrast with.
     Background(Background),
-    /// Teaches a model more: known abnormal pictures, further normal ones, or what to forget.
+    /// Teaches a model more: known abnormal images, further normal ones, or what to forget.
     Extend(Extend),
-    /// Names the normal pictures that the others do not explain, of a model or of a folder.
+    /// Names the normal images that the others do not explain, of a model or of a folder.
     Suspects(Suspects),
-    /// Scores a folder as a whole: many abnormal pictures tell what abnormal ones look like.
+    /// Scores a folder as a whole: many abnormal images tell what abnormal ones look like.
     Sort(Sort),
-    /// Writes what a backbone says of pictures, for other tools or for `defend fit --features`.
+    /// Writes what a backbone says of images, for other tools or for `defend fit --features`.
     Embed(Embed),
-    /// Chooses a model's threshold from held-out normal pictures.
+    /// Chooses a model's threshold from held-out normal images.
     Calibrate(Calibrate),
-    /// Prints a line for each picture: score, verdict, path.
+    /// Prints a line for each image: score, verdict, path.
     Score(Score),
-    /// Measures a model on labelled pictures.
+    /// Measures a model on labelled images.
     Evaluate(Evaluate),
-    /// Renders pictures of everyday objects and does the whole job on them.
+    /// Renders images of everyday objects and does the whole job on them.
     Demo(Demo),
     /// Runs a benchmark of data sets, protocols and systems, and makes its report.
     Bench(Bench),
@@ -68,7 +68,7 @@ pub(crate) struct Bench {
 
 #[derive(Args)]
 pub(crate) struct Fit {
-    /// Folder of normal pictures; its sub-folders count too. May be given several times.
+    /// Folder of normal images; its sub-folders count too. May be given several times.
     #[arg(long, required_unless_present = "features")]
     pub(crate) normal: Vec<PathBuf>,
     /// Model file to write.
@@ -89,21 +89,21 @@ pub(crate) struct Fit {
     /// anything. Without it, the one that ships with the embedded backbone, and none for another backbone.
     #[arg(long)]
     pub(crate) background: Option<PathBuf>,
-    /// Folder of known abnormal pictures: a few of them help a lot, also against kinds that are not among them. May be given
+    /// Folder of known abnormal images: a few of them help a lot, also against kinds that are not among them. May be given
     /// several times.
     #[arg(long)]
     pub(crate) abnormal: Vec<PathBuf>,
-    /// Folder of masks that show in white where the faults of --abnormal are, NAME_mask.png or NAME.png for each picture NAME. Without,
-    /// the worst patches of each are taken for faulty. Faults are learnt where normal pictures are alike, such as parts on a line.
+    /// Folder of masks that show in white where the faults of --abnormal are, NAME_mask.png or NAME.png for each image NAME. Without,
+    /// the worst patches of each are taken for faulty. Faults are learnt where normal images are alike, such as parts on a line.
     #[arg(long, requires = "abnormal")]
     pub(crate) abnormal_masks: Option<PathBuf>,
-    /// Leaves this many of the oddest normal pictures out, each with its near copies: see `defend suspects`.
+    /// Leaves this many of the oddest normal images out, each with its near copies: see `defend suspects`.
     #[arg(long, default_value_t = 0)]
     pub(crate) drop_suspects: usize,
     /// Seed of every random choice; overrides the settings.
     #[arg(long)]
     pub(crate) seed: Option<u64>,
-    /// Side that pictures are resized to, pixels: a multiple of the backbone's patch size; what the backbone was trained at without it.
+    /// Side that images are resized to, pixels: a multiple of the backbone's patch size; what the backbone was trained at without it.
     #[arg(long)]
     pub(crate) image_size: Option<usize>,
     #[command(flatten)]
@@ -111,13 +111,13 @@ pub(crate) struct Fit {
     /// Leaves the dense fine-tuning of the backbone out.
     #[arg(long)]
     pub(crate) no_dense: bool,
-    /// Share of normal pictures that the model may call novel, about; between 0 and 1. `defend calibrate` gives a guarantee.
+    /// Share of normal images that the model may call novel, about; between 0 and 1. `defend calibrate` gives a guarantee.
     #[arg(long)]
     pub(crate) false_alarm_rate: Option<f64>,
-    /// Features of normal pictures, a safetensors or Parquet file of `defend embed`, in place of --normal.
+    /// Features of normal images, a safetensors or Parquet file of `defend embed`, in place of --normal.
     #[arg(long, conflicts_with = "normal")]
     pub(crate) features: Option<PathBuf>,
-    /// For masked students: folder that keeps the backbone's features for the next fit on the same pictures; pays with
+    /// For masked students: folder that keeps the backbone's features for the next fit on the same images; pays with
     /// --no-dense.
     #[arg(long)]
     pub(crate) feature_folder: Option<PathBuf>,
@@ -125,28 +125,28 @@ pub(crate) struct Fit {
     pub(crate) common: Common,
 }
 
-/// What is looked at of large pictures.
+/// What is looked at of large images.
 #[derive(Args)]
 pub(crate) struct Parts {
-    /// Looks at large pictures in tiles, such as 2x2 (columns x rows), for faults that would be too small otherwise. Tiles count
-    /// where normal pictures are alike, such as parts on a line.
+    /// Looks at large images in tiles, such as 2x2 (columns x rows), for faults that would be too small otherwise. Tiles count
+    /// where normal images are alike, such as parts on a line.
     #[arg(long, value_parser = columns_and_rows)]
     pub(crate) tiles: Option<(usize, usize)>,
     /// Share of a tile that its neighbour shows too, 0 to 0.5; a quarter by default.
     #[arg(long, requires = "tiles")]
     pub(crate) tile_overlap: Option<f64>,
-    /// Which tiles of the normal pictures a tile is compared with.
+    /// Which tiles of the normal images a tile is compared with.
     #[arg(long, value_enum, requires = "tiles")]
     pub(crate) tile_memory: Option<TileMemoryName>,
-    /// Looks at this rectangle of each picture alone: x,y,width,height in pixels.
+    /// Looks at this rectangle of each image alone: x,y,width,height in pixels.
     #[arg(long, value_parser = rectangle, conflicts_with = "roi_mask")]
     pub(crate) roi: Option<Region>,
-    /// Looks at what is white in this picture alone; it has the shape of those that are learnt and scored.
+    /// Looks at what is white in this image alone; it has the shape of those that are learnt and scored.
     #[arg(long)]
     pub(crate) roi_mask: Option<PathBuf>,
 }
 
-/// Which tiles of the normal pictures a tile is compared with.
+/// Which tiles of the normal images a tile is compared with.
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum TileMemoryName {
     /// All of them: parts lie anywhere.
@@ -222,24 +222,24 @@ pub(crate) struct Background {
 #[derive(Args)]
 pub(crate) struct Embed {
     /// File to write: .safetensors has everything, and `defend fit --features` takes it back; so has .parquet, in a program that was
-    /// built with --features parquet; .npy has the tokens of each picture as one row of unit length (phi), beside a table of names and
+    /// built with --features parquet; .npy has the tokens of each image as one row of unit length (phi), beside a table of names and
     /// hashes.
     #[arg(long)]
     pub(crate) out: PathBuf,
-    /// Pictures and folders of pictures.
+    /// ResizedImages and folders of images.
     #[arg(required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) look: Look,
 }
 
-/// How a backbone looks at pictures, without learning from them.
+/// How a backbone looks at images, without learning from them.
 #[derive(Args)]
 pub(crate) struct Look {
     /// Pretrained weights, as for `defend fit`.
     #[arg(long)]
     pub(crate) backbone: Option<String>,
-    /// Side that pictures are resized to, pixels; what the backbone was trained at without it.
+    /// Side that images are resized to, pixels; what the backbone was trained at without it.
     #[arg(long)]
     pub(crate) image_size: Option<usize>,
     #[command(flatten)]
@@ -268,20 +268,20 @@ pub(crate) struct Extend {
     /// Model file.
     #[arg(long)]
     pub(crate) model: PathBuf,
-    /// Folder of known abnormal pictures. May be given several times.
+    /// Folder of known abnormal images. May be given several times.
     #[arg(long, required_unless_present_any = ["normal", "forget", "marked"])]
     pub(crate) abnormal: Vec<PathBuf>,
-    /// Folder of further normal pictures. May be given several times.
+    /// Folder of further normal images. May be given several times.
     #[arg(long)]
     pub(crate) normal: Vec<PathBuf>,
     /// CSV table of `defend score`, `sort` or `suspects` to which you have added a column "mark" with normal or abnormal beside the
-    /// pictures that you know. May be given several times.
+    /// images that you know. May be given several times.
     #[arg(long)]
     pub(crate) marked: Vec<PathBuf>,
-    /// Normal picture to forget, by its path at the fit. May be given several times.
+    /// Normal image to forget, by its path at the fit. May be given several times.
     #[arg(long)]
     pub(crate) forget: Vec<String>,
-    /// Forgets near copies of these pictures too.
+    /// Forgets near copies of these images too.
     #[arg(long, requires = "forget")]
     pub(crate) forget_group: bool,
     /// Model file to write; by default the model is replaced.
@@ -293,10 +293,10 @@ pub(crate) struct Extend {
 
 #[derive(Args)]
 pub(crate) struct Suspects {
-    /// Model file, whose normal pictures are looked at.
+    /// Model file, whose normal images are looked at.
     #[arg(long, required_unless_present = "normal", conflicts_with = "normal")]
     pub(crate) model: Option<PathBuf>,
-    /// Folder of pictures, of which most are of one sort, in place of a model. May be given several times.
+    /// Folder of images, of which most are of one sort, in place of a model. May be given several times.
     #[arg(long)]
     pub(crate) normal: Vec<PathBuf>,
     /// Pretrained weights, as for `defend fit`, with --normal.
@@ -317,11 +317,11 @@ pub(crate) struct Sort {
     /// Model file.
     #[arg(long)]
     pub(crate) model: PathBuf,
-    /// Share of abnormal pictures, between 0 and 1, where it is known: they are then compared with each other in any case. By
+    /// Share of abnormal images, between 0 and 1, where it is known: they are then compared with each other in any case. By
     /// default only where more of them seem abnormal than noise would make look so.
     #[arg(long)]
     pub(crate) expect_abnormal: Option<f64>,
-    /// Folder whose sub-folders normal, novel and unsure get the pictures; the originals stay where they are.
+    /// Folder whose sub-folders normal, novel and unsure get the images; the originals stay where they are.
     #[arg(long)]
     pub(crate) into: Option<PathBuf>,
     /// Puts links there instead of copies.
@@ -330,7 +330,7 @@ pub(crate) struct Sort {
     /// How the lines look.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub(crate) format: Format,
-    /// Pictures and folders of pictures.
+    /// ResizedImages and folders of images.
     #[arg(required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -377,10 +377,10 @@ pub(crate) struct Calibrate {
     /// Model file.
     #[arg(long)]
     pub(crate) model: PathBuf,
-    /// Folder of normal pictures that were not fitted on. May be given several times.
+    /// Folder of normal images that were not fitted on. May be given several times.
     #[arg(long, required = true)]
     pub(crate) normal: Vec<PathBuf>,
-    /// Share of normal pictures that may be called novel, between 0 and 1.
+    /// Share of normal images that may be called novel, between 0 and 1.
     #[arg(long, default_value_t = 0.05)]
     pub(crate) false_alarm_rate: f64,
     /// Model file to write; by default the model is replaced.
@@ -392,20 +392,20 @@ pub(crate) struct Calibrate {
 
 #[derive(Args)]
 pub(crate) struct Score {
-    /// Model file. May be given several times, for models on the same backbone: it looks at each picture once, and each model has a
+    /// Model file. May be given several times, for models on the same backbone: it looks at each image once, and each model has a
     /// line.
     #[arg(long, required = true)]
     pub(crate) model: Vec<PathBuf>,
     /// How the lines look.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub(crate) format: Format,
-    /// Scores the pictures as a whole, as `defend sort` does: many abnormal ones tell what abnormal ones look like.
+    /// Scores the images as a whole, as `defend sort` does: many abnormal ones tell what abnormal ones look like.
     #[arg(long, conflicts_with = "maps")]
     pub(crate) together: bool,
-    /// Folder for pictures with the novelty laid over them as a heat map.
+    /// Folder for images with the novelty laid over them as a heat map.
     #[arg(long)]
     pub(crate) maps: Option<PathBuf>,
-    /// Pictures and folders of pictures.
+    /// ResizedImages and folders of images.
     #[arg(required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -429,23 +429,23 @@ pub(crate) struct Evaluate {
 
 #[derive(Args)]
 pub(crate) struct Demo {
-    /// Folder for pictures, model and heat maps.
+    /// Folder for images, model and heat maps.
     #[arg(long, default_value = "out/demo")]
     pub(crate) out: PathBuf,
-    /// Object that makes a picture normal.
+    /// Object that makes an image normal.
     #[arg(long, default_value = "boat")]
     pub(crate) normal: String,
-    /// Seed of pictures and training.
+    /// Seed of images and training.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     #[command(flatten)]
     pub(crate) common: Common,
 }
 
-/// What every job that reads pictures understands.
+/// What every job that reads images understands.
 #[derive(Args, Clone, Copy)]
 pub(crate) struct Common {
-    /// Stops at the first picture that cannot be read, instead of naming and counting it.
+    /// Stops at the first image that cannot be read, instead of naming and counting it.
     #[arg(long)]
     pub(crate) strict: bool,
     /// Where to compute.

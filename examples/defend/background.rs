@@ -5,7 +5,7 @@ use defend_core::{BackgroundSource, ProgressBar};
 use std::path::{Path, PathBuf};
 
 use crate::arguments::Background;
-use crate::pictures::{check_writable, find};
+use crate::images::{check_writable, find};
 
 pub(crate) fn run(arguments: &Background) -> Result<()> {
     check_writable(&arguments.out)?;

@@ -1,4 +1,4 @@
-//! `defend bench`: data sets, protocols and systems to tables.
+//! `defend bench`: data sets, protocols and methods to tables.
 
 use std::path::PathBuf;
 
@@ -66,7 +66,7 @@ impl Progress for Lines {
             key.data,
             key.protocol,
             key.experiment,
-            key.system,
+            key.method,
             key.seed,
             state.record.figures.auroc,
             state.record.fit_seconds + state.record.score_seconds,

@@ -5,7 +5,7 @@ use defend_core::ProgressBar;
 use defend_core::metrics::FalseAlarmRate;
 
 use crate::arguments::Calibrate;
-use crate::pictures::{check_writable, find};
+use crate::images::{check_writable, find};
 
 pub(crate) fn run(arguments: &Calibrate) -> Result<()> {
     let rate = FalseAlarmRate::new(arguments.false_alarm_rate)?;
@@ -20,8 +20,8 @@ pub(crate) fn run(arguments: &Calibrate) -> Result<()> {
     detector.save(out)?;
     if let Some(calibration) = detector.calibration() {
         eprintln!(
-            "threshold {:.6} from {} normal pictures ({} could not be read): at most {:.1} % of normal \
-             pictures are called novel; wrote {}",
+            "threshold {:.6} from {} normal images ({} could not be read): at most {:.1} % of normal \
+             images are called novel; wrote {}",
             calibration.threshold,
             calibration.images,
             scan.skipped.len(),

@@ -1,11 +1,11 @@
-//! `defend demo`: the whole job on pictures that it renders itself.
+//! `defend demo`: the whole job on images that it renders itself.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use defend_baselines::{SystemConfig, Teacher};
+use defend_baselines::{MethodConfig, Teacher};
 use defend_core::data::{Dataset, ImageFolder};
 use defend_core::metrics::{FalseAlarmRate, auroc};
 use defend_core::vit::{CacheConfig, TrainScope};
@@ -16,8 +16,8 @@ use ndarray::ArrayView1;
 use crate::arguments::Demo;
 use crate::evaluate::evaluate;
 use crate::fit::summarize;
+use crate::images::make_folder;
 use crate::maps::MapFolder;
-use crate::pictures::make_folder;
 
 /// Overlays of each test folder.
 const OVERLAYS: usize = 8;
@@ -25,23 +25,23 @@ const OVERLAYS: usize = 8;
 pub(crate) fn run(arguments: &Demo) -> Result<()> {
     let start = Instant::now();
     let normal = object(&arguments.normal)?;
-    let pictures = arguments.out.join("pictures");
-    make_folder(&pictures)?;
+    let images = arguments.out.join("images");
+    make_folder(&images)?;
     let scenes = SceneConfig {
         normal,
         seed: arguments.seed,
         ..SceneConfig::default()
     };
-    SceneSet::render(&scenes)?.save(&pictures)?;
+    SceneSet::render(&scenes)?.save(&images)?;
     println!(
-        "{}: rendered {} pictures of several objects each; normal = a {} is among them",
-        pictures.display(),
+        "{}: rendered {} images of several objects each; normal = a {} is among them",
+        images.display(),
         scenes.train + scenes.calibration + scenes.test,
         normal.name()
     );
 
     let (mut bar, device) = (ProgressBar::new(), arguments.common.device());
-    let folder = |name: &str| ImageFolder::open(pictures.join(name));
+    let folder = |name: &str| ImageFolder::open(images.join(name));
     let mut fitted = Defend::builder()
         .seed(arguments.seed)
         .device(device.clone())
@@ -64,11 +64,8 @@ pub(crate) fn run(arguments: &Demo) -> Result<()> {
     print_references(folder("train")?, &test, first_abnormal, &device, &mut bar)?;
 
     let maps = arguments.out.join("maps");
-    write_overlays(&detector, &pictures, &maps)?;
-    println!(
-        "{}: where the novelty is, picture by picture",
-        maps.display()
-    );
+    write_overlays(&detector, &images, &maps)?;
+    println!("{}: where the novelty is, image by image", maps.display());
     println!("done in {:.0} s", start.elapsed().as_secs_f64());
     Ok(())
 }
@@ -88,25 +85,25 @@ fn print_references(
     bar: &mut ProgressBar,
 ) -> Result<()> {
     let vit = defend_core::embedded_backbone().load(TrainScope::Frozen, device)?;
-    let fit = DefendConfig::default().fit;
+    let fit = DefendConfig::default().resize_mode;
     let teacher = Teacher::new(vit, 1, fit, device, CacheConfig::default())?;
     let train: Arc<dyn Dataset> = Arc::new(train);
     let abnormal: Vec<bool> = (0..test.len()).map(|i| i >= first_abnormal).collect();
     println!("beside it, on the same backbone's untouched features:");
-    for reference in SystemConfig::references() {
-        let system = reference.system();
-        let detector = system.fit(&teacher, train.clone(), 0, bar)?;
+    for reference in MethodConfig::references() {
+        let method = reference.method();
+        let detector = method.fit(&teacher, train.clone(), 0, bar)?;
         let scores = scan(&*detector, test.clone(), bar)?.scores();
         let value = auroc(ArrayView1::from(&scores), ArrayView1::from(&abnormal))?;
-        println!("  {:<20} AUROC {value:.4}", system.name());
+        println!("  {:<20} AUROC {value:.4}", method.name());
     }
     Ok(())
 }
 
-fn write_overlays(detector: &Detector, pictures: &Path, maps: &Path) -> Result<()> {
+fn write_overlays(detector: &Detector, images: &Path, maps: &Path) -> Result<()> {
     let mut folder = MapFolder::make(maps, detector)?;
     for name in ["normal", "abnormal"] {
-        let mut paths = ImageFolder::open(pictures.join("test").join(name))?
+        let mut paths = ImageFolder::open(images.join("test").join(name))?
             .paths()
             .to_vec();
         paths.truncate(OVERLAYS);
@@ -122,7 +119,7 @@ fn write_overlays(detector: &Detector, pictures: &Path, maps: &Path) -> Result<(
             &mut ProgressBar::hidden(),
             &mut |outcome| {
                 if let Ok((finding, resized)) = outcome {
-                    let inside = inside.get(finding.index).context("unknown picture")?;
+                    let inside = inside.get(finding.index).context("unknown image")?;
                     folder.write(inside, &finding, &some, &resized)?;
                 }
                 Ok(())

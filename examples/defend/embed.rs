@@ -7,7 +7,7 @@ use defend_core::{Device, FeatureTable, ProgressBar, Tensor};
 use serde::Serialize;
 
 use crate::arguments::Embed;
-use crate::pictures::{check_writable, find};
+use crate::images::{check_writable, find};
 
 pub(crate) fn run(arguments: &Embed) -> Result<()> {
     let extension = arguments.out.extension().and_then(|e| e.to_str());
@@ -33,7 +33,7 @@ pub(crate) fn run(arguments: &Embed) -> Result<()> {
         _ => table.save(&arguments.out)?,
     }
     eprintln!(
-        "wrote {}: {} pictures by {}, {} could not be read",
+        "wrote {}: {} images by {}, {} could not be read",
         arguments.out.display(),
         table.len(),
         table.teacher(),
@@ -62,7 +62,7 @@ struct Row<'a> {
     hash: &'a str,
 }
 
-/// The tokens of each picture as one row of unit length, and names and hashes as `<out>.csv`, row by row.
+/// The tokens of each image as one row of unit length, and names and hashes as `<out>.csv`, row by row.
 fn write_npy(table: &FeatureTable, out: &Path) -> Result<()> {
     let phi = table.embeddings().phi(1.0).mapv(|value| value as f32);
     let shape = phi.dim();

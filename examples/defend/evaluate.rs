@@ -10,7 +10,7 @@ use ndarray::{Array1, ArrayView1};
 use serde::Serialize;
 
 use crate::arguments::Evaluate;
-use crate::pictures::{find, scan_all};
+use crate::images::{find, scan_all};
 
 /// Confidence of the intervals.
 const CONFIDENCE: f64 = 0.95;
@@ -31,10 +31,10 @@ pub(crate) fn run(arguments: &Evaluate) -> Result<()> {
     let detector = arguments.common.load(&arguments.model)?;
     let first_abnormal = normal.len();
     let paths = [normal, abnormal].concat();
-    let pictures: Arc<dyn Dataset> = Arc::new(ImageFolder::from_paths(paths));
+    let images: Arc<dyn Dataset> = Arc::new(ImageFolder::from_paths(paths));
     let figures = evaluate(
         &detector,
-        &pictures,
+        &images,
         first_abnormal,
         strict,
         &mut ProgressBar::new(),
@@ -57,16 +57,16 @@ pub(crate) struct Figures {
     pub(crate) confidence_95: [f64; 2],
     pub(crate) aupr: f64,
     pub(crate) fpr_at_95_tpr: f64,
-    /// Share of the normal pictures called novel, where the model is calibrated.
+    /// Share of the normal images called novel, where the model is calibrated.
     pub(crate) false_alarms: Option<f64>,
-    /// Share of the abnormal pictures called novel, where the model is calibrated.
+    /// Share of the abnormal images called novel, where the model is calibrated.
     pub(crate) detections: Option<f64>,
 }
 
-/// Scores pictures of which the first `first_abnormal` are normal and the others are not.
+/// Scores images of which the first `first_abnormal` are normal and the others are not.
 pub(crate) fn evaluate(
     detector: &Detector,
-    pictures: &Arc<dyn Dataset>,
+    images: &Arc<dyn Dataset>,
     first_abnormal: usize,
     strict: bool,
     observer: &mut dyn Observer,
@@ -74,7 +74,7 @@ pub(crate) fn evaluate(
     let (mut scores, mut abnormal) = (Vec::new(), Vec::new());
     scan_all(
         detector,
-        pictures,
+        images,
         Maps::Free,
         strict,
         observer,
@@ -124,7 +124,7 @@ impl Figures {
     pub(crate) fn print(&self) {
         let [low, high] = self.confidence_95;
         println!(
-            "pictures          {} normal, {} abnormal",
+            "images          {} normal, {} abnormal",
             self.normal, self.abnormal
         );
         println!(
@@ -135,7 +135,7 @@ impl Figures {
         println!("FPR at 95 % TPR   {:.4}", self.fpr_at_95_tpr);
         if let (Some(false_alarms), Some(detections)) = (self.false_alarms, self.detections) {
             println!(
-                "at the threshold  {:.1} % of normal and {:.1} % of abnormal pictures called novel",
+                "at the threshold  {:.1} % of normal and {:.1} % of abnormal images called novel",
                 100.0 * false_alarms,
                 100.0 * detections
             );
@@ -152,7 +152,7 @@ mod tests {
         let scores = [0.1, 0.2, 0.3, 0.4, 0.35, 0.5, 0.6, 0.7];
         let abnormal = [false, false, false, false, true, true, true, true];
         let found = figures(&scores, &abnormal, Some(0.32)).unwrap();
-        // 15 of 16 pairs are ordered rightly; one normal picture is above the threshold.
+        // 15 of 16 pairs are ordered rightly; one normal image is above the threshold.
         assert_eq!(
             (found.normal, found.abnormal, found.auroc),
             (4, 4, 15.0 / 16.0)

@@ -4,8 +4,8 @@ use anyhow::Result;
 use defend_core::{Learnt, ProgressBar};
 
 use crate::arguments::Extend;
+use crate::images::{check_writable, find};
 use crate::marked::Marked;
-use crate::pictures::{check_writable, find};
 
 pub(crate) fn run(arguments: &Extend) -> Result<()> {
     let out = arguments.out.as_ref().unwrap_or(&arguments.model);
@@ -16,7 +16,7 @@ pub(crate) fn run(arguments: &Extend) -> Result<()> {
     let mut detector = arguments.common.load(&arguments.model)?;
     for table in &arguments.marked {
         let marked = Marked::read(table)?;
-        // A normal picture of the fit that is abnormal after all, as a suspect may be.
+        // A normal image of the fit that is abnormal after all, as a suspect may be.
         let names = marked
             .abnormal
             .iter()
@@ -28,7 +28,7 @@ pub(crate) fn run(arguments: &Extend) -> Result<()> {
     let mut dropped = false;
     let mut say = |what: &str, learnt: &Learnt| {
         let (images, skipped) = (learnt.images, learnt.skipped.len());
-        eprintln!("{what} {images} pictures, {skipped} could not be read");
+        eprintln!("{what} {images} images, {skipped} could not be read");
         dropped |= learnt.calibration_dropped;
     };
     if !forgotten.is_empty() {
@@ -49,7 +49,7 @@ pub(crate) fn run(arguments: &Extend) -> Result<()> {
             .is_some_and(|evidence| evidence.patch_weight() > 0.0)
         {
             eprintln!(
-                "patches count in this model: what is faulty about these pictures cannot be learnt without the normal ones, as defend fit --abnormal does"
+                "patches count in this model: what is faulty about these images cannot be learnt without the normal ones, as defend fit --abnormal does"
             );
         }
         say(
@@ -60,7 +60,7 @@ pub(crate) fn run(arguments: &Extend) -> Result<()> {
     detector.save(out)?;
     if let Some(evidence) = detector.evidence() {
         eprintln!(
-            "the model knows {} different normal pictures in {} groups and {} abnormal ones",
+            "the model knows {} different normal images in {} groups and {} abnormal ones",
             evidence.groups().of.len(),
             evidence.groups().len(),
             evidence.known_abnormal()

@@ -10,7 +10,7 @@ use defend_core::{ClosedFormReport, Defend, Fitted, ProgressBar, StudentReport};
 use crate::arguments::{Fit, pretrained};
 use crate::background;
 use crate::embed;
-use crate::pictures::{check_writable, find};
+use crate::images::{check_writable, find};
 
 pub(crate) fn run(arguments: &Fit) -> Result<()> {
     let start = Instant::now();
@@ -55,14 +55,14 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
         ] {
             if given {
                 eprintln!(
-                    "{flag} has no influence on scores here: normal pictures are too various for patches to count"
+                    "{flag} has no influence on scores here: normal images are too various for patches to count"
                 );
             }
         }
     }
     let out = arguments.out.display();
     let next = if fitted.detector.calibration().is_some() {
-        format!("defend score --model {out} PICTURES")
+        format!("defend score --model {out} IMAGES")
     } else {
         format!("defend calibrate --model {out} --normal HELD-OUT")
     };
@@ -74,7 +74,7 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
 /// Says what was learnt from what.
 pub(crate) fn summarize(fitted: &Fitted) {
     eprintln!(
-        "fitted on {} pictures, {} could not be read",
+        "fitted on {} images, {} could not be read",
         fitted.images,
         fitted.skipped.len()
     );
@@ -97,12 +97,12 @@ pub(crate) fn summarize(fitted: &Fitted) {
         let memory = fitted.detector.evidence().and_then(ClosedForm::memory);
         let faults = memory.is_some_and(|memory| !memory.faults().is_empty());
         let what = if faults { ", and their faults" } else { "" };
-        eprintln!("{known} known abnormal pictures{what}");
+        eprintln!("{known} known abnormal images{what}");
     }
     match fitted.detector.calibration() {
         None => eprintln!("no threshold yet: see defend calibrate"),
         Some(calibration) => eprintln!(
-            "threshold {} from {} left-out values: about {:.1} % of normal pictures are called novel (defend calibrate gives a \
+            "threshold {} from {} left-out values: about {:.1} % of normal images are called novel (defend calibrate gives a \
              guarantee)",
             calibration.threshold,
             calibration.images,
@@ -123,7 +123,7 @@ fn describe(report: &ClosedFormReport) {
     }
     if found.groups < FEW_GROUPS {
         eprintln!(
-            "with fewer than {FEW_GROUPS} groups there is little to learn from: more different normal pictures help most"
+            "with fewer than {FEW_GROUPS} groups there is little to learn from: more different normal images help most"
         );
     }
     match &report.background {
@@ -138,7 +138,7 @@ fn describe(report: &ClosedFormReport) {
         ),
     }
     eprintln!(
-        "patches: weight {:.2}, since normal pictures are alike by {:.3}",
+        "patches: weight {:.2}, since normal images are alike by {:.3}",
         report.patch_weight, found.alike
     );
 }

@@ -1,4 +1,4 @@
-//! The main job on the command line: fit on normal pictures, calibrate, score, see where, evaluate.
+//! The main job on the command line: fit on normal images, calibrate, score, see where, evaluate.
 //!
 //! `cargo run --release --bin defend -- demo`
 
@@ -11,11 +11,11 @@ mod embed;
 mod evaluate;
 mod extend;
 mod fit;
+mod images;
 mod maps;
 mod marked;
 #[cfg(feature = "parquet")]
 mod parquet;
-mod pictures;
 mod score;
 mod sort;
 mod suspects;

@@ -5,19 +5,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use defend_core::data::{Dataset, Fit, RgbImage};
+use defend_core::data::{Dataset, ResizeMode, RgbImage};
 use defend_core::{Detector, Finding, MapScale, NoveltyDetector, overlay};
 
-use crate::pictures::make_folder;
+use crate::images::make_folder;
 
 /// Longest side of an overlay, pixels: the few hundred or thousand values of a map have no detail for more.
 const LONGEST_SIDE: u32 = 1024;
 
-/// A folder of pictures with their novelty laid over them.
+/// A folder of images with their novelty laid over them.
 pub(crate) struct MapFolder {
     folder: PathBuf,
     scale: MapScale,
-    /// Whether the detector saw the whole picture, so that its map covers it; what it saw is shown otherwise.
+    /// Whether the detector saw the whole image, so that its map covers it; what it saw is shown otherwise.
     whole: bool,
     written: HashSet<PathBuf>,
 }
@@ -28,7 +28,8 @@ impl MapFolder {
         Ok(Self {
             folder: folder.to_owned(),
             scale: detector.map_scale().clone(),
-            whole: detector.config().fit == Fit::Squash && detector.preprocess().region.is_none(),
+            whole: detector.config().resize_mode == ResizeMode::Squash
+                && detector.preprocess().region.is_none(),
             written: HashSet::new(),
         })
     }
@@ -43,14 +44,14 @@ impl MapFolder {
         &mut self,
         inside: &Path,
         finding: &Finding,
-        pictures: &Arc<dyn Dataset>,
+        images: &Arc<dyn Dataset>,
         resized: &RgbImage,
     ) -> Result<()> {
         let Some(map) = &finding.novelty.map else {
             return Ok(());
         };
         let original = if self.whole {
-            shrunk(pictures.image(finding.index)?)
+            shrunk(images.image(finding.index)?)
         } else {
             resized.clone()
         };
@@ -63,7 +64,7 @@ impl MapFolder {
             .with_context(|| format!("cannot write the map {}", path.display()))
     }
 
-    /// `a/b.jpg` becomes `a/b.jpg.png`, and a number tells pictures of one name apart.
+    /// `a/b.jpg` becomes `a/b.jpg.png`, and a number tells images of one name apart.
     fn free_path(&mut self, inside: &Path) -> PathBuf {
         let inside: PathBuf = inside
             .components()
@@ -80,17 +81,17 @@ impl MapFolder {
     }
 }
 
-fn shrunk(picture: RgbImage) -> RgbImage {
-    let (width, height) = picture.dimensions();
+fn shrunk(image: RgbImage) -> RgbImage {
+    let (width, height) = image.dimensions();
     let longest = width.max(height);
     if longest <= LONGEST_SIDE {
-        return picture;
+        return image;
     }
     let side = |s: u32| {
         let scaled = u64::from(s) * u64::from(LONGEST_SIDE) / u64::from(longest);
         u32::try_from(scaled).unwrap_or(LONGEST_SIDE).max(1)
     };
-    image::imageops::thumbnail(&picture, side(width), side(height))
+    image::imageops::thumbnail(&image, side(width), side(height))
 }
 
 #[cfg(test)]
@@ -98,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pictures_of_one_name_get_maps_of_their_own() {
+    fn images_of_one_name_get_maps_of_their_own() {
         let mut maps = MapFolder {
             folder: "maps".into(),
             scale: MapScale {
@@ -123,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn large_pictures_are_shrunk_and_strips_survive() {
+    fn large_images_are_shrunk_and_strips_survive() {
         assert_eq!(shrunk(RgbImage::new(4096, 2048)).dimensions(), (1024, 512));
         assert_eq!(shrunk(RgbImage::new(1, 9000)).dimensions(), (1, 1024));
         assert_eq!(shrunk(RgbImage::new(30, 20)).dimensions(), (30, 20));

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 /// Column that holds the marks.
 const MARK: &str = "mark";
 
-/// Pictures by what they were marked as.
+/// ResizedImages by what they were marked as.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Marked {
     pub(crate) normal: Vec<PathBuf>,
@@ -43,7 +43,7 @@ impl Marked {
         }
         if marked == Self::default() {
             bail!(
-                "{}: no picture is marked; write normal or abnormal into the column \"{MARK}\"",
+                "{}: no image is marked; write normal or abnormal into the column \"{MARK}\"",
                 table.display()
             );
         }
@@ -63,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn marks_become_lists_of_pictures() {
+    fn marks_become_lists_of_images() {
         let found =
             read("path,score,mark\na b.jpg,1.5,abnormal\nc.jpg,0.1,\n\"d,e.jpg\",2.0, normal\n");
         let expected = Marked {
@@ -78,7 +78,7 @@ mod tests {
         let fault = |text: &str| read(text).unwrap_err();
         assert!(fault("path,score\na,1\n").contains("no column \"mark\""));
         assert!(fault("score,mark\n1,normal\n").contains("no column \"path\""));
-        assert!(fault("path,mark\na,\n").contains("no picture is marked"));
+        assert!(fault("path,mark\na,\n").contains("no image is marked"));
         let wrong = fault("path,mark\na,normal\nb,strange\n");
         assert!(
             wrong.contains("row 2") && wrong.contains("strange"),

@@ -9,8 +9,8 @@ use defend_core::{Explanation, Finding, Maps, Novelty, Outcome, ProfileSet, Prog
 use serde::Serialize;
 
 use crate::arguments::{Score, Sort};
+use crate::images::{count, find, refusal, scan_all};
 use crate::maps::MapFolder;
-use crate::pictures::{count, find, refusal, scan_all};
 use crate::sort;
 use crate::table::Table;
 
@@ -58,13 +58,13 @@ pub(crate) fn run(arguments: &Score) -> Result<()> {
                 return Ok(());
             };
             let inside = found.inside.get(finding.index);
-            let inside = inside.context("a finding without a picture")?;
+            let inside = inside.context("a finding without an image")?;
             maps.write(inside, &finding, &dataset, &resized)
         },
     )?;
     if maps.is_some_and(|maps| maps.is_empty()) {
         eprintln!(
-            "no map was written: the model has none, as one that was fitted on features or on a single picture"
+            "no map was written: the model has none, as one that was fitted on features or on a single image"
         );
     }
     Ok(())
@@ -90,7 +90,7 @@ fn of_many(arguments: &Score) -> Result<()> {
         match &outcome {
             Ok((name, novelties)) => {
                 for (model, novelty) in profiles.names().iter().zip(novelties) {
-                    let record = Record::of(name, novelty, Some(model));
+                    let record = Record::new(name, novelty, Some(model));
                     table.row(&text(&record), &record)?;
                 }
             }
@@ -117,7 +117,7 @@ fn progress() -> ProgressBar {
     }
 }
 
-/// What is known of a picture, for CSV and JSON.
+/// What is known of an image, for CSV and JSON.
 #[derive(Serialize)]
 struct Record<'a> {
     path: &'a str,
@@ -128,7 +128,7 @@ struct Record<'a> {
     contrast: Option<f64>,
     patches: Option<f64>,
     known: Option<f64>,
-    /// The normal picture that explains it most.
+    /// The normal image that explains it most.
     nearest: Option<&'a str>,
     /// Where there are several.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -139,12 +139,12 @@ struct Record<'a> {
 impl<'a> Record<'a> {
     fn of_outcome(outcome: &'a Outcome) -> Self {
         match outcome {
-            Ok((Finding { name, novelty, .. }, _)) => Self::of(name, novelty, None),
+            Ok((Finding { name, novelty, .. }, _)) => Self::new(name, novelty, None),
             Err(failure) => Self::of_failure(failure, None),
         }
     }
 
-    fn of(path: &'a str, novelty: &'a Novelty, model: Option<&'a str>) -> Self {
+    fn new(path: &'a str, novelty: &'a Novelty, model: Option<&'a str>) -> Self {
         let explanation = novelty.explanation.as_ref();
         let part = |piece: fn(&Explanation) -> Option<Weighed>| {
             explanation
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn every_picture_has_a_line_in_every_format() {
+    fn every_image_has_a_line_in_every_format() {
         assert_eq!(
             lines(Format::Text),
             "0.250000\tnovel\ta, \"b\".jpg\n-\tunreadable\tc.jpg\n"

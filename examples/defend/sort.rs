@@ -8,7 +8,7 @@ use defend_core::{Place, ProgressBar, SortedFinding, sort};
 use serde::Serialize;
 
 use crate::arguments::Sort;
-use crate::pictures::{Found, find, make_folder};
+use crate::images::{Found, find, make_folder};
 use crate::table::Table;
 
 pub(crate) fn run(arguments: &Sort) -> Result<()> {
@@ -34,7 +34,7 @@ pub(crate) fn run(arguments: &Sort) -> Result<()> {
     }
     let mut table = Table::new(arguments.format, stdout().lock());
     for finding in &sorted.findings {
-        let row = Row::of(finding);
+        let row = Row::new(finding);
         let place = row.place.map_or("-", word);
         let text = format!("{:.6}\t{place}\t{}", row.score, row.path);
         table.row(&text, &row)?;
@@ -50,7 +50,7 @@ pub(crate) fn run(arguments: &Sort) -> Result<()> {
     let percent = |share: f64| 100.0 * share;
     let share = sorted.abnormal;
     eprintln!(
-        "{} pictures, {} could not be read; about {:.0} % are abnormal (95 % interval {:.0} to {:.0})",
+        "{} images, {} could not be read; about {:.0} % are abnormal (95 % interval {:.0} to {:.0})",
         sorted.findings.len(),
         sorted.skipped.len(),
         percent(share.estimate),
@@ -67,10 +67,10 @@ pub(crate) fn run(arguments: &Sort) -> Result<()> {
     Ok(())
 }
 
-/// Copies or links a picture into a folder, under its path inside the folder that was given.
+/// Copies or links an image into a folder, under its path inside the folder that was given.
 fn put(found: &Found, index: usize, folder: &Path, link: bool) -> Result<()> {
     let (path, inside) = (found.paths.get(index), found.inside.get(index));
-    let (path, inside) = path.zip(inside).context("a finding without a picture")?;
+    let (path, inside) = path.zip(inside).context("a finding without an image")?;
     let target = free(&folder.join(inside));
     if let Some(parent) = target.parent() {
         make_folder(parent)?;
@@ -121,7 +121,7 @@ struct Row<'a> {
 }
 
 impl<'a> Row<'a> {
-    fn of(finding: &'a SortedFinding) -> Self {
+    fn new(finding: &'a SortedFinding) -> Self {
         Self {
             path: &finding.alone.name,
             score: finding.score,

@@ -7,7 +7,7 @@ use defend_core::{Defend, Detector, ProgressBar, SuspectImage};
 use serde::Serialize;
 
 use crate::arguments::{Suspects, pretrained};
-use crate::pictures::find;
+use crate::images::find;
 use crate::table::Table;
 
 pub(crate) fn run(arguments: &Suspects) -> Result<()> {
@@ -18,17 +18,17 @@ pub(crate) fn run(arguments: &Suspects) -> Result<()> {
     let suspects = detector.suspects(arguments.count)?;
     let mut table = Table::new(arguments.format, stdout().lock());
     for suspect in &suspects {
-        let row = Row::of(suspect);
+        let row = Row::new(suspect);
         let text = format!("{:.6}\t{}\t{}", row.score, row.path, row.nearest);
         table.row(&text, &row)?;
     }
     if suspects.is_empty() {
-        eprintln!("all pictures are near copies of one: there is nothing to compare");
+        eprintln!("all images are near copies of one: there is nothing to compare");
     }
     Ok(())
 }
 
-/// What the pictures of a folder say of each other.
+/// What the images of a folder say of each other.
 fn of_folder(arguments: &Suspects) -> Result<Detector> {
     let normal = find(&arguments.normal, arguments.common.strict)?.dataset();
     let mut builder = Defend::builder()
@@ -49,13 +49,13 @@ struct Row<'a> {
     rank: f64,
     /// Near copies, itself included.
     copies: usize,
-    /// The other picture that explains it most, and how much of all.
+    /// The other image that explains it most, and how much of all.
     nearest: &'a str,
     nearest_share: f64,
 }
 
 impl<'a> Row<'a> {
-    fn of(suspect: &'a SuspectImage) -> Self {
+    fn new(suspect: &'a SuspectImage) -> Self {
         let nearest = suspect.nearest.first();
         Self {
             path: &suspect.name,

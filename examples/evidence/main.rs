@@ -17,14 +17,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
-use defend_core::data::{Dataset, Difficult, Fit, MultiObject, Protocol, Subset, Voc};
+use defend_core::data::{Dataset, Difficult, MultiObject, Protocol, ResizeMode, Subset, Voc};
 use defend_core::evidence::{ClosedForm, Embeddings, EvidenceConfig, Judgement};
 use defend_core::metrics::{auroc, threshold_for};
 use defend_core::nn::{Rng, normal};
 use defend_core::prelude::*;
 use defend_core::train::shuffled_batches;
 use defend_core::vit::{Encoder, ImageSource, TrainScope, Vit};
-use defend_core::{Background, DType, Pictures, Tensor, preprocess_of};
+use defend_core::{Background, DType, ResizedImages, Tensor, preprocess_of};
 use ndarray::{Array2, ArrayView1, Axis, concatenate};
 
 #[global_allocator]
@@ -43,7 +43,7 @@ const CIFAR: [&str; 10] = [
     "ship",
     "truck",
 ];
-/// Pictures in memory at a time.
+/// ResizedImages in memory at a time.
 const READ: usize = 512;
 /// Images of one pass through the teacher, and queries that are judged together.
 const BATCH: usize = 32;
@@ -206,12 +206,12 @@ impl Assets {
     /// The CLS tokens of the blocks and the mean patch token of the last.
     fn embed<D: Dataset + 'static>(&self, images: &Arc<D>) -> Result<Embeddings> {
         let start = Instant::now();
-        let preprocess = preprocess_of(self.teacher.spec(), Fit::Squash);
+        let preprocess = preprocess_of(self.teacher.spec(), ResizeMode::Squash);
         let mut parts = vec![Vec::new(); self.blocks.len() + 1];
         let all: Vec<usize> = (0..images.len()).collect();
         for some in all.chunks(READ) {
             let part = Arc::new(Subset::new(images.clone(), some.to_vec())?);
-            let pictures = Pictures::read(
+            let images = ResizedImages::read(
                 part,
                 preprocess.clone(),
                 &self.device,
@@ -219,11 +219,11 @@ impl Assets {
                 true,
                 &mut Silent,
             )?;
-            let indices: Vec<usize> = (0..pictures.len()).collect();
+            let indices: Vec<usize> = (0..images.len()).collect();
             for batch in indices.chunks(BATCH) {
                 let layers = self
                     .teacher
-                    .intermediates(&pictures.images(batch)?, &self.blocks)?;
+                    .intermediates(&images.images(batch)?, &self.blocks)?;
                 let last = layers.last().context("no blocks")?;
                 let mean_patch = last.patches.to_dtype(DType::F32)?.mean(1)?;
                 let cls = layers.iter().map(|layer| layer.cls.clone());

@@ -25,7 +25,7 @@ struct Sets {
 }
 
 impl Sets {
-    fn of(assets: &Assets) -> Result<Self> {
+    fn new(assets: &Assets) -> Result<Self> {
         Ok(Self {
             voc: voc(assets)?,
             cifar: cifar(assets)?,
@@ -80,7 +80,7 @@ pub(crate) fn measure(mut assets: Assets, draws: usize, seed: u64) -> Result<()>
     let small = Arc::new(Subset::new(whole, small)?);
 
     assets.blocks = vec![8, 9, 10, 11];
-    let sets = Sets::of(&assets)?;
+    let sets = Sets::new(&assets)?;
     let small_photos = assets.embed(&small)?;
     run(&sets, &Trial::new("default, 12 blocks", &DEFAULT))?;
     for (name, parts) in [
@@ -112,7 +112,7 @@ pub(crate) fn measure(mut assets: Assets, draws: usize, seed: u64) -> Result<()>
     let clothes = sets.fashion.embeddings.select(&sets.fashion.train.concat());
     for (name, wrong) in [
         ("background of 1,000 photos of 64 px", &small_photos),
-        ("background of pictures of clothes", &clothes),
+        ("background of images of clothes", &clothes),
     ] {
         run(
             &sets,
@@ -155,7 +155,7 @@ pub(crate) fn measure(mut assets: Assets, draws: usize, seed: u64) -> Result<()>
 fn with_four_blocks(assets: &mut Assets, draws: usize, seed: u64) -> Result<()> {
     assets.teacher = embedded_backbone().load(TrainScope::Frozen, &assets.device)?;
     assets.blocks = vec![0, 1, 2, 3];
-    let sets = Sets::of(assets)?;
+    let sets = Sets::new(assets)?;
     for (name, parts) in [
         ("default, 4 blocks", &DEFAULT[..]),
         ("4 blocks, CLS of the last block, mean patch", &[3, 4]),
@@ -342,15 +342,15 @@ fn by_colour_and_texture(assets: &Assets, draws: usize, seed: u64) -> Result<()>
     Ok(())
 }
 
-/// Blueness, redness and roughness of a picture.
-fn look(picture: &RgbImage) -> [f64; 3] {
-    let count = f64::from(picture.width() * picture.height()).max(1.0);
+/// Blueness, redness and roughness of an image.
+fn look(image: &RgbImage) -> [f64; 3] {
+    let count = f64::from(image.width() * image.height()).max(1.0);
     let mut sums = [0.0; 3];
     let grey = |x: u32, y: u32| {
-        let [r, g, b] = picture.get_pixel(x, y).0.map(f64::from);
+        let [r, g, b] = image.get_pixel(x, y).0.map(f64::from);
         (r + g + b) / 3.0
     };
-    for (x, y, pixel) in picture.enumerate_pixels() {
+    for (x, y, pixel) in image.enumerate_pixels() {
         let [r, g, b] = pixel.0.map(f64::from);
         sums[0] += b - f64::midpoint(r, g);
         sums[1] += r - f64::midpoint(g, b);

@@ -1,6 +1,6 @@
 //! Every stage is a role: this program replaces them one by one by implementations of its own.
 //!
-//! It fits on rendered pictures in under a minute: `cargo run --release --bin own_roles`
+//! It fits on rendered images in under a minute: `cargo run --release --bin own_roles`
 
 use std::sync::Arc;
 
@@ -75,7 +75,7 @@ impl Score for Median {
     }
 }
 
-/// Backbone: the mean of a picture and its mirror image, by any other backbone.
+/// Backbone: the mean of an image and its mirror image, by any other backbone.
 struct Mirrored<B>(B);
 
 impl<B: Encoder> Encoder for Mirrored<B> {
@@ -119,7 +119,7 @@ impl<B: Backbone> Backbone for Mirrored<B> {
         })
     }
 
-    fn features_of(
+    fn features_masked(
         &self,
         images: &Tensor,
         keep: &TokenSet,

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use image::{GrayImage, Rgb, RgbImage};
 
-/// Side of a picture: more than one tile of the embedded backbone, less than two.
+/// Side of an image: more than one tile of the embedded backbone, less than two.
 const SIDE: u32 = 300;
 
 fn defend(arguments: &[&str], folder: &Path) -> Output {
@@ -48,11 +48,11 @@ fn plate(number: u32, odd: bool) -> RgbImage {
 }
 
 /// `normal/`, `odd/` with masks in `masks/`, `new/` with both kinds.
-fn pictures(folder: &Path) {
+fn images(folder: &Path) {
     for name in ["normal", "odd", "masks", "new"] {
         std::fs::create_dir(folder.join(name)).unwrap();
     }
-    let save = |picture: RgbImage, path: &str| picture.save(folder.join(path)).unwrap();
+    let save = |image: RgbImage, path: &str| image.save(folder.join(path)).unwrap();
     for number in 0..24 {
         save(plate(number, false), &format!("normal/{number:02}.png"));
     }
@@ -72,7 +72,7 @@ fn pictures(folder: &Path) {
     }
 }
 
-/// Scores by the names of the pictures.
+/// Scores by the names of the images.
 fn scores(lines: &str) -> Vec<(String, f64)> {
     let line = |line: &str| {
         let fields: Vec<&str> = line.split('\t').collect();
@@ -99,7 +99,7 @@ fn gap(scores: &[(String, f64)]) -> f64 {
 fn tiles_regions_and_known_faults() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
-    pictures(folder);
+    images(folder);
     let fit = |more: &[&str]| {
         let arguments = ["fit", "--normal", "normal", "--out", "plates.defend"];
         said(&[&arguments, more].concat(), folder);
@@ -144,14 +144,14 @@ fn tiles_regions_and_known_faults() {
 fn features_marks_and_whole_folders() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
-    pictures(folder);
+    images(folder);
     // Photos of many things, so that patches do not count: the plates are half of it.
     for number in 0..24u32 {
-        let picture = RgbImage::from_fn(64, 64, |x, y| {
+        let image = RgbImage::from_fn(64, 64, |x, y| {
             let wave = (x * (1 + number % 7) + y * (1 + number % 5)) % 97;
             Rgb([(wave * 2) as u8, (number * 10) as u8, (255 - wave) as u8])
         });
-        picture
+        image
             .save(folder.join(format!("normal/other-{number}.png")))
             .unwrap();
     }
@@ -218,7 +218,7 @@ fn features_marks_and_whole_folders() {
     marks(folder);
 }
 
-/// Somebody looks at a table and marks two pictures, which the model then learns.
+/// Somebody looks at a table and marks two images, which the model then learns.
 fn marks(folder: &Path) {
     let score = |model: &str| said(&["score", "--model", model, "new"], folder);
     let table = said(
@@ -257,10 +257,7 @@ fn marks(folder: &Path) {
     let output = defend(&extend, folder);
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{errors}");
-    for learnt in [
-        "learnt as normal 1 pictures",
-        "learnt as abnormal 1 pictures",
-    ] {
+    for learnt in ["learnt as normal 1 images", "learnt as abnormal 1 images"] {
         assert!(errors.contains(learnt), "{errors}");
     }
     assert_ne!(score("images.defend"), before);

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use clap::Parser;
-use defend_core::data::Fit;
+use defend_core::data::ResizeMode;
 use defend_core::distill::{
     DistillConfig, DistillObjective, DistillRoles, Distiller, FeatureDistance, Mask,
 };
@@ -57,7 +57,7 @@ struct Arguments {
     masked: f64,
     /// Images a step.
     #[arg(long, default_value_t = 32)]
-    batch: usize,
+    batch_size: usize,
     /// Peak learning rate.
     #[arg(long, default_value_t = 5e-4)]
     learning_rate: f64,
@@ -94,7 +94,7 @@ impl Arguments {
             self.blocks,
             self.weights.display(),
             self.epochs,
-            self.batch,
+            self.batch_size,
             self.masked,
             self.learning_rate,
             self.seed,
@@ -108,7 +108,7 @@ fn main() -> Result<()> {
     let device = best_device();
     let teacher = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &device)?;
     let teacher = teacher.with_layers(LAYERS)?;
-    let preprocess = preprocess_of(teacher.spec(), Fit::Squash);
+    let preprocess = preprocess_of(teacher.spec(), ResizeMode::Squash);
 
     let (mut used, mut held_out) = (Vec::new(), Vec::new());
     for text in &arguments.photos {
@@ -144,7 +144,7 @@ fn main() -> Result<()> {
 
     let config = DistillConfig {
         epochs: arguments.epochs,
-        batch: arguments.batch,
+        batch_size: arguments.batch_size,
         mask: match arguments.masked {
             0.0 => Mask::None,
             ratio => Mask::Random { ratio },
@@ -283,6 +283,9 @@ impl HeldOut {
 fn layers(network: &Vit, images: &defend_core::Tensor) -> Result<Vec<[defend_core::Tensor; 2]>> {
     let features = network.features(images)?;
     let last = [features.patches, features.cls];
-    let earlier = features.earlier.into_iter().map(|l| [l.patches, l.cls]);
+    let earlier = features
+        .intermediates
+        .into_iter()
+        .map(|l| [l.patches, l.cls]);
     Ok(std::iter::once(last).chain(earlier).collect())
 }

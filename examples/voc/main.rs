@@ -12,12 +12,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use defend_baselines::{SystemConfig, Teacher};
-use defend_core::data::{ClassId, Difficult, Fit, Label, MultiObject, Protocol, Subset, Voc};
+use defend_baselines::{MethodConfig, Teacher};
+use defend_core::data::{
+    ClassId, Difficult, Label, MultiObject, Protocol, ResizeMode, Subset, Voc,
+};
 use defend_core::distill::Aggregation;
 use defend_core::prelude::*;
 use defend_core::vit::{CacheConfig, ImageSource, TrainScope};
-use defend_core::{MaskedConfig, Pictures};
+use defend_core::{MaskedConfig, ResizedImages};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -60,7 +62,7 @@ struct Row {
 
 /// The test images of one normal class.
 struct Test<'a> {
-    pictures: &'a Pictures,
+    images: &'a ResizedImages,
     abnormal: Vec<bool>,
 }
 
@@ -78,13 +80,19 @@ fn main() -> Result<()> {
         })
         .collect::<Result<Vec<ClassId>>>()?;
     let vit = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &best_device())?;
-    let teacher = Teacher::new(vit, 1, Fit::Squash, &best_device(), CacheConfig::default())?;
+    let teacher = Teacher::new(
+        vit,
+        1,
+        ResizeMode::Squash,
+        &best_device(),
+        CacheConfig::default(),
+    )?;
     let kept: Vec<usize> = (0..test.len())
         .step_by(arguments.test_stride.max(1))
         .collect();
     let test = Arc::new(Subset::new(test, kept)?);
     let mut bar = ProgressBar::new();
-    let pictures = Pictures::read(
+    let images = ResizedImages::read(
         test.clone(),
         teacher.preprocess().clone(),
         &best_device(),
@@ -110,7 +118,7 @@ fn main() -> Result<()> {
             abnormal.iter().filter(|a| **a).count()
         );
         let test = Test {
-            pictures: &pictures,
+            images: &images,
             abnormal,
         };
         if !arguments.no_references {
@@ -169,12 +177,12 @@ fn reference_scores(
     bar: &mut ProgressBar,
 ) -> Result<Vec<(String, Vec<f32>)>> {
     let mut all = Vec::new();
-    for reference in SystemConfig::references() {
+    for reference in MethodConfig::references() {
         let system = reference.system();
         let detector = system.fit(teacher, normal.clone(), 0, bar)?;
         let mut scores = Vec::new();
-        for batch in batches(test.pictures.len()) {
-            let found = detector.score(&test.pictures.images(&batch)?)?;
+        for batch in batches(test.images.len()) {
+            let found = detector.score(&test.images.images(&batch)?)?;
             scores.extend(found.into_iter().map(|novelty| novelty.score as f32));
         }
         all.push((system.name(), scores));
@@ -214,7 +222,7 @@ fn method_scores(
         bail!("{name}: this table compares scores of a masked student");
     };
     let aggregations = aggregations(masked, arguments.all_scores);
-    let scores = scoring::scores(&fitted.detector, test.pictures, &aggregations)?;
+    let scores = scoring::scores(&fitted.detector, test.images, &aggregations)?;
     Ok(aggregations.into_iter().zip(scores).collect())
 }
 

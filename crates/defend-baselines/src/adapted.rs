@@ -1,4 +1,4 @@
-//! Systems that train the teacher's last blocks by a loss on the CLS token, and score by nearest neighbours.
+//! Methods that train the teacher's last blocks by a loss on the CLS token, and score by nearest neighbours.
 
 use std::sync::Arc;
 
@@ -10,17 +10,17 @@ use defend_core::train::{
 use defend_core::vit::{ImageSource, TrainScope, Trainable, Vit};
 use defend_core::{Error, Event, NoveltyDetector, Observer, Stage};
 
+use crate::method::cls_of;
 use crate::neighbours::{Bank, Distance};
 use crate::scored::Scored;
 use crate::simple::Nearest;
-use crate::system::cls_of;
 use crate::{Teacher, Token};
 
 /// Settings of the training.
 pub(crate) struct Schedule {
     pub(crate) blocks: usize,
     pub(crate) epochs: usize,
-    pub(crate) batch: usize,
+    pub(crate) batch_size: usize,
     pub(crate) learning_rate: f64,
     pub(crate) weight_decay: f64,
 }
@@ -55,7 +55,7 @@ pub(crate) fn train_by_loss(
     });
     let plan = TrainingPlan {
         images,
-        batch_size: schedule.batch,
+        batch_size: schedule.batch_size,
         epochs: schedule.epochs,
     };
     let mut on_step = |step: TrainingStep| {
@@ -113,6 +113,6 @@ pub(crate) fn fit_adapted(
 /// CLS tokens with gradients through the trained blocks, `[B, D]`.
 pub(crate) fn cls(backbone: &Vit, images: &Tensor) -> Result<Tensor, Error> {
     Ok(backbone
-        .features_from(&backbone.frozen_prefix(images)?)?
+        .features_from_frozen(&backbone.frozen_tokens(images)?)?
         .cls)
 }

@@ -1,16 +1,16 @@
-//! Any system, as a benchmark's configuration names it.
+//! Any method, as a benchmark's configuration names it.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ConstantStudent, Kdad, Mahalanobis, MeanCls, Msad, NearestNeighbours, OneClassHead, Ours,
-    Padim, Panda, PatchCore, System, Token, Transformaly,
+    ConstantStudent, Kdad, Mahalanobis, MeanCls, Method, Msad, NearestNeighbours, OneClassHead,
+    Ours, Padim, Panda, PatchCore, Token, Transformaly,
 };
 
-/// A system and its settings; in a configuration `kind = "patch-core"` and the settings that differ.
+/// A method and its settings; in a configuration `kind = "patch-core"` and the settings that differ.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
-pub enum SystemConfig {
+pub enum MethodConfig {
     /// This library's method.
     Defend(Box<Ours>),
     /// DN2.
@@ -37,22 +37,22 @@ pub enum SystemConfig {
     OneClassHead(OneClassHead),
 }
 
-impl SystemConfig {
-    /// The system that it describes.
-    pub fn system(&self) -> &dyn System {
+impl MethodConfig {
+    /// The method that it describes.
+    pub fn method(&self) -> &dyn Method {
         match self {
-            Self::Defend(system) => &**system,
-            Self::NearestNeighbours(system) => system,
-            Self::MeanCls(system) => system,
-            Self::Mahalanobis(system) => system,
-            Self::ConstantStudent(system) => system,
-            Self::Padim(system) => system,
-            Self::PatchCore(system) => system,
-            Self::Kdad(system) => system,
-            Self::Transformaly(system) => system,
-            Self::Panda(system) => system,
-            Self::Msad(system) => system,
-            Self::OneClassHead(system) => system,
+            Self::Defend(method) => &**method,
+            Self::NearestNeighbours(method) => method,
+            Self::MeanCls(method) => method,
+            Self::Mahalanobis(method) => method,
+            Self::ConstantStudent(method) => method,
+            Self::Padim(method) => method,
+            Self::PatchCore(method) => method,
+            Self::Kdad(method) => method,
+            Self::Transformaly(method) => method,
+            Self::Panda(method) => method,
+            Self::Msad(method) => method,
+            Self::OneClassHead(method) => method,
         }
     }
 
@@ -80,25 +80,25 @@ mod tests {
 
     #[test]
     fn settings_by_kind_and_no_unknown_ones() {
-        let found: SystemConfig =
+        let found: MethodConfig =
             serde_json::from_str(r#"{"kind": "patch-core", "share": 0.01}"#).unwrap();
-        let SystemConfig::PatchCore(settings) = &found else {
+        let MethodConfig::PatchCore(settings) = &found else {
             panic!("{found:?}");
         };
         assert_eq!((settings.share, settings.candidates), (0.01, 20_000));
         let wrong = r#"{"kind": "patch-core", "shares": 0.01}"#;
-        assert!(serde_json::from_str::<SystemConfig>(wrong).is_err());
-        assert!(serde_json::from_str::<SystemConfig>(r#"{"kind": "csi"}"#).is_err());
+        assert!(serde_json::from_str::<MethodConfig>(wrong).is_err());
+        assert!(serde_json::from_str::<MethodConfig>(r#"{"kind": "csi"}"#).is_err());
         let name = |settings: &str| {
-            let ours: SystemConfig = serde_json::from_str(settings).unwrap();
-            ours.system().name()
+            let ours: MethodConfig = serde_json::from_str(settings).unwrap();
+            ours.method().name()
         };
         assert_eq!(name(r#"{"kind": "defend"}"#), "closed form");
         assert_eq!(name(r#"{"kind": "defend", "recipe": "paper"}"#), "paper");
         let ours = r#"{"kind": "defend", "settings": {"student": {"masked": {}}}}"#;
         assert_eq!(name(ours), "masked distillation");
-        let ours: SystemConfig = serde_json::from_str(ours).unwrap();
+        let ours: MethodConfig = serde_json::from_str(ours).unwrap();
         let again = serde_json::to_string(&ours).unwrap();
-        assert_eq!(serde_json::from_str::<SystemConfig>(&again).unwrap(), ours);
+        assert_eq!(serde_json::from_str::<MethodConfig>(&again).unwrap(), ours);
     }
 }

@@ -51,7 +51,7 @@ impl Moments {
         for i in 0..shift.len() {
             covariance[(i, i)] += regularization;
         }
-        Gaussian::of(&self.origin + shift, covariance, self.count)
+        Gaussian::new(&self.origin + shift, covariance, self.count)
     }
 }
 
@@ -71,10 +71,10 @@ impl Gaussian {
         let centred = DMatrix::from_fn(n, d, |i, j| values[(i, j)] - mean[j]);
         let mut covariance = centred.tr_mul(&centred) / n as f64;
         shrink(&mut covariance, &centred);
-        Self::of(mean, covariance, n)
+        Self::new(mean, covariance, n)
     }
 
-    fn of(mean: DVector<f64>, covariance: DMatrix<f64>, count: usize) -> Result<Self, Error> {
+    fn new(mean: DVector<f64>, covariance: DMatrix<f64>, count: usize) -> Result<Self, Error> {
         let factor = Cholesky::new(covariance).ok_or_else(|| Error::Config {
             field: "features",
             value: format!(

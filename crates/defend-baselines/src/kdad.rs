@@ -11,7 +11,7 @@ use defend_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{System, Teacher};
+use crate::{Method, Teacher};
 
 /// A student that sees whole images learns values and directions of the teacher's last blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -24,7 +24,8 @@ pub struct Kdad {
     /// Passes over the images.
     pub epochs: usize,
     /// Images a step.
-    pub batch: usize,
+    #[serde(alias = "batch")]
+    pub batch_size: usize,
     /// Peak learning rate. Authors' code: 1e-3.
     pub learning_rate: f64,
 }
@@ -35,7 +36,7 @@ impl Default for Kdad {
             layers: 4,
             direction_weight: 0.5,
             epochs: 10,
-            batch: 32,
+            batch_size: 32,
             learning_rate: 1e-3,
         }
     }
@@ -62,7 +63,7 @@ impl DistillObjective for ValuesAndDirections {
     }
 }
 
-impl System for Kdad {
+impl Method for Kdad {
     fn fit(
         &self,
         teacher: &Teacher,
@@ -72,12 +73,12 @@ impl System for Kdad {
     ) -> Result<Box<dyn NoveltyDetector>, Error> {
         let settings = DefendConfig {
             seed,
-            fit: teacher.preprocess().fit,
+            resize_mode: teacher.preprocess().resize_mode,
             student: Student::Masked(MaskedConfig {
                 aggregation: Aggregation::Mean,
                 distill: DistillConfig {
                     epochs: self.epochs,
-                    batch: self.batch,
+                    batch_size: self.batch_size,
                     mask: Mask::None,
                     layers: self.layers,
                     cls_weight: 0.0,

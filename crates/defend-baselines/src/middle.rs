@@ -19,7 +19,10 @@ pub(crate) fn layers_needed(depth: usize) -> usize {
 pub(crate) fn middle_patches(features: &Features, depth: usize) -> Result<Tensor, Error> {
     let block = |offset: usize| match offset {
         0 => Some(&features.patches),
-        _ => features.earlier.get(offset - 1).map(|layer| &layer.patches),
+        _ => features
+            .intermediates
+            .get(offset - 1)
+            .map(|layer| &layer.patches),
     };
     let blocks: Vec<&Tensor> = offsets(depth).into_iter().filter_map(block).collect();
     Ok(Tensor::cat(&blocks, D::Minus1)?)

@@ -13,9 +13,9 @@ use rand::RngExt;
 use serde::{Deserialize, Serialize};
 
 use crate::adapted::{BatchLoss, Schedule, cls, fit_adapted};
+use crate::method::cls_of;
 use crate::neighbours::Distance;
-use crate::system::cls_of;
-use crate::{System, Teacher};
+use crate::{Method, Teacher};
 
 /// The last blocks are trained to tell images apart by the angles seen from the normal images' mean, while they stay
 /// near it; the score is the cosine distance to the nearest neighbours.
@@ -27,7 +27,8 @@ pub struct Msad {
     /// Passes over the images.
     pub epochs: usize,
     /// Images a step. Paper: 64.
-    pub batch: usize,
+    #[serde(alias = "batch")]
+    pub batch_size: usize,
     /// Learning rate. Paper: 1e-5.
     pub learning_rate: f64,
     /// Temperature of the contrastive loss. Paper: 0.25.
@@ -41,7 +42,7 @@ impl Default for Msad {
         Self {
             blocks: 2,
             epochs: 5,
-            batch: 32,
+            batch_size: 32,
             learning_rate: 1e-5,
             temperature: 0.25,
             neighbours: 2,
@@ -135,7 +136,7 @@ fn augment(images: &Tensor, patch: usize, rng: &mut Rng) -> Result<Tensor, Error
     Ok(Tensor::stack(&views, 0)?)
 }
 
-impl System for Msad {
+impl Method for Msad {
     fn fit(
         &self,
         teacher: &Teacher,
@@ -143,8 +144,8 @@ impl System for Msad {
         seed: u64,
         observer: &mut dyn Observer,
     ) -> Result<Box<dyn NoveltyDetector>, Error> {
-        let pictures = teacher.read(normal, observer)?;
-        let pretrained = l2_normalize(&cls_of(&*teacher.backbone(1)?, &pictures)?)?;
+        let images = teacher.read(normal, observer)?;
+        let pretrained = l2_normalize(&cls_of(&*teacher.backbone(1)?, &images)?)?;
         let loss = MeanShifted {
             centre: pretrained.mean_keepdim(0)?,
             temperature: self.temperature,
@@ -152,14 +153,12 @@ impl System for Msad {
         let schedule = Schedule {
             blocks: self.blocks,
             epochs: self.epochs,
-            batch: self.batch,
+            batch_size: self.batch_size,
             learning_rate: self.learning_rate,
             weight_decay: 5e-5,
         };
         let nearest = (Distance::Cosine, self.neighbours);
-        fit_adapted(
-            teacher, &pictures, &schedule, &loss, nearest, seed, observer,
-        )
+        fit_adapted(teacher, &images, &schedule, &loss, nearest, seed, observer)
     }
 
     fn name(&self) -> String {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::adapted::{Schedule, train_by_loss};
 use crate::scored::{Density, Pool, Scored, mapped};
-use crate::{System, Teacher};
+use crate::{Method, Teacher};
 
 /// Two linear layers without biases on every patch token draw the normal images' patches to one centre; a patch's
 /// pseudo-Huber distance to it is its novelty, and the mean over the patches the score.
@@ -25,7 +25,8 @@ pub struct OneClassHead {
     /// Passes over the images.
     pub epochs: usize,
     /// Images a step.
-    pub batch: usize,
+    #[serde(alias = "batch")]
+    pub batch_size: usize,
     /// Learning rate.
     pub learning_rate: f64,
     /// Weight decay. Deep SVDD: 1e-6, far from the collapse to a constant.
@@ -38,7 +39,7 @@ impl Default for OneClassHead {
             hidden: 128,
             output: 64,
             epochs: 10,
-            batch: 32,
+            batch_size: 32,
             learning_rate: 1e-4,
             weight_decay: 1e-6,
         }
@@ -76,7 +77,7 @@ impl Density for Head {
     }
 }
 
-impl System for OneClassHead {
+impl Method for OneClassHead {
     fn fit(
         &self,
         teacher: &Teacher,
@@ -85,7 +86,7 @@ impl System for OneClassHead {
         observer: &mut dyn Observer,
     ) -> Result<Box<dyn NoveltyDetector>, Error> {
         let backbone = teacher.backbone(1)?;
-        let pictures = teacher.read(normal, observer)?;
+        let images = teacher.read(normal, observer)?;
         let width = backbone.spec().architecture.width;
         let (mut rng, device) = (Rng::seed(seed), teacher.device());
         let mut layer = |output: usize, input: usize| -> Result<Var, Error> {
@@ -98,21 +99,21 @@ impl System for OneClassHead {
             second: layer(self.output, self.hidden)?,
             centre: Tensor::zeros(self.output, DType::F32, device)?,
         };
-        head.centre = centre(&head, &*backbone, &pictures)?;
+        head.centre = centre(&head, &*backbone, &images)?;
         let parameters = [("first", &head.first), ("second", &head.second)];
         let parameters = parameters.map(|(name, var)| (name.into(), var.clone()));
         let schedule = Schedule {
             blocks: 0,
             epochs: self.epochs,
-            batch: self.batch,
+            batch_size: self.batch_size,
             learning_rate: self.learning_rate,
             weight_decay: self.weight_decay,
         };
         let loss = |batch: &[usize], _: &mut Rng| {
-            let features = backbone.features(&pictures.images(batch)?)?;
+            let features = backbone.features(&images.images(batch)?)?;
             Ok(head.distances(&features.patches)?.mean_all()?)
         };
-        let images = pictures.len();
+        let images = images.len();
         train_by_loss(
             parameters.to_vec(),
             images,
@@ -138,7 +139,7 @@ impl System for OneClassHead {
 fn centre(head: &Head, backbone: &dyn Backbone, images: &dyn ImageSource) -> Result<Tensor, Error> {
     const NEAREST: f32 = 0.1;
     let mut sums = Vec::new();
-    crate::system::each_batch(backbone, images, |features| {
+    crate::method::each_batch(backbone, images, |features| {
         sums.push(head.project(&features.patches)?.mean(1)?.detach());
         Ok(())
     })?;

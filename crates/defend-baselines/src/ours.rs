@@ -1,4 +1,4 @@
-//! This library's method as one system among the others.
+//! This library's method as one method among the others.
 
 use std::sync::Arc;
 
@@ -6,13 +6,13 @@ use candle_core::{DType, Tensor};
 use defend_core::data::Dataset;
 use defend_core::distill::{self, Discrepancy, Score};
 use defend_core::nn::ops::l2_normalize;
-use defend_core::vit::{Arithmetic, ImageSource, TrainScope};
+use defend_core::vit::{ComputePrecision, ImageSource, TrainScope};
 use defend_core::{Defend, DefendConfig, Error, MaskedConfig, NoveltyDetector, Observer, Recipe};
 use serde::{Deserialize, Serialize};
 
 use crate::gaussian::Gaussian;
-use crate::system::BATCH;
-use crate::{System, Teacher};
+use crate::method::BATCH;
+use crate::{Method, Teacher};
 
 /// This library's method: a recipe, or any settings.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -20,7 +20,7 @@ use crate::{System, Teacher};
 pub struct Ours {
     /// The recipe.
     pub recipe: Recipe,
-    /// Settings in place of a recipe's; seed and fit are those of the benchmark. With an image size of its own a system needs its
+    /// Settings in place of a recipe's; seed and fit are those of the benchmark. With an image size of its own a method needs its
     /// background as photos.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub settings: Option<DefendConfig>,
@@ -37,7 +37,7 @@ impl Ours {
     }
 }
 
-impl System for Ours {
+impl Method for Ours {
     fn fit(
         &self,
         teacher: &Teacher,
@@ -47,15 +47,14 @@ impl System for Ours {
     ) -> Result<Box<dyn NoveltyDetector>, Error> {
         let settings = DefendConfig {
             seed,
-            fit: teacher.preprocess().fit,
+            resize_mode: teacher.preprocess().resize_mode,
             ..self.config()
         };
         if settings.region.is_some() {
             return Err(Error::Config {
                 field: "region",
                 value: "set".into(),
-                expected: "null: masks, boxes and pages of a benchmark are of whole pictures"
-                    .into(),
+                expected: "null: masks, boxes and pages of a benchmark are of whole images".into(),
             });
         }
         let layers = settings
@@ -69,7 +68,7 @@ impl System for Ours {
         }
         let builder = match &settings.dense {
             // Nothing changes the teacher: its features may come from the cache.
-            None if settings.arithmetic == Arithmetic::F32
+            None if settings.compute_precision == ComputePrecision::F32
                 && settings.image_size.is_none()
                 && settings.tiles.is_none() =>
             {
@@ -90,11 +89,11 @@ impl System for Ours {
                 expected: "false for the closed form, which knows the spread of its values".into(),
             });
         };
-        let pictures = teacher.read_as(normal, fitted.detector.preprocess(), observer)?;
-        let indices: Vec<usize> = (0..pictures.len()).collect();
+        let images = teacher.read_as(normal, fitted.detector.preprocess(), observer)?;
+        let indices: Vec<usize> = (0..images.len()).collect();
         let mut errors = Vec::with_capacity(indices.len());
         for batch in indices.chunks(BATCH) {
-            let images = pictures.images(batch)?;
+            let images = images.images(batch)?;
             let tokens = [
                 backbone.features(&images)?.cls,
                 student.features(&images)?.cls,

@@ -12,10 +12,10 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::gaussian::{Gaussian, Moments};
+use crate::method::each_batch;
 use crate::middle::{layers_needed, middle_patches};
 use crate::scored::{Density, Pool, Scored, mapped};
-use crate::system::each_batch;
-use crate::{System, Teacher};
+use crate::{Method, Teacher};
 
 /// Mahalanobis distance of each patch to the normal images' patches at its position; the largest is the score.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -64,7 +64,7 @@ impl Density for Positions {
     }
 }
 
-impl System for Padim {
+impl Method for Padim {
     fn fit(
         &self,
         teacher: &Teacher,
@@ -74,10 +74,10 @@ impl System for Padim {
     ) -> Result<Box<dyn NoveltyDetector>, Error> {
         let depth = teacher.depth();
         let backbone = teacher.backbone(layers_needed(depth))?;
-        let pictures = teacher.read(normal, observer)?;
+        let images = teacher.read(normal, observer)?;
         let mut positions: Vec<Moments> = Vec::new();
         let mut channels = None;
-        each_batch(&*backbone, &pictures, |features| {
+        each_batch(&*backbone, &images, |features| {
             let patches = middle_patches(&features, depth)?;
             let chosen = match &channels {
                 Some(chosen) => Tensor::clone(chosen),

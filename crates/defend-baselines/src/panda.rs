@@ -10,9 +10,9 @@ use defend_core::{Error, NoveltyDetector, Observer};
 use serde::{Deserialize, Serialize};
 
 use crate::adapted::{BatchLoss, Schedule, cls, fit_adapted};
+use crate::method::cls_of;
 use crate::neighbours::Distance;
-use crate::system::cls_of;
-use crate::{System, Teacher};
+use crate::{Method, Teacher};
 
 /// The last blocks are trained to draw the normal images' CLS tokens to their mean, for so few epochs that they do
 /// not collapse; the score is the distance to the nearest neighbours.
@@ -24,7 +24,8 @@ pub struct Panda {
     /// Passes over the images, the early stop. Paper: 15 epochs at most.
     pub epochs: usize,
     /// Images a step. Paper: 32.
-    pub batch: usize,
+    #[serde(alias = "batch")]
+    pub batch_size: usize,
     /// Learning rate. Paper: 1e-2 with SGD, and small for AdamW here.
     pub learning_rate: f64,
     /// Neighbours that are averaged. Paper: 2.
@@ -36,7 +37,7 @@ impl Default for Panda {
         Self {
             blocks: 2,
             epochs: 5,
-            batch: 32,
+            batch_size: 32,
             learning_rate: 1e-5,
             neighbours: 2,
         }
@@ -55,7 +56,7 @@ impl BatchLoss for Compactness {
     }
 }
 
-impl System for Panda {
+impl Method for Panda {
     fn fit(
         &self,
         teacher: &Teacher,
@@ -63,22 +64,20 @@ impl System for Panda {
         seed: u64,
         observer: &mut dyn Observer,
     ) -> Result<Box<dyn NoveltyDetector>, Error> {
-        let pictures = teacher.read(normal, observer)?;
-        let pretrained = cls_of(&*teacher.backbone(1)?, &pictures)?;
+        let images = teacher.read(normal, observer)?;
+        let pretrained = cls_of(&*teacher.backbone(1)?, &images)?;
         let loss = Compactness {
             centre: pretrained.mean_keepdim(0)?,
         };
         let schedule = Schedule {
             blocks: self.blocks,
             epochs: self.epochs,
-            batch: self.batch,
+            batch_size: self.batch_size,
             learning_rate: self.learning_rate,
             weight_decay: 5e-5,
         };
         let nearest = (Distance::Squared, self.neighbours);
-        fit_adapted(
-            teacher, &pictures, &schedule, &loss, nearest, seed, observer,
-        )
+        fit_adapted(teacher, &images, &schedule, &loss, nearest, seed, observer)
     }
 
     fn name(&self) -> String {

@@ -5,18 +5,18 @@ use std::sync::Arc;
 use candle_core::{D, Tensor};
 use defend_core::data::Dataset;
 use defend_core::nn::{Rng, normal};
-use defend_core::vit::{Features, Grid};
+use defend_core::vit::{Features, Grid, ImageSource};
 use defend_core::{Error, Novelty, NoveltyDetector, Observer};
 use rand::RngExt;
 use rand::seq::index::sample;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::method::each_batch;
 use crate::middle::{layers_needed, middle_patches};
 use crate::neighbours::{Bank, Distance};
 use crate::scored::{Density, Pool, Scored, mapped};
-use crate::system::each_batch;
-use crate::{System, Teacher};
+use crate::{Method, Teacher};
 
 /// Distance of each patch to the nearest of a core set; the largest is the score.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -55,7 +55,7 @@ impl Density for CoreSet {
     }
 }
 
-impl System for PatchCore {
+impl Method for PatchCore {
     fn fit(
         &self,
         teacher: &Teacher,
@@ -72,12 +72,11 @@ impl System for PatchCore {
         }
         let depth = teacher.depth();
         let backbone = teacher.backbone(layers_needed(depth))?;
-        let pictures = teacher.read(normal, observer)?;
+        let images = teacher.read(normal, observer)?;
         let mut rng = Rng::seed(seed);
-        let images = defend_core::vit::ImageSource::len(&pictures);
-        let per_image = self.candidates.div_ceil(images.max(1));
+        let per_image = self.candidates.div_ceil(images.len().max(1));
         let mut kept = Vec::new();
-        each_batch(&*backbone, &pictures, |features| {
+        each_batch(&*backbone, &images, |features| {
             let patches = neighbourhoods(&middle_patches(&features, depth)?, features.grid)?;
             let (b, n, d) = patches.dims3()?;
             let flat = patches.reshape((b * n, d))?;

@@ -1,4 +1,4 @@
-//! Systems of one step on the teacher's untouched features.
+//! Methods of one step on the teacher's untouched features.
 
 use std::sync::Arc;
 
@@ -10,10 +10,10 @@ use defend_core::{Error, Novelty, NoveltyDetector, Observer};
 use serde::{Deserialize, Serialize};
 
 use crate::gaussian::Gaussian;
+use crate::method::{cls_of, each_batch};
 use crate::neighbours::{Bank, Distance};
 use crate::scored::{Density, Pool, Scored, mapped, unmapped};
-use crate::system::{cls_of, each_batch};
-use crate::{System, Teacher};
+use crate::{Method, Teacher};
 
 /// Mean cosine distance of a token to its nearest neighbours among the normal images (DN2: Bergman, Cohen and Hoshen,
 /// 2020; PANDA without its adaptation).
@@ -79,7 +79,7 @@ impl Density for Nearest {
     }
 }
 
-impl System for NearestNeighbours {
+impl Method for NearestNeighbours {
     fn fit(
         &self,
         teacher: &Teacher,
@@ -88,9 +88,9 @@ impl System for NearestNeighbours {
         observer: &mut dyn Observer,
     ) -> Result<Box<dyn NoveltyDetector>, Error> {
         let backbone = teacher.backbone(1)?;
-        let pictures = teacher.read(normal, observer)?;
+        let images = teacher.read(normal, observer)?;
         let mut tokens = Vec::new();
-        each_batch(&*backbone, &pictures, |features| {
+        each_batch(&*backbone, &images, |features| {
             tokens.push(self.token.of(&features)?);
             Ok(())
         })?;
@@ -117,7 +117,7 @@ impl System for NearestNeighbours {
 #[serde(default, deny_unknown_fields)]
 pub struct MeanCls {}
 
-impl System for MeanCls {
+impl Method for MeanCls {
     fn fit(
         &self,
         teacher: &Teacher,
@@ -157,7 +157,7 @@ impl Density for GaussianCls {
     }
 }
 
-impl System for Mahalanobis {
+impl Method for Mahalanobis {
     fn fit(
         &self,
         teacher: &Teacher,
@@ -196,7 +196,7 @@ impl Density for PositionMeans {
     }
 }
 
-impl System for ConstantStudent {
+impl Method for ConstantStudent {
     fn fit(
         &self,
         teacher: &Teacher,
@@ -205,15 +205,15 @@ impl System for ConstantStudent {
         observer: &mut dyn Observer,
     ) -> Result<Box<dyn NoveltyDetector>, Error> {
         let backbone = teacher.backbone(1)?;
-        let pictures = teacher.read(normal, observer)?;
+        let images = teacher.read(normal, observer)?;
         let mut sums = Vec::new();
-        let mut images = 0;
-        each_batch(&*backbone, &pictures, |features| {
-            images += features.batch()?;
+        let mut count = 0;
+        each_batch(&*backbone, &images, |features| {
+            count += features.batch_size()?;
             sums.push(l2_normalize(&features.patches)?.sum(0)?);
             Ok(())
         })?;
-        let means = (Tensor::stack(&sums, 0)?.sum(0)? / f64::from(images as u32))?;
+        let means = (Tensor::stack(&sums, 0)?.sum(0)? / f64::from(count as u32))?;
         Ok(Scored::boxed(teacher, backbone, PositionMeans(means)))
     }
 

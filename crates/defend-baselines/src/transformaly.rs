@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::adapted::{Schedule, train_by_loss};
 use crate::gaussian::Gaussian;
+use crate::method::BATCH;
 use crate::scored::unmapped;
-use crate::system::BATCH;
-use crate::{System, Teacher};
+use crate::{Method, Teacher};
 
 /// Each block of a student learns what the teacher's block makes of the same tokens, on whole images; the score is the
 /// sum of two squared Mahalanobis distances, of the pretrained CLS token and of the blocks' errors.
@@ -25,7 +25,8 @@ pub struct Transformaly {
     /// Passes over the images.
     pub epochs: usize,
     /// Images a step.
-    pub batch: usize,
+    #[serde(alias = "batch")]
+    pub batch_size: usize,
     /// Learning rate.
     pub learning_rate: f64,
 }
@@ -35,7 +36,7 @@ impl Default for Transformaly {
         Self {
             layers: 10,
             epochs: 10,
-            batch: 32,
+            batch_size: 32,
             learning_rate: 1e-3,
         }
     }
@@ -113,7 +114,7 @@ impl NoveltyDetector for TwoSpaces {
     }
 }
 
-impl System for Transformaly {
+impl Method for Transformaly {
     fn fit(
         &self,
         teacher: &Teacher,
@@ -121,7 +122,7 @@ impl System for Transformaly {
         seed: u64,
         observer: &mut dyn Observer,
     ) -> Result<Box<dyn NoveltyDetector>, Error> {
-        let pictures = teacher.read(normal, observer)?;
+        let images = teacher.read(normal, observer)?;
         let mut rng = Rng::seed(seed);
         let spec = teacher.vit().spec().clone();
         let mut pair = Pair {
@@ -132,27 +133,27 @@ impl System for Transformaly {
         let schedule = Schedule {
             blocks: pair.layers,
             epochs: self.epochs,
-            batch: self.batch,
+            batch_size: self.batch_size,
             learning_rate: self.learning_rate,
             weight_decay: 0.0,
         };
         train_by_loss(
             pair.parameters(),
-            pictures.len(),
+            images.len(),
             &schedule,
             &mut rng,
             observer,
             &|batch, _| {
-                let tokens = pair.tokens(&pictures.images(batch)?)?;
+                let tokens = pair.tokens(&images.images(batch)?)?;
                 Ok(pair.errors(&tokens)?.mean_all()?)
             },
         )?;
         pair.student = pair.student.copy(TrainScope::Frozen)?;
 
         let (mut cls, mut errors) = (Vec::new(), Vec::new());
-        let indices: Vec<usize> = (0..pictures.len()).collect();
+        let indices: Vec<usize> = (0..images.len()).collect();
         for batch in indices.chunks(BATCH) {
-            let [some_cls, some_errors] = pair.rows(&pictures.images(batch)?)?;
+            let [some_cls, some_errors] = pair.rows(&images.images(batch)?)?;
             cls.extend(some_cls);
             errors.extend(some_errors);
         }

@@ -12,9 +12,9 @@
 
 use std::sync::Arc;
 
-use defend_baselines::{SystemConfig, Teacher};
+use defend_baselines::{MethodConfig, Teacher};
 use defend_core::data::{
-    Dataset, Difficult, Fit, ImageFolder, Label, MultiObject, Protocol, Subset, Voc,
+    Dataset, Difficult, ImageFolder, Label, MultiObject, Protocol, ResizeMode, Subset, Voc,
 };
 use defend_core::evidence::EvidenceConfig;
 use defend_core::metrics::auroc;
@@ -103,11 +103,18 @@ fn references_of_the_horse_equal_pytorchs() {
         abnormal,
         vit,
     } = Animals::read("horse");
-    let teacher = Teacher::new(vit, 1, Fit::Squash, &Device::Cpu, CacheConfig::default()).unwrap();
+    let teacher = Teacher::new(
+        vit,
+        1,
+        ResizeMode::Squash,
+        &Device::Cpu,
+        CacheConfig::default(),
+    )
+    .unwrap();
     let expected = [0.983, 0.912, 0.985, 0.981, 0.857];
-    for (reference, expected) in SystemConfig::references().iter().zip(expected) {
-        let system = reference.system();
-        let detector = system
+    for (reference, expected) in MethodConfig::references().iter().zip(expected) {
+        let method = reference.method();
+        let detector = method
             .fit(&teacher, normal.clone(), 0, &mut Silent)
             .unwrap();
         let scores = scan(&*detector, test.clone(), &mut Silent)
@@ -117,7 +124,7 @@ fn references_of_the_horse_equal_pytorchs() {
         assert!(
             (found - expected).abs() < 0.0015,
             "{}: AUROC {found:.4}, PyTorch {expected}",
-            system.name()
+            method.name()
         );
     }
 }

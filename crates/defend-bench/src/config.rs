@@ -3,15 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use defend_baselines::SystemConfig;
-use defend_core::data::{Fit, ImageFolder};
+use defend_baselines::MethodConfig;
+use defend_core::data::{ImageFolder, ResizeMode};
 use defend_core::vit::Pretrained;
 use defend_core::{Background, BackgroundSource};
 use serde::{Deserialize, Serialize};
 
 use crate::{DataConfig, Error, ProtocolConfig};
 
-/// A whole benchmark: every system on every experiment of every data set, for every seed.
+/// A whole benchmark: every method on every experiment of every data set, for every seed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BenchConfig {
@@ -23,12 +23,13 @@ pub struct BenchConfig {
     /// Weights of the teacher: a file, a folder with `config.json`, `embedded`, or with the feature `hub` a model id such as
     /// `hub:timm/vit_base_patch16_224.augreg_in21k`.
     pub backbone: PathBuf,
-    /// Seeds of the systems.
+    /// Seeds of the methods.
     #[serde(default = "one_seed")]
     pub seeds: Vec<u64>,
-    /// How pictures become square.
+    /// How images become square.
     #[serde(default)]
-    pub fit: Fit,
+    #[serde(alias = "fit")]
+    pub resize_mode: ResizeMode,
     /// Folder that keeps the teacher's features between runs; memory only without it.
     #[serde(default)]
     pub features: Option<PathBuf>,
@@ -40,8 +41,9 @@ pub struct BenchConfig {
     pub feature_memory_gib: f64,
     /// The data sets.
     pub data: Vec<DataEntry>,
-    /// The systems, the first of them is the one that others are compared with.
-    pub systems: Vec<SystemEntry>,
+    /// The methods, the first of them is the one that others are compared with.
+    #[serde(alias = "systems")]
+    pub methods: Vec<MethodEntry>,
 }
 
 fn one_seed() -> Vec<u64> {
@@ -90,27 +92,27 @@ impl Subset {
     }
 }
 
-/// A system under a name.
+/// A method under a name.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct SystemEntry {
-    /// Name for tables and files, so that two variants of one system stand in one table; the system's own without it.
+pub struct MethodEntry {
+    /// Name for tables and files, so that two variants of one method stand in one table; the method's own without it.
     #[serde(default, alias = "label", skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// Protocols and data sets that it runs on, such as `voc` or `one-vs-all`; everything without it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub only: Vec<String>,
-    /// Those of the benchmark's seeds that it runs with; all without it. For systems that take long.
+    /// Those of the benchmark's seeds that it runs with; all without it. For methods that take long.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub seeds: Vec<u64>,
-    /// The system and its settings.
+    /// The method and its settings.
     #[serde(flatten)]
-    pub system: SystemConfig,
+    pub config: MethodConfig,
 }
 
-impl SystemEntry {
+impl MethodEntry {
     /// Name for tables and files.
     pub fn name(&self) -> String {
-        let own = || self.system.system().name();
+        let own = || self.config.method().name();
         self.name.clone().unwrap_or_else(own)
     }
 
@@ -186,7 +188,7 @@ impl BenchConfig {
     fn check(&self) -> Result<(), String> {
         let lists = [
             ("data", self.data.len()),
-            ("systems", self.systems.len()),
+            ("methods", self.methods.len()),
             ("seeds", self.seeds.len()),
         ];
         if let Some((field, _)) = lists.iter().find(|(_, len)| *len == 0) {
@@ -207,22 +209,22 @@ impl BenchConfig {
             self.data.iter().map(|d| d.name.clone()).collect(),
         )?;
         unique(
-            "systems",
-            self.systems.iter().map(SystemEntry::name).collect(),
+            "methods",
+            self.methods.iter().map(MethodEntry::name).collect(),
         )?;
         let mut protocols = self.data.iter().flat_map(|data| &data.protocols);
-        if self.fit != Fit::Squash && protocols.any(ProtocolConfig::judges_objects) {
+        if self.resize_mode != ResizeMode::Squash && protocols.any(ProtocolConfig::judges_objects) {
             return Err(
-                "the protocol \"objects\" needs fit = \"squash\", whose maps lie over the whole picture"
+                "the protocol \"objects\" needs fit = \"squash\", whose maps lie over the whole image"
                     .into(),
             );
         }
-        for system in &self.systems {
-            let unknown = system.seeds.iter().find(|seed| !self.seeds.contains(seed));
+        for method in &self.methods {
+            let unknown = method.seeds.iter().find(|seed| !self.seeds.contains(seed));
             if let Some(seed) = unknown {
                 return Err(format!(
-                    "seed {seed} of system \"{}\" is none of the benchmark's seeds {:?}",
-                    system.name(),
+                    "seed {seed} of method \"{}\" is none of the benchmark's seeds {:?}",
+                    method.name(),
                     self.seeds
                 ));
             }
@@ -248,10 +250,10 @@ mod tests {
         source = { kind = "class-folders", train = "a/train", test = "a/test" }
         protocols = [{ kind = "one-vs-all" }, { kind = "normal-sets", sets = [["dog", "cat"]] }]
         subset = { train = 100 }
-        [[systems]]
+        [[methods]]
         kind = "defend"
         recipe = "paper"
-        [[systems]]
+        [[methods]]
         kind = "patch-core"
         share = 0.01
         only = ["cameras"]
@@ -275,11 +277,11 @@ mod tests {
             (&[0][..], Some(100))
         );
         assert_eq!(config.backbone, Path::new("embedded"));
-        assert_eq!(config.systems[1].name(), "PatchCore");
-        assert!(config.systems[1].runs_on("cameras", "one-vs-all"));
-        assert!(!config.systems[1].runs_on("voc", "one-vs-all"));
-        assert!(config.systems[1].runs_with(0) && !config.systems[1].runs_with(1));
-        assert!(config.systems[0].runs_with(1));
+        assert_eq!(config.methods[1].name(), "PatchCore");
+        assert!(config.methods[1].runs_on("cameras", "one-vs-all"));
+        assert!(!config.methods[1].runs_on("voc", "one-vs-all"));
+        assert!(config.methods[1].runs_with(0) && !config.methods[1].runs_with(1));
+        assert!(config.methods[0].runs_with(1));
     }
 
     #[cfg(feature = "hub")]
@@ -312,12 +314,12 @@ mod tests {
         fails(
             "seeds = [0]",
             "seeds = [3]",
-            "seed 3 of system \"PatchCore\"",
+            "seed 3 of method \"PatchCore\"",
         );
         fails(
             "kind = \"patch-core\"\n        share = 0.01",
             "kind = \"defend\"\n        recipe = \"paper\"",
-            "two systems",
+            "two methods",
         );
     }
 }

@@ -1,4 +1,4 @@
-//! Where the pictures of a benchmark come from.
+//! Where the images of a benchmark come from.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -146,7 +146,7 @@ impl DataConfig {
         if train == test {
             return Ok(halves);
         }
-        // Defects, and the abnormal pictures of a folder, have no pictures to train on: number all by the names of both.
+        // Defects, and the abnormal images of a folder, have no images to train on: number all by the names of both.
         let all: Vec<String> = test
             .iter()
             .chain(train.iter().filter(|name| !test.contains(name)))

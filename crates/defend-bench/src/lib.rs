@@ -1,7 +1,7 @@
-//! The benchmark of the paper as anyone can rerun it: data sets, protocols and systems to tables, resumable and
+//! The benchmark of the paper as anyone can rerun it: data sets, protocols and methods to tables, resumable and
 //! reproducible.
 //!
-//! A [`BenchConfig`] in TOML names data sets in their published layouts, protocols and systems. [`run`] does every run
+//! A [`BenchConfig`] in TOML names data sets in their published layouts, protocols and methods. [`run`] does every run
 //! whose [`Record`] is missing, one JSON file a run, and can be killed and started again at any moment. [`report`]
 //! makes tables (Markdown, CSV, LaTeX) with bootstrap intervals and paired comparisons, plots, and a page that shows
 //! the worst errors.
@@ -20,7 +20,7 @@ mod run;
 mod split;
 mod table;
 
-pub use config::{BenchConfig, DataEntry, Subset, SystemEntry};
+pub use config::{BenchConfig, DataEntry, MethodEntry, Subset};
 pub use data::DataConfig;
 pub use error::Error;
 pub use pixels::PIXEL_SIDE;

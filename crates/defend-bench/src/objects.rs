@@ -16,7 +16,7 @@ pub(crate) struct ObjectFigures {
     pub(crate) within: f64,
 }
 
-/// Over all test images; `None` where the system has no maps or no image shows both a normal object and another one.
+/// Over all test images; `None` where the method has no maps or no image shows both a normal object and another one.
 ///
 /// A patch belongs to a box that holds its centre. Those in boxes of both kinds, and those in none, do not count.
 pub(crate) fn object_figures(
@@ -31,7 +31,7 @@ pub(crate) fn object_figures(
         let Some(map) = map else {
             return Ok(None);
         };
-        let patches = Patches::of(map, set.boxes(index), normal);
+        let patches = Patches::new(map, set.boxes(index), normal);
         if patches.of_both_kinds() {
             within.push(patches.auroc()?);
         }
@@ -56,7 +56,7 @@ struct Patches {
 }
 
 impl Patches {
-    fn of(map: &PatchMap, boxes: &[ObjectBox], normal: &dyn Fn(ClassId) -> bool) -> Self {
+    fn new(map: &PatchMap, boxes: &[ObjectBox], normal: &dyn Fn(ClassId) -> bool) -> Self {
         let mut found = Self::default();
         for (patch, value) in map.values.iter().enumerate() {
             let columns = map.grid.columns.max(1);
@@ -101,7 +101,7 @@ mod tests {
 
     use super::*;
 
-    /// Two pictures: a dog left and a cat right, whose boxes overlap in the middle column; a dog alone.
+    /// Two images: a dog left and a cat right, whose boxes overlap in the middle column; a dog alone.
     struct Boxed;
 
     impl Dataset for Boxed {
@@ -151,7 +151,7 @@ mod tests {
             values: values.to_vec(),
         };
         let dog = |class: ClassId| class.0 == 0;
-        // The middle of the first picture is in both boxes; the second one's last two are in none.
+        // The middle of the first image is in both boxes; the second one's last two are in none.
         let (first, second) = (map([0.2, 9.0, 0.6]), map([0.8, 9.0, 9.0]));
         let figures = object_figures(&Boxed, &[0, 1], &dog, &[Some(&first), Some(&second)]);
         let figures = figures.unwrap().unwrap();

@@ -1,4 +1,4 @@
-//! A page with the tables, the plots and pictures of the worst errors.
+//! A page with the tables, the plots and images of the worst errors.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -12,7 +12,7 @@ use image::imageops::{FilterType, resize};
 use crate::report::{Group, histogram_name, plot_name, run_name};
 use crate::{Error, Record, Table};
 
-/// Side of a picture on the page, pixels.
+/// Side of an image on the page, pixels.
 const SIDE: u32 = 160;
 
 const STYLE: &str = "body{font-family:sans-serif;margin:2em;max-width:80em}table{border-collapse:collapse;margin:1em 0}\
@@ -51,10 +51,10 @@ pub(crate) fn write_page(
                     html,
                     "<details{}><summary>{}</summary>\n<img class=\"plot\" src=\"plots/{}\" alt=\"scores\">",
                     if i == 0 { " open" } else { "" },
-                    escape(&record.key.system),
+                    escape(&record.key.method),
                     escape(&histogram_name(record))
                 );
-                // Opened once for all experiments; a data set that is gone leaves the page without pictures.
+                // Opened once for all experiments; a data set that is gone leaves the page without images.
                 let set = sources.entry(record.key.data.clone()).or_insert_with(|| {
                     let halves = record.source.open(root).ok();
                     halves.map(|halves| halves.test)
@@ -85,10 +85,10 @@ fn table_html(table: &Table) -> String {
     )
 }
 
-/// Pictures with their maps: false alarms, then misses.
+/// ResizedImages with their maps: false alarms, then misses.
 fn worst_errors(folder: &Path, record: &Record, set: &Arc<dyn Dataset>) -> Result<String, Error> {
-    let pictures = folder.join("pictures");
-    std::fs::create_dir_all(&pictures).map_err(Error::io(&pictures, "making the folder"))?;
+    let images = folder.join("images");
+    std::fs::create_dir_all(&images).map_err(Error::io(&images, "making the folder"))?;
     let mut html = String::from(
         "<p>Normal images with the highest scores, then abnormal ones with the lowest.</p>\n<div class=\"worst\">\n",
     );
@@ -97,16 +97,16 @@ fn worst_errors(folder: &Path, record: &Record, set: &Arc<dyn Dataset>) -> Resul
         let Some(scored) = record.scores.get(worst.place) else {
             continue;
         };
-        let Ok(picture) = set.image(scored.index) else {
+        let Ok(image) = set.image(scored.index) else {
             continue;
         };
-        let small = resize(&picture, SIDE, SIDE, FilterType::Triangle);
+        let small = resize(&image, SIDE, SIDE, FilterType::Triangle);
         let shown = match (worst.patch_map(), &record.map_scale) {
             (Some(map), Some(scale)) => overlay(&small, &map, scale),
             _ => small,
         };
         let file = format!("{name}-{i}.png");
-        let path = pictures.join(&file);
+        let path = images.join(&file);
         shown.save(&path).map_err(|e| Error::Plot {
             path: path.clone(),
             reason: e.to_string(),
@@ -118,7 +118,7 @@ fn worst_errors(folder: &Path, record: &Record, set: &Arc<dyn Dataset>) -> Resul
         };
         let _ = writeln!(
             html,
-            "<figure><img src=\"pictures/{}\" alt=\"{kind}\"><figcaption>{kind}, {:.4}<br>{}</figcaption></figure>",
+            "<figure><img src=\"images/{}\" alt=\"{kind}\"><figcaption>{kind}, {:.4}<br>{}</figcaption></figure>",
             escape(&file),
             scored.score,
             escape(last_part(&scored.name)),

@@ -17,7 +17,7 @@ pub(crate) struct PixelFigures {
     pub(crate) pro: f64,
 }
 
-/// The masks of test images at [`PIXEL_SIDE`], `None` for pictures without one; `None` for data sets without any.
+/// The masks of test images at [`PIXEL_SIDE`], `None` for images without one; `None` for data sets without any.
 pub(crate) fn masks(
     set: &dyn Dataset,
     indices: &[usize],
@@ -33,7 +33,7 @@ pub(crate) fn masks(
     Ok(masks.iter().any(Option::is_some).then_some(masks))
 }
 
-/// Over all test images; `None` where the data set has no mask or the system no maps.
+/// Over all test images; `None` where the data set has no mask or the method no maps.
 pub(crate) fn pixel_figures(
     masks: Option<&[Option<Vec<bool>>]>,
     maps: &[Option<&PatchMap>],

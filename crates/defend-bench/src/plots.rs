@@ -13,7 +13,7 @@ const BINS: usize = 40;
 const NORMAL: RGBColor = RGBColor(40, 110, 180);
 const ABNORMAL: RGBColor = RGBColor(200, 70, 40);
 
-/// The curves of all systems in one experiment.
+/// The curves of all methods in one experiment.
 pub(crate) fn roc_curves(path: &Path, title: &str, records: &[&Record]) -> Result<(), Error> {
     let curves = records
         .iter()
@@ -22,7 +22,7 @@ pub(crate) fn roc_curves(path: &Path, title: &str, records: &[&Record]) -> Resul
             let abnormal: Array1<bool> = record.scores.iter().map(|s| s.abnormal).collect();
             let curve = RocCurve::new(ArrayView1::from(&scores), ArrayView1::from(&abnormal))?;
             let points: Vec<(f64, f64)> = curve.points().iter().map(|p| (p.fpr, p.tpr)).collect();
-            let name = format!("{} ({:.3})", record.key.system, record.figures.auroc);
+            let name = format!("{} ({:.3})", record.key.method, record.figures.auroc);
             Ok((name, points))
         })
         .collect::<Result<Vec<_>, Error>>()?;
@@ -81,7 +81,7 @@ pub(crate) fn histogram(path: &Path, record: &Record) -> Result<(), Error> {
         .flat_map(|(_, _, shares)| shares)
         .fold(0.0, |a: f64, b| a.max(*b));
     draw(path, |root| {
-        let title = format!("{}: {}", record.key.experiment, record.key.system);
+        let title = format!("{}: {}", record.key.experiment, record.key.method);
         let mut chart = ChartBuilder::on(root)
             .caption(title, ("sans-serif", 18))
             .margin(10)

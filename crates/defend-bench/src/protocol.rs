@@ -9,20 +9,20 @@ use crate::Error;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum ProtocolConfig {
-    /// Uni-class: each class in turn is the normal one (Table 4). With several objects a picture, a picture is normal
+    /// Uni-class: each class in turn is the normal one (Table 4). With several objects an image, an image is normal
     /// when it shows the normal class, whatever else it shows.
     OneVsAll {
         /// These classes only; all without it.
         #[serde(default)]
         classes: Vec<String>,
     },
-    /// Multi-class: each class in turn is the abnormal one and a picture of any other is normal (Table 2).
+    /// Multi-class: each class in turn is the abnormal one and an image of any other is normal (Table 2).
     AllVsOne {
         /// These classes only; all without it.
         #[serde(default)]
         classes: Vec<String>,
     },
-    /// Multi-class with given normal sets (Table 5), a picture is normal when it shows any of a set.
+    /// Multi-class with given normal sets (Table 5), an image is normal when it shows any of a set.
     NormalSets {
         /// The normal sets.
         sets: Vec<Vec<String>>,
@@ -109,7 +109,7 @@ impl ProtocolConfig {
             Self::OneVsAll { classes } | Self::Objects { classes } => {
                 each(classes, &|id| Box::new(MultiObject { normal: vec![id] }))
             }
-            // With several objects a picture, one that shows any other class is normal (METHOD.md, section 4).
+            // With several objects an image, one that shows any other class is normal (METHOD.md, section 4).
             Self::AllVsOne { classes } => each(classes, &|id| {
                 let all = (0..set.class_names().len() as u32).map(ClassId);
                 Box::new(MultiObject {

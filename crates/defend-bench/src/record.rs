@@ -3,15 +3,15 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use defend_baselines::SystemConfig;
-use defend_core::data::Fit;
+use defend_baselines::MethodConfig;
+use defend_core::data::ResizeMode;
 use defend_core::vit::Grid;
 use defend_core::{Device, MapScale, PatchMap};
 use serde::{Deserialize, Serialize};
 
 use crate::{DataConfig, Error, Subset};
 
-/// One system fitted and scored in one experiment with one seed.
+/// One method fitted and scored in one experiment with one seed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     /// What was run; equal for equal runs.
@@ -20,9 +20,9 @@ pub struct Record {
     pub source: DataConfig,
     /// Where the teacher's weights were, likewise.
     pub backbone: PathBuf,
-    /// Place of the experiment and of the system in the configuration, for the order in tables.
+    /// Place of the experiment and of the method in the configuration, for the order in tables.
     pub order: [usize; 2],
-    /// What differs from the system's paper.
+    /// What differs from the method's paper.
     pub deviations: String,
     /// Version and commit of this software, and what it ran on.
     pub software: Software,
@@ -38,7 +38,7 @@ pub struct Record {
     pub figures: Figures,
     /// Every test image.
     pub scores: Vec<Scored>,
-    /// The worst errors with their maps, where the system has maps.
+    /// The worst errors with their maps, where the method has maps.
     pub worst: Vec<Worst>,
     /// How map values become colours: usual values over the test images.
     pub map_scale: Option<MapScale>,
@@ -57,17 +57,19 @@ pub struct RunKey {
     pub classes: Vec<String>,
     /// The part of the data set.
     pub subset: Subset,
-    /// Name of the system.
-    pub system: String,
+    /// Name of the method.
+    #[serde(alias = "system")]
+    pub method: String,
     /// Its settings.
-    pub settings: SystemConfig,
+    pub settings: MethodConfig,
     /// Hash of the teacher's architecture and weights.
     pub weights: String,
-    /// How pictures became square.
-    pub fit: Fit,
+    /// How images became square.
+    #[serde(alias = "fit")]
+    pub resize_mode: ResizeMode,
     /// [`crate::Split::fingerprint`].
     pub split: String,
-    /// Seed of the system.
+    /// Seed of the method.
     pub seed: u64,
 }
 
@@ -110,12 +112,12 @@ pub struct Figures {
     pub auroc: f64,
     /// Average precision over images.
     pub average_precision: f64,
-    /// Area under the ROC curve over pixels, where the data set has masks and the system maps.
+    /// Area under the ROC curve over pixels, where the data set has masks and the method maps.
     pub pixel_auroc: Option<f64>,
     /// Per-region overlap up to a false positive rate of 0.3, likewise.
     pub pro: Option<f64>,
     /// Area under the ROC curve over patches in boxes of normal objects and of others, of all images, where the protocol asks for
-    /// it and the system has maps.
+    /// it and the method has maps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub object_auroc: Option<f64>,
     /// The same within an image, mean over the images that show both.
@@ -128,7 +130,7 @@ pub struct Figures {
 pub struct Scored {
     /// Position in the test half of the data set.
     pub index: usize,
-    /// Name of the picture.
+    /// Name of the image.
     pub name: String,
     /// The truth.
     pub abnormal: bool,
@@ -197,7 +199,7 @@ impl Record {
                 if all.iter().any(|known| !known.key.fits_beside(&record.key)) {
                     return Err(Error::Record {
                         path,
-                        reason: "another run of this experiment has other pictures, other weights or another fit: \
+                        reason: "another run of this experiment has other images, other weights or another fit: \
                                  give the data set another name"
                             .into(),
                     });
@@ -209,7 +211,7 @@ impl Record {
                         return Err(Error::Record {
                             path,
                             reason: "another folder has a run of the same name with other settings: give \
-                                     the system another name"
+                                     the method another name"
                                 .into(),
                         });
                     }
@@ -247,19 +249,19 @@ impl RunKey {
             &self.data,
             &self.protocol,
             &self.experiment,
-            &self.system,
+            &self.method,
             self.seed,
         )
     }
 
-    /// Whether both may stand in one table: another experiment, or the same pictures, teacher and fit.
+    /// Whether both may stand in one table: another experiment, or the same images, teacher and fit.
     fn fits_beside(&self, other: &Self) -> bool {
         // Of a sample that is drawn again for each seed, each seed is an experiment of its own.
         let draw = |key: &Self| if key.subset.redraw { key.seed } else { 0 };
         let experiment = (&self.data, &self.protocol, &self.experiment, draw(self));
-        let basis = (&self.split, &self.weights, self.fit);
+        let basis = (&self.split, &self.weights, self.resize_mode);
         experiment != (&other.data, &other.protocol, &other.experiment, draw(other))
-            || basis == (&other.split, &other.weights, other.fit)
+            || basis == (&other.split, &other.weights, other.resize_mode)
     }
 
     /// Where the record of this run belongs.
@@ -271,7 +273,7 @@ impl RunKey {
             .join(file_name(&self.experiment));
         folder.join(format!(
             "{}-seed{}.json",
-            file_name(&self.system),
+            file_name(&self.method),
             self.seed
         ))
     }

@@ -33,7 +33,7 @@ pub struct Report {
 /// Makes tables (`tables.md`, a CSV and a LaTeX file each), plots and `index.html` in the folder `report` of the first
 /// of some benchmarks' outputs, from the records that are in any of them.
 ///
-/// The page shows pictures of every system's worst errors; data sets that cannot be opened below `root` go without.
+/// The page shows images of every method's worst errors; data sets that cannot be opened below `root` go without.
 ///
 /// # Errors
 /// Those of [`Record::read_all`], [`Error::Io`], [`Error::Plot`], [`Error::Metrics`].
@@ -84,7 +84,7 @@ pub(crate) struct Group<'a> {
     pub(crate) protocol: &'a str,
     /// Names, in the configuration's order.
     pub(crate) experiments: Vec<&'a str>,
-    pub(crate) systems: Vec<&'a str>,
+    pub(crate) methods: Vec<&'a str>,
     pub(crate) seeds: Vec<u64>,
     pub(crate) records: Vec<&'a Record>,
 }
@@ -101,7 +101,7 @@ pub(crate) fn histogram_name(record: &Record) -> String {
 pub(crate) fn run_name(record: &Record) -> String {
     let key = &record.key;
     let parts =
-        [&key.data, &key.protocol, &key.experiment, &key.system].map(|part| file_name(part));
+        [&key.data, &key.protocol, &key.experiment, &key.method].map(|part| file_name(part));
     format!("{}-seed{}", parts.join("-"), key.seed)
 }
 
@@ -123,7 +123,7 @@ fn groups(records: &[Record]) -> Vec<Group<'_>> {
                 data: &key.data,
                 protocol: &key.protocol,
                 experiments: Vec::new(),
-                systems: Vec::new(),
+                methods: Vec::new(),
                 seeds: Vec::new(),
                 records: Vec::new(),
             });
@@ -137,65 +137,65 @@ fn groups(records: &[Record]) -> Vec<Group<'_>> {
     }
     for group in &mut groups {
         for record in &group.records {
-            add(&mut group.systems, record.key.system.as_str());
+            add(&mut group.methods, record.key.method.as_str());
         }
     }
     groups
 }
 
 impl<'a> Group<'a> {
-    fn find(&self, system: &str, experiment: &str, seed: u64) -> Option<&'a Record> {
+    fn find(&self, method: &str, experiment: &str, seed: u64) -> Option<&'a Record> {
         let found = self.records.iter().find(|record| {
             let key = &record.key;
-            key.system == system && key.experiment == experiment && key.seed == seed
+            key.method == method && key.experiment == experiment && key.seed == seed
         });
         found.copied()
     }
 
-    /// Every system's record of the first seed that it ran with.
+    /// Every method's record of the first seed that it ran with.
     pub(crate) fn of_experiment(&self, experiment: &str) -> impl Iterator<Item = &'a Record> {
-        let systems = self.systems.iter();
-        systems.filter_map(move |system| {
+        let methods = self.methods.iter();
+        methods.filter_map(move |method| {
             let mut seeds = self.seeds.iter();
-            seeds.find_map(|&seed| self.find(system, experiment, seed))
+            seeds.find_map(|&seed| self.find(method, experiment, seed))
         })
     }
 
-    /// Every experiment's record of a system and a seed; `None` when one is missing.
-    fn whole(&self, system: &str, seed: u64) -> Option<Vec<&'a Record>> {
+    /// Every experiment's record of a method and a seed; `None` when one is missing.
+    fn whole(&self, method: &str, seed: u64) -> Option<Vec<&'a Record>> {
         let experiments = self.experiments.iter();
         experiments
-            .map(|experiment| self.find(system, experiment, seed))
+            .map(|experiment| self.find(method, experiment, seed))
             .collect()
     }
 
     /// Mean AUROC over experiments and the seeds with which it ran in all of them.
-    fn mean(&self, system: &str) -> Option<f64> {
+    fn mean(&self, method: &str) -> Option<f64> {
         let all = self.seeds.iter();
         let all: Vec<&Record> = all
-            .filter_map(|&seed| self.whole(system, seed))
+            .filter_map(|&seed| self.whole(method, seed))
             .flatten()
             .collect();
         (!all.is_empty())
             .then(|| all.iter().map(|r| r.figures.auroc).sum::<f64>() / all.len() as f64)
     }
 
-    /// Systems by experiments, with the mean, its interval, and the comparison with the first system.
+    /// Methods by experiments, with the mean, its interval, and the comparison with the first method.
     fn table(&self) -> Result<Table, Error> {
-        let mut header = vec!["system".to_owned()];
+        let mut header = vec!["method".to_owned()];
         header.extend(self.experiments.iter().map(ToString::to_string));
         header.extend(["mean [95 %]", "less first [95 %]", "p", "fit, s"].map(String::from));
         let mut rows = Vec::new();
-        for system in &self.systems {
-            let mut row = vec![(*system).to_owned()];
+        for method in &self.methods {
+            let mut row = vec![(*method).to_owned()];
             row.extend(
                 self.experiments
                     .iter()
-                    .map(|experiment| self.cell(system, experiment)),
+                    .map(|experiment| self.cell(method, experiment)),
             );
-            row.push(self.interval(system)?);
-            row.extend(self.comparison(system)?);
-            let seconds = self.records.iter().filter(|r| r.key.system == *system);
+            row.push(self.interval(method)?);
+            row.extend(self.comparison(method)?);
+            let seconds = self.records.iter().filter(|r| r.key.method == *method);
             let seconds: Vec<f64> = seconds.map(|r| r.fit_seconds).collect();
             row.push(format!(
                 "{:.0}",
@@ -228,11 +228,11 @@ impl<'a> Group<'a> {
     }
 
     /// Mean over the seeds, with their standard deviation when there are several.
-    fn cell(&self, system: &str, experiment: &str) -> String {
+    fn cell(&self, method: &str, experiment: &str) -> String {
         let found = self
             .seeds
             .iter()
-            .filter_map(|&seed| self.find(system, experiment, seed));
+            .filter_map(|&seed| self.find(method, experiment, seed));
         let values: Vec<f64> = found.map(|record| record.figures.auroc).collect();
         let count = values.len() as f64;
         let mean = values.iter().sum::<f64>() / count;
@@ -250,26 +250,26 @@ impl<'a> Group<'a> {
         }
     }
 
-    /// The seeds with which a system ran in every experiment.
-    fn seeds_of(&self, system: &str) -> Vec<u64> {
+    /// The seeds with which a method ran in every experiment.
+    fn seeds_of(&self, method: &str) -> Vec<u64> {
         let seeds = self.seeds.iter().copied();
         seeds
-            .filter(|&seed| self.whole(system, seed).is_some())
+            .filter(|&seed| self.whole(method, seed).is_some())
             .collect()
     }
 
-    /// A system's scores in every experiment, one run a seed; `None` without a seed, or when a run is missing.
-    fn scores(&self, system: &str, seeds: &[u64]) -> Option<Vec<Scores>> {
+    /// A method's scores in every experiment, one run a seed; `None` without a seed, or when a run is missing.
+    fn scores(&self, method: &str, seeds: &[u64]) -> Option<Vec<Scores>> {
         let experiment = |experiment: &&str| {
-            let records = seeds.iter().map(|&s| self.find(system, experiment, s));
-            Scores::of(&records.collect::<Option<Vec<_>>>()?)
+            let records = seeds.iter().map(|&s| self.find(method, experiment, s));
+            Scores::new(&records.collect::<Option<Vec<_>>>()?)
         };
         self.experiments.iter().map(experiment).collect()
     }
 
     /// Mean over experiments and seeds with its interval.
-    fn interval(&self, system: &str) -> Result<String, Error> {
-        let Some(scores) = self.scores(system, &self.seeds_of(system)) else {
+    fn interval(&self, method: &str) -> Result<String, Error> {
+        let Some(scores) = self.scores(method, &self.seeds_of(method)) else {
             return Ok(NONE.into());
         };
         let samples: Vec<Sample<'_>> = scores.iter().map(Scores::sample).collect();
@@ -277,14 +277,14 @@ impl<'a> Group<'a> {
         Ok(bounds(&found))
     }
 
-    /// Difference to the first system over the seeds of both, and its p-value; [`Record::read_all`] lets only runs on the
-    /// same pictures into a group.
-    fn comparison(&self, system: &str) -> Result<[String; 2], Error> {
-        let first = self.systems.first().filter(|first| **first != system);
+    /// Difference to the first method over the seeds of both, and its p-value; [`Record::read_all`] lets only runs on the
+    /// same images into a group.
+    fn comparison(&self, method: &str) -> Result<[String; 2], Error> {
+        let first = self.methods.first().filter(|first| **first != method);
         let scores = first.and_then(|first| {
             let mut seeds = self.seeds_of(first);
-            seeds.retain(|seed| self.whole(system, *seed).is_some());
-            Some((self.scores(system, &seeds)?, self.scores(first, &seeds)?))
+            seeds.retain(|seed| self.whole(method, *seed).is_some());
+            Some((self.scores(method, &seeds)?, self.scores(first, &seeds)?))
         });
         let Some((own, first)) = scores else {
             return Ok([NONE, NONE].map(String::from));
@@ -327,7 +327,7 @@ impl<'a> Group<'a> {
         )
     }
 
-    /// Means over the experiments of some figures, where a system has the last of them.
+    /// Means over the experiments of some figures, where a method has the last of them.
     fn figures_table<const N: usize>(
         &self,
         kind: &str,
@@ -336,9 +336,9 @@ impl<'a> Group<'a> {
     ) -> Option<Table> {
         let (_, last) = figures.last()?;
         self.records.iter().find(|record| last(record).is_some())?;
-        let rows = self.systems.iter().map(|system| {
+        let rows = self.methods.iter().map(|method| {
             let records = self.records.iter();
-            let records: Vec<&&Record> = records.filter(|r| r.key.system == *system).collect();
+            let records: Vec<&&Record> = records.filter(|r| r.key.method == *method).collect();
             let mean = |figure: Figure<'_>| {
                 let values: Option<Vec<f64>> = records.iter().map(|r| figure(r)).collect();
                 values.map_or_else(
@@ -347,14 +347,14 @@ impl<'a> Group<'a> {
                 )
             };
             let means = figures.iter().map(|(_, figure)| mean(figure));
-            [(*system).to_owned()].into_iter().chain(means).collect()
+            [(*method).to_owned()].into_iter().chain(means).collect()
         });
         let names = figures.iter().map(|(name, _)| *name);
         Some(Table {
             name: [self.data, self.protocol, kind].map(file_name).join("-"),
             title: format!("{}, {}: images and {kind}", self.data, self.protocol),
             note,
-            header: ["system"]
+            header: ["method"]
                 .into_iter()
                 .chain(names)
                 .map(String::from)
@@ -367,7 +367,7 @@ impl<'a> Group<'a> {
 /// A figure of a run.
 type Figure<'a> = &'a dyn Fn(&Record) -> Option<f64>;
 
-/// Data sets by systems for each protocol, and normal sets by systems where they are given: the paper's Tables 2, 4
+/// Data sets by methods for each protocol, and normal sets by methods where they are given: the paper's Tables 2, 4
 /// and 5.
 fn summaries(groups: &[Group<'_>]) -> Vec<Table> {
     let mut protocols: Vec<&str> = Vec::new();
@@ -378,33 +378,33 @@ fn summaries(groups: &[Group<'_>]) -> Vec<Table> {
     }
     let table = |protocol: &&str| {
         let shown: Vec<&Group<'_>> = groups.iter().filter(|g| g.protocol == *protocol).collect();
-        let mut systems: Vec<&str> = Vec::new();
-        for system in shown.iter().flat_map(|group| &group.systems) {
-            if !systems.contains(system) {
-                systems.push(system);
+        let mut methods: Vec<&str> = Vec::new();
+        for method in shown.iter().flat_map(|group| &group.methods) {
+            if !methods.contains(method) {
+                methods.push(method);
             }
         }
         let mut rows = Vec::new();
         for group in &shown {
             let mut row = |name: String, cell: &dyn Fn(&str) -> String| {
                 let mut cells = vec![name];
-                cells.extend(systems.iter().map(|system| cell(system)));
+                cells.extend(methods.iter().map(|method| cell(method)));
                 rows.push(cells);
             };
             if *protocol == "normal-sets" {
                 for experiment in &group.experiments {
-                    row(format!("{}: {experiment}", group.data), &|system| {
-                        group.cell(system, experiment)
+                    row(format!("{}: {experiment}", group.data), &|method| {
+                        group.cell(method, experiment)
                     });
                 }
             }
             row(
                 format!("{}, mean of {}", group.data, group.experiments.len()),
-                &|system| group.mean(system).map_or_else(|| NONE.into(), percent),
+                &|method| group.mean(method).map_or_else(|| NONE.into(), percent),
             );
         }
         let mut header = vec!["data".to_owned()];
-        header.extend(systems.iter().map(ToString::to_string));
+        header.extend(methods.iter().map(ToString::to_string));
         Table {
             name: format!("summary-{protocol}"),
             title: format!("{protocol}: all data sets"),
@@ -416,14 +416,14 @@ fn summaries(groups: &[Group<'_>]) -> Vec<Table> {
     protocols.iter().map(table).collect()
 }
 
-/// Scores of a system in one experiment: a run a seed, on the same test images.
+/// Scores of a method in one experiment: a run a seed, on the same test images.
 struct Scores {
     runs: Vec<Array1<f64>>,
     abnormal: Array1<bool>,
 }
 
 impl Scores {
-    fn of(records: &[&Record]) -> Option<Self> {
+    fn new(records: &[&Record]) -> Option<Self> {
         let run = |record: &&Record| record.scores.iter().map(|scored| scored.score).collect();
         let truth = records.first()?.scores.iter();
         Some(Self {

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use defend_baselines::Teacher;
-use defend_core::data::{Dataset, Fit, Label, Preprocess};
+use defend_core::data::{Dataset, Label, Preprocess, ResizeMode};
 use defend_core::metrics::{auroc, average_precision};
 use defend_core::vit::{CacheConfig, Encoder, ImageSource, TrainScope, weights_hash};
 use defend_core::{
-    Device, Error as CoreError, MapScale, Novelty, NoveltyDetector, Observer, PatchMap, Pictures,
+    Device, Error as CoreError, MapScale, Novelty, NoveltyDetector, Observer, PatchMap,
+    ResizedImages,
 };
 use ndarray::ArrayView1;
 
@@ -18,13 +19,13 @@ use crate::pixels::{masks, pixel_figures};
 use crate::protocol::Experiment;
 use crate::record::{Figures, Record, RunKey, Scored, Software, Worst, file_name, write_json};
 use crate::split::{Split, Splitter};
-use crate::{BenchConfig, DataConfig, DataEntry, Error, SystemEntry};
+use crate::{BenchConfig, DataConfig, DataEntry, Error, MethodEntry};
 
 /// Errors of each kind whose maps are kept.
 const WORST: usize = 6;
 
 /// Memory for the resized test images of a data set.
-const PICTURE_BYTES: usize = 4 << 30;
+const IMAGE_BYTES: usize = 4 << 30;
 
 /// Role: hears how far a benchmark is.
 pub trait Progress: Observer {
@@ -60,9 +61,9 @@ pub fn run(
     let depth = vit.spec().architecture.depth;
     let weights = weights_hash(&vit)?;
     let layers = config
-        .systems
+        .methods
         .iter()
-        .map(|s| s.system.system().layers(depth));
+        .map(|s| s.config.method().layers(depth));
     let cache = CacheConfig {
         memory_bytes: (config.feature_memory_gib.max(0.0) * f64::from(1 << 30)) as usize,
         folder: config.features.clone(),
@@ -71,8 +72,14 @@ pub fn run(
     let mut bench = Bench {
         config,
         weights,
-        teacher: Teacher::new(vit, layers.max().unwrap_or(1), config.fit, device, cache)?
-            .with_background(config.background()?),
+        teacher: Teacher::new(
+            vit,
+            layers.max().unwrap_or(1),
+            config.resize_mode,
+            device,
+            cache,
+        )?
+        .with_background(config.background()?),
         start: Instant::now(),
         done: 0,
         total: 0,
@@ -91,10 +98,10 @@ pub fn run(
                 return Err(Error::NoBoxes { data });
             }
             let experiments = protocol.experiments(&data.name, &*halves.train)?.len();
-            let systems = config.systems.iter();
-            let systems = systems.filter(|s| s.runs_on(&data.name, protocol.name()));
+            let methods = config.methods.iter();
+            let methods = methods.filter(|s| s.runs_on(&data.name, protocol.name()));
             let seeds = config.seeds.iter();
-            let runs: usize = systems
+            let runs: usize = methods
                 .map(|s| seeds.clone().filter(|seed| s.runs_with(**seed)).count())
                 .sum();
             bench.total += experiments * runs;
@@ -116,18 +123,19 @@ struct Bench<'a> {
     total: usize,
 }
 
-/// The test pictures of a data set, resized once for all runs.
+/// The test images of a data set, resized once for all runs.
 struct TestSet<'a> {
     source: &'a DataConfig,
     halves: &'a Halves,
-    images: Arc<dyn Dataset>,
-    pictures: Pictures,
+    /// As the data set has them.
+    originals: Arc<dyn Dataset>,
+    images: ResizedImages,
     masks: Option<Vec<Option<Vec<bool>>>>,
 }
 
 /// What is fitted and judged in a run.
 struct Task<'a> {
-    system: &'a SystemEntry,
+    method: &'a MethodEntry,
     split: &'a Split,
     /// Where objects are to be judged: what is normal.
     experiment: Option<&'a Experiment>,
@@ -146,17 +154,17 @@ impl Bench<'_> {
             halves.test.clone(),
             splitter.test().to_vec(),
         )?);
-        // Maps lie over the whole picture only when it was squashed: another fit has no figures over pixels.
-        let masks = match self.config.fit {
-            Fit::Squash => masks(&*halves.test, splitter.test())?,
-            Fit::CenterCrop { .. } => None,
+        // Maps lie over the whole image only when it was squashed: another fit has no figures over pixels.
+        let masks = match self.config.resize_mode {
+            ResizeMode::Squash => masks(&*halves.test, splitter.test())?,
+            ResizeMode::CenterCrop { .. } => None,
         };
         let test = TestSet {
             source: &data.source,
             halves,
             masks,
-            pictures: self.read(&images, self.teacher.preprocess(), progress)?,
-            images,
+            images: self.read(&images, self.teacher.preprocess(), progress)?,
+            originals: images,
         };
         for protocol in &data.protocols {
             for experiment in protocol.experiments(&data.name, &*halves.train)? {
@@ -177,28 +185,28 @@ impl Bench<'_> {
                     write_json(&self.config.output.join("splits").join(name), &split)?;
                     splits.push(split);
                 }
-                let systems = self.config.systems.iter().enumerate();
-                for (system_place, system) in
-                    systems.filter(|(_, s)| s.runs_on(&data.name, protocol.name()))
+                let methods = self.config.methods.iter().enumerate();
+                for (method_place, method) in
+                    methods.filter(|(_, s)| s.runs_on(&data.name, protocol.name()))
                 {
                     let seeds = self.config.seeds.iter().zip(&splits);
-                    for (&seed, split) in seeds.filter(|(seed, _)| system.runs_with(**seed)) {
+                    for (&seed, split) in seeds.filter(|(seed, _)| method.runs_with(**seed)) {
                         let key = RunKey {
                             data: data.name.clone(),
                             protocol: protocol.name().into(),
                             experiment: experiment.name.clone(),
                             classes: experiment.classes.clone(),
                             subset: data.subset,
-                            system: system.name(),
-                            settings: system.system.clone(),
+                            method: method.name(),
+                            settings: method.config.clone(),
                             weights: self.weights.clone(),
-                            fit: self.config.fit,
+                            resize_mode: self.config.resize_mode,
                             split: split.fingerprint.clone(),
                             seed,
                         };
-                        let order = [*place, system_place];
+                        let order = [*place, method_place];
                         let task = Task {
-                            system,
+                            method,
                             split,
                             experiment: protocol.judges_objects().then_some(&experiment),
                         };
@@ -211,18 +219,18 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// The pictures of a test set as a detector wants them.
+    /// The images of a test set as a detector wants them.
     fn read(
         &self,
         images: &Arc<dyn Dataset>,
         preprocess: &Preprocess,
         progress: &mut dyn Progress,
-    ) -> Result<Pictures, Error> {
-        Ok(Pictures::read(
+    ) -> Result<ResizedImages, Error> {
+        Ok(ResizedImages::read(
             Arc::clone(images),
             preprocess.clone(),
             self.teacher.device(),
-            PICTURE_BYTES,
+            IMAGE_BYTES,
             true,
             progress,
         )?)
@@ -243,12 +251,12 @@ impl Bench<'_> {
             if record.key != key {
                 return Err(Error::Record {
                     path,
-                    reason: "it was made with other settings; give the system another name, or the benchmark \
+                    reason: "it was made with other settings; give the method another name, or the benchmark \
                              another output folder"
                         .into(),
                 });
             }
-            // Data sets or systems came before it in the configuration: tables follow the new order.
+            // Data sets or methods came before it in the configuration: tables follow the new order.
             if record.order != order {
                 record.order = order;
                 record.write(&path)?;
@@ -281,20 +289,20 @@ impl Bench<'_> {
         let start = Instant::now();
         let normal =
             defend_core::data::Subset::new(test.halves.train.clone(), split.train.clone())?;
-        let system = task.system.system.system();
-        let detector = system.fit(&self.teacher, Arc::new(normal), key.seed, progress)?;
+        let method = task.method.config.method();
+        let detector = method.fit(&self.teacher, Arc::new(normal), key.seed, progress)?;
         let fit_seconds = start.elapsed().as_secs_f64();
 
         // Images of another size, or in tiles, are read once more.
         let own = if detector.preprocess() == self.teacher.preprocess() {
             None
         } else {
-            Some(self.read(&test.images, detector.preprocess(), progress)?)
+            Some(self.read(&test.originals, detector.preprocess(), progress)?)
         };
-        let pictures = own.as_ref().unwrap_or(&test.pictures);
+        let images = own.as_ref().unwrap_or(&test.images);
         let start = Instant::now();
         let with_maps = test.masks.is_some() || task.experiment.is_some();
-        let novelties = score(&*detector, pictures, with_maps)?;
+        let novelties = score(&*detector, images, with_maps)?;
         let score_seconds = start.elapsed().as_secs_f64();
         let scores: Vec<Scored> = (split.test.iter().zip(&split.abnormal).zip(&novelties))
             .map(|((&index, &abnormal), novelty)| Scored {
@@ -332,9 +340,9 @@ impl Bench<'_> {
                 object_auroc: objects.map(|o| o.pooled),
                 object_auroc_within: objects.map(|o| o.within),
             },
-            worst: worst(&*detector, pictures, &scores, &novelties)?,
-            map_scale: all_maps.map(|maps| MapScale::of(&maps, 1.0)),
-            deviations: system.deviations().into(),
+            worst: worst(&*detector, images, &scores, &novelties)?,
+            map_scale: all_maps.map(|maps| MapScale::from_maps(&maps, 1.0)),
+            deviations: method.deviations().into(),
             source: test.source.clone(),
             backbone: self.config.backbone.clone(),
             software: Software::this(self.teacher.device()),
@@ -351,16 +359,16 @@ impl Bench<'_> {
     }
 }
 
-/// Scores all pictures, with maps where they cost nothing or pixels are to be judged.
+/// Scores all images, with maps where they cost nothing or pixels are to be judged.
 fn score(
     detector: &dyn NoveltyDetector,
-    pictures: &Pictures,
+    images: &ResizedImages,
     with_maps: bool,
 ) -> Result<Vec<Novelty>, Error> {
-    let indices: Vec<usize> = (0..pictures.len()).collect();
+    let indices: Vec<usize> = (0..images.len()).collect();
     let mut all = Vec::with_capacity(indices.len());
-    for batch in indices.chunks(detector.batch()) {
-        let images = pictures.images(batch)?;
+    for batch in indices.chunks(detector.batch_size()) {
+        let images = images.images(batch)?;
         all.extend(if with_maps {
             detector.score_with_maps(&images)?
         } else {
@@ -373,7 +381,7 @@ fn score(
 /// The normal images with the highest scores and the abnormal ones with the lowest, worst first, with their maps.
 fn worst(
     detector: &dyn NoveltyDetector,
-    pictures: &Pictures,
+    images: &ResizedImages,
     scores: &[Scored],
     novelties: &[Novelty],
 ) -> Result<Vec<Worst>, Error> {
@@ -384,7 +392,7 @@ fn worst(
     let kept = |&place: &usize| -> Result<Worst, Error> {
         let mut map = novelties.get(place).and_then(|n| n.map.clone());
         if map.is_none() {
-            let mut again = detector.score_with_maps(&pictures.images(&[place])?)?;
+            let mut again = detector.score_with_maps(&images.images(&[place])?)?;
             map = again.pop().and_then(|novelty| novelty.map);
         }
         Ok(Worst {

@@ -1,4 +1,4 @@
-//! Which pictures train and which test: seeded, free of leaks, written down.
+//! Which images train and which test: seeded, free of leaks, written down.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -12,18 +12,18 @@ use crate::data::Halves;
 use crate::protocol::Experiment;
 use crate::{Error, Subset};
 
-/// The pictures of an experiment.
+/// The images of an experiment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Split {
-    /// Training pictures, all normal, by position in the training half.
+    /// Training images, all normal, by position in the training half.
     pub train: Vec<usize>,
-    /// Test pictures by position in the test half.
+    /// Test images by position in the test half.
     pub test: Vec<usize>,
-    /// Whether each test picture is abnormal.
+    /// Whether each test image is abnormal.
     pub abnormal: Vec<bool>,
-    /// Training pictures left out since the same picture is in the test half.
+    /// Training images left out since the same image is in the test half.
     pub leaks: Vec<usize>,
-    /// Short hash of the pictures' pixels and labels, wherever their files are: other pictures, another part or another
+    /// Short hash of the images' pixels and labels, wherever their files are: other images, another part or another
     /// protocol is another split.
     pub fingerprint: String,
 }
@@ -47,7 +47,7 @@ fn fingerprint<'a>(
     hasher.finalize().to_hex()[..16].to_owned()
 }
 
-/// Makes splits of one data set; hashes each picture once.
+/// Makes splits of one data set; hashes each image once.
 pub(crate) struct Splitter<'a> {
     halves: &'a Halves,
     subset: Subset,
@@ -72,7 +72,7 @@ impl<'a> Splitter<'a> {
         })
     }
 
-    /// The test pictures, the same in every experiment.
+    /// The test images, the same in every experiment.
     pub(crate) fn test(&self) -> &[usize] {
         &self.test
     }
@@ -116,7 +116,7 @@ impl<'a> Splitter<'a> {
     }
 }
 
-/// At most `count` of `indices`, ascending, in the proportions of the pictures' classes.
+/// At most `count` of `indices`, ascending, in the proportions of the images' classes.
 fn sample(set: &dyn Dataset, indices: Vec<usize>, count: Option<usize>, seed: u64) -> Vec<usize> {
     let Some(count) = count.filter(|count| *count < indices.len()) else {
         return indices;
@@ -131,7 +131,7 @@ fn sample(set: &dyn Dataset, indices: Vec<usize>, count: Option<usize>, seed: u6
     for group in groups.values_mut() {
         group.shuffle(&mut rng);
         let size = group.len() as f64;
-        // A combination of classes too rare for one whole picture is drawn by chance: without that, one that comes once
+        // A combination of classes too rare for one whole image is drawn by chance: without that, one that comes once
         // would be in the middle of the order, always or never drawn.
         let start = if size * (count as f64) < indices.len() as f64 {
             rare.random::<f64>()
@@ -165,8 +165,8 @@ mod tests {
     fn set(classes: &[u32], first_shade: u8) -> Arc<dyn Dataset> {
         let mut set = Memory::new(vec!["a".into(), "b".into(), "c".into()]);
         for (i, &class) in classes.iter().enumerate() {
-            let picture = RgbImage::from_pixel(2, 2, image::Rgb([first_shade + i as u8; 3]));
-            set.push(format!("{i}"), picture, vec![ClassId(class)]);
+            let image = RgbImage::from_pixel(2, 2, image::Rgb([first_shade + i as u8; 3]));
+            set.push(format!("{i}"), image, vec![ClassId(class)]);
         }
         Arc::new(set)
     }
@@ -199,7 +199,7 @@ mod tests {
 
     #[test]
     fn what_comes_once_is_drawn_as_often_as_the_rest() {
-        // 160 pictures of one class and forty combinations that come once: a quarter of each is asked for.
+        // 160 images of one class and forty combinations that come once: a quarter of each is asked for.
         let mut set = Memory::new((0..40).map(|i| format!("{i}")).collect());
         for i in 0..200 {
             let classes = if i < 160 {
@@ -223,7 +223,7 @@ mod tests {
 
     #[test]
     fn what_is_tested_does_not_train() {
-        // Training shades 0 to 5, test shades 3 to 6: training pictures 3, 4 and 5 are in both.
+        // Training shades 0 to 5, test shades 3 to 6: training images 3, 4 and 5 are in both.
         let halves = Halves {
             train: set(&[0, 1, 0, 0, 0, 1], 0),
             test: set(&[0, 0, 1, 1], 3),
@@ -233,7 +233,7 @@ mod tests {
         assert_eq!((split.train, split.leaks), (vec![0, 2], vec![3, 4]));
         assert_eq!(split.abnormal, [false, false, true, true]);
 
-        // The same pictures elsewhere are the same split; one other picture or label is another.
+        // The same images elsewhere are the same split; one other image or label is another.
         let fingerprint = |train: &[u32], shade, test: &[u32]| {
             let halves = Halves {
                 train: set(train, shade),

@@ -93,7 +93,7 @@ mod tests {
             name: "t".into(),
             title: "A & B".into(),
             note: "AUROC, %".into(),
-            header: vec!["system".into(), "cat, dog".into()],
+            header: vec!["method".into(), "cat, dog".into()],
             rows: vec![vec!["a|b".into(), "9.0 ± 1".into()]],
         }
     }
@@ -103,9 +103,9 @@ mod tests {
         assert!(
             table()
                 .markdown()
-                .ends_with("| system | cat, dog |\n|---|---|\n| a\\|b | 9.0 ± 1 |\n")
+                .ends_with("| method | cat, dog |\n|---|---|\n| a\\|b | 9.0 ± 1 |\n")
         );
-        assert_eq!(table().csv(), "system,\"cat, dog\"\na|b,9.0 ± 1\n");
+        assert_eq!(table().csv(), "method,\"cat, dog\"\na|b,9.0 ± 1\n");
         let latex = table().latex();
         assert!(latex.contains("\\caption{A \\& B. AUROC, \\%}"), "{latex}");
         assert!(latex.contains("a|b & 9.0 $\\pm$ 1 \\\\\n"), "{latex}");

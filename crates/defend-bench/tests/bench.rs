@@ -1,4 +1,4 @@
-//! A whole benchmark on pictures made here: runs, goes on after a stop, refuses other settings, reports.
+//! A whole benchmark on images made here: runs, goes on after a stop, refuses other settings, reports.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may panic")]
 
@@ -10,7 +10,7 @@ use defend_core::{Device, Event, Observer};
 use image::{GrayImage, Luma, Rgb, RgbImage};
 
 /// Stripes of a class's own direction and colour; every fifth has a bright spot in a corner if asked for.
-fn picture(class: u32, i: u32, spot: bool) -> RgbImage {
+fn image(class: u32, i: u32, spot: bool) -> RgbImage {
     RgbImage::from_fn(48, 48, |x, y| {
         if spot && x < 16 && y < 16 {
             return Rgb([255, 255, 0]);
@@ -29,41 +29,41 @@ fn picture(class: u32, i: u32, spot: bool) -> RgbImage {
     })
 }
 
-fn save(path: &Path, picture: &RgbImage) {
+fn save(path: &Path, image: &RgbImage) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
-    picture.save(path).unwrap();
+    image.save(path).unwrap();
 }
 
-/// Three classes with a picture of the training half in the test half, and a category with masks.
+/// Three classes with an image of the training half in the test half, and a category with masks.
 fn make(root: &Path) {
     for class in 0..3 {
         let name = ["across", "down", "slanted"][class as usize];
         for i in 0..8 {
             save(
                 &root.join(format!("train/{name}/{i}.png")),
-                &picture(class, i, false),
+                &image(class, i, false),
             );
         }
         for i in 0..6 {
             let number = if i == 0 { 3 } else { 20 + i };
             save(
                 &root.join(format!("test/{name}/{i}.png")),
-                &picture(class, number, false),
+                &image(class, number, false),
             );
         }
     }
     for i in 0..6 {
         save(
             &root.join(format!("part/train/good/{i}.png")),
-            &picture(0, i, false),
+            &image(0, i, false),
         );
         save(
             &root.join(format!("part/test/good/{i}.png")),
-            &picture(0, 30 + i, false),
+            &image(0, 30 + i, false),
         );
         save(
             &root.join(format!("part/test/spot/{i}.png")),
-            &picture(0, 40 + i, true),
+            &image(0, 40 + i, true),
         );
         let mask = GrayImage::from_fn(48, 48, |x, y| Luma([255 * u8::from(x < 16 && y < 16)]));
         let path = root.join(format!("part/ground_truth/spot/{i}_mask.png"));
@@ -88,9 +88,9 @@ name = "part"
 source = { kind = "mvtec-ad", path = "part" }
 protocols = [{ kind = "defects" }]
 subset = { train = 5 }
-[[systems]]
+[[methods]]
 kind = "constant-student"
-[[systems]]
+[[methods]]
 kind = "mean-cls"
 only = ["one-vs-all"]
 seeds = [1]
@@ -145,14 +145,14 @@ fn runs_goes_on_and_reports() {
     assert!(stopped.is_err());
     let mut counter = Counter::default();
     run(&config, &Device::Cpu, &mut counter).unwrap();
-    // One-vs-all: 2 classes, a system with 2 seeds and one with 1; one normal set and the defects: 1 system, 2 seeds.
+    // One-vs-all: 2 classes, a method with 2 seeds and one with 1; one normal set and the defects: 1 method, 2 seeds.
     assert_eq!((counter.known, counter.fresh, counter.total), (4, 6, 10));
 
     let records = Record::read_all(&[&config.output]).unwrap();
     assert_eq!(records.len(), 10);
     let first = &records[0];
     assert_eq!(
-        (first.key.experiment.as_str(), first.key.system.as_str()),
+        (first.key.experiment.as_str(), first.key.method.as_str()),
         ("across", "constant student")
     );
     assert_eq!((first.scores.len(), first.train_images), (18, 7));
@@ -180,10 +180,10 @@ fn runs_goes_on_and_reports() {
         .iter()
         .find(|t| t.name == "stripes-one-vs-all")
         .unwrap();
-    assert_eq!(detail.header[..3], ["system", "across", "down"]);
+    assert_eq!(detail.header[..3], ["method", "across", "down"]);
     assert_ne!(
         detail.rows[1][5], "–",
-        "the second system is compared with the first over the seed of both"
+        "the second method is compared with the first over the seed of both"
     );
     assert!(report.folder.join("stripes-one-vs-all.csv").is_file());
     assert!(report.folder.join("part-defects-pixels.tex").is_file());
@@ -195,15 +195,15 @@ fn runs_goes_on_and_reports() {
     .unwrap();
     assert!(roc.starts_with("<svg") && roc.contains("cosine to mean CLS"));
     let page = fs::read_to_string(&report.page).unwrap();
-    for system in ["constant-student-seed0", "cosine-to-mean-CLS-seed1"] {
-        let picture = format!("pictures/stripes-one-vs-all-across-{system}-0.png");
-        assert!(page.contains(&picture), "{picture}");
-        assert!(report.folder.join(picture).is_file());
+    for method in ["constant-student-seed0", "cosine-to-mean-CLS-seed1"] {
+        let image = format!("images/stripes-one-vs-all-across-{method}-0.png");
+        assert!(page.contains(&image), "{image}");
+        assert!(report.folder.join(image).is_file());
     }
 }
 
 #[test]
-fn one_report_of_two_benchmarks_on_copies_of_the_pictures() {
+fn one_report_of_two_benchmarks_on_copies_of_the_images() {
     let report_of = |with: &str, images: &str| {
         let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         for folder in [&first, &second] {
@@ -213,10 +213,10 @@ fn one_report_of_two_benchmarks_on_copies_of_the_pictures() {
             "kind = \"mean-cls\"\nonly = [\"one-vs-all\"]\nseeds = [1]",
             "",
         );
-        let only = only.replace("[[systems]]\n\n", "");
+        let only = only.replace("[[methods]]\n\n", "");
         let first_config = read(
             first.path(),
-            only.trim_end().trim_end_matches("[[systems]]"),
+            only.trim_end().trim_end_matches("[[methods]]"),
         );
         let first_config = first_config.unwrap();
         let text = CONFIG.replace("constant-student", with);
@@ -228,24 +228,24 @@ fn one_report_of_two_benchmarks_on_copies_of_the_pictures() {
         report(&[&first_config.output, &second_config.output], first.path())
     };
     // The constant student's runs are the same in both and count once.
-    for (with, systems) in [("constant-student", 2), ("mahalanobis", 3)] {
+    for (with, methods) in [("constant-student", 2), ("mahalanobis", 3)] {
         let tables = report_of(with, "train = 5").unwrap().tables;
         let detail = tables
             .iter()
             .find(|t| t.name == "stripes-one-vs-all")
             .unwrap();
-        assert_eq!(detail.rows.len(), systems, "{with}");
+        assert_eq!(detail.rows.len(), methods, "{with}");
         assert_eq!(detail.rows[0][0], "constant student");
         assert!(detail.rows.iter().all(|row| row[1] != "–"), "{detail:?}");
     }
     let clash = report_of("mahalanobis\"\nname = \"constant student", "train = 5").unwrap_err();
     assert!(clash.to_string().contains("other settings"), "{clash}");
     let clash = report_of("mahalanobis", "train = 4").unwrap_err();
-    assert!(clash.to_string().contains("other pictures"), "{clash}");
+    assert!(clash.to_string().contains("other images"), "{clash}");
 }
 
 #[test]
-fn a_new_first_system_takes_its_place_in_the_tables() {
+fn a_new_first_method_takes_its_place_in_the_tables() {
     let folder = tempfile::tempdir().unwrap();
     make(folder.path());
     let all = CONFIG.replace("only = [\"one-vs-all\"]", "");
@@ -256,8 +256,8 @@ fn a_new_first_system_takes_its_place_in_the_tables() {
     )
     .unwrap();
     let moved = all.replace(
-        "[[systems]]\nkind = \"constant-student\"",
-        "[[systems]]\nkind = \"mahalanobis\"\n[[systems]]\nkind = \"constant-student\"",
+        "[[methods]]\nkind = \"constant-student\"",
+        "[[methods]]\nkind = \"mahalanobis\"\n[[methods]]\nkind = \"constant-student\"",
     );
     run(
         &read(folder.path(), &moved).unwrap(),
@@ -269,7 +269,7 @@ fn a_new_first_system_takes_its_place_in_the_tables() {
     let order = |name: &str| {
         let mut orders = records
             .iter()
-            .filter(|r| r.key.system.contains(name))
+            .filter(|r| r.key.method.contains(name))
             .map(|r| r.order[1]);
         let first = orders.next().unwrap();
         assert!(orders.all(|order| order == first));

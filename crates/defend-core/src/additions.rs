@@ -39,10 +39,10 @@ impl Additions {
     /// Looks at an image. A failure leaves those that were added before.
     ///
     /// # Errors
-    /// [`Error::Data`] for a picture that cannot be used; [`Error::NonFiniteFeatures`].
-    pub fn add(&mut self, name: impl Into<String>, picture: &RgbImage) -> Result<(), Error> {
+    /// [`Error::Data`] for an image that cannot be used; [`Error::NonFiniteFeatures`].
+    pub fn add(&mut self, name: impl Into<String>, image: &RgbImage) -> Result<(), Error> {
         let name = name.into();
-        let resized = self.preprocess.resize(picture)?;
+        let resized = self.preprocess.resize(image)?;
         let images = to_tensor(&[resized], &self.preprocess, &self.device)?;
         let embedded = self
             .blocks

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Device;
-use defend_data::{Dataset, Fit};
+use defend_data::{Dataset, ResizeMode};
 use defend_evidence::{Embeddings, PatchTokens};
 use defend_nn::Rng;
 use defend_vit::{Encoder, ImageSource, weights_hash};
@@ -20,7 +20,7 @@ use crate::observer::{Observer, Stage};
 use crate::scan::preprocess_of;
 use crate::teacher::load_teacher;
 use crate::tokens::{TokenBlocks, Wanted};
-use crate::{DefendBuilder, Error, Pictures};
+use crate::{DefendBuilder, Error, ResizedImages};
 
 /// Metadata key of everything but the tensors.
 const KEY: &str = "defend.background";
@@ -35,7 +35,7 @@ const PLACES_A_PHOTO: usize = 1;
 /// Stream of the random choice of these.
 const PLACE_STREAM: u64 = 4;
 /// Limit of the memory for resized photos: they are looked at once.
-const PICTURE_BYTES: usize = 64 << 20;
+const IMAGE_BYTES: usize = 64 << 20;
 
 /// What the tokens of a background depend on, beside the photos.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -45,10 +45,11 @@ pub struct TeacherIdentity {
     pub name: String,
     /// Hash of its architecture and weights.
     pub weights: String,
-    /// Side of the pictures, pixels.
+    /// Side of the images, pixels.
     pub image_size: usize,
-    /// How pictures become square.
-    pub fit: Fit,
+    /// How images become square.
+    #[serde(alias = "fit")]
+    pub resize_mode: ResizeMode,
     /// Blocks whose tokens are kept.
     pub blocks: Vec<usize>,
 }
@@ -58,25 +59,38 @@ impl TeacherIdentity {
     ///
     /// # Errors
     /// [`Error::Vit`] for a teacher that does not show its tensors.
-    pub(crate) fn of(teacher: &dyn Encoder, fit: Fit) -> Result<Self, Error> {
-        Ok(Self::with_weights(teacher, fit, weights_hash(teacher)?))
+    pub(crate) fn new(teacher: &dyn Encoder, resize_mode: ResizeMode) -> Result<Self, Error> {
+        Ok(Self::with_weights(
+            teacher,
+            resize_mode,
+            weights_hash(teacher)?,
+        ))
     }
 
-    fn with_weights(teacher: &dyn Encoder, fit: Fit, weights: String) -> Self {
+    fn with_weights(teacher: &dyn Encoder, resize_mode: ResizeMode, weights: String) -> Self {
         let spec = teacher.spec();
         Self {
             name: spec.name.clone(),
             weights,
             image_size: spec.architecture.image_size,
-            fit,
-            blocks: TokenBlocks::of(spec.architecture.depth).last().to_vec(),
+            resize_mode,
+            blocks: TokenBlocks::new(spec.architecture.depth).last().to_vec(),
         }
     }
 
     /// Whether tokens of the other teacher are comparable; names do not count.
     pub(crate) fn fits(&self, other: &Self) -> bool {
-        (&self.weights, self.image_size, self.fit, &self.blocks)
-            == (&other.weights, other.image_size, other.fit, &other.blocks)
+        (
+            &self.weights,
+            self.image_size,
+            self.resize_mode,
+            &self.blocks,
+        ) == (
+            &other.weights,
+            other.image_size,
+            other.resize_mode,
+            &other.blocks,
+        )
     }
 }
 
@@ -86,14 +100,17 @@ impl std::fmt::Display for TeacherIdentity {
             name,
             weights,
             image_size,
-            fit,
+            resize_mode,
             ..
         } = self;
-        write!(f, "{name} (weights {weights}, {image_size} px, {fit:?})")
+        write!(
+            f,
+            "{name} (weights {weights}, {image_size} px, {resize_mode:?})"
+        )
     }
 }
 
-/// Tokens of ordinary photos, in eight bits a value: a few KB of each photo, of which no picture can be made.
+/// Tokens of ordinary photos, in eight bits a value: a few KB of each photo, of which no image can be made.
 ///
 /// The contrast of the closed form compares with them. They should be real photographs of the size that is scored, the more
 /// various the better; a thousand are enough.
@@ -123,7 +140,7 @@ struct Quantized {
 }
 
 impl Quantized {
-    fn of(rows: &Array2<f32>) -> Self {
+    fn new(rows: &Array2<f32>) -> Self {
         let scale = |row: ndarray::ArrayView1<'_, f32>| {
             let largest = row.iter().fold(0f32, |top, v| top.max(v.abs()));
             if largest > 0.0 { largest / 127.0 } else { 1.0 }
@@ -157,20 +174,20 @@ impl Background {
         (device, strict): (&Device, bool),
         observer: &mut dyn Observer,
     ) -> Result<Self, Error> {
-        let preprocess = preprocess_of(teacher.spec(), identity.fit);
-        let pictures = Pictures::read(
+        let preprocess = preprocess_of(teacher.spec(), identity.resize_mode);
+        let images = ResizedImages::read(
             Arc::clone(photos),
             preprocess,
             device,
-            PICTURE_BYTES,
+            IMAGE_BYTES,
             strict,
             observer,
         )?;
-        let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
+        let blocks = TokenBlocks::new(teacher.spec().architecture.depth);
         let mut rng = Rng::stream(0, PLACE_STREAM);
         let (mut batches, mut places) = (Vec::new(), Vec::new());
-        let all: Vec<usize> = (0..pictures.len()).collect();
-        let teacher_pass = Normals::new(teacher, &blocks, &pictures);
+        let all: Vec<usize> = (0..images.len()).collect();
+        let teacher_pass = Normals::new(teacher, &blocks, &images);
         let wanted = Wanted {
             patches: false,
             places: true,
@@ -198,8 +215,8 @@ impl Background {
         Ok(Self {
             teacher: identity,
             source,
-            parts: images.parts().iter().map(Quantized::of).collect(),
-            places: Some(Quantized::of(&places)),
+            parts: images.parts().iter().map(Quantized::new).collect(),
+            places: Some(Quantized::new(&places)),
         })
     }
 
@@ -464,7 +481,7 @@ impl Checked {
     pub(crate) fn ready(
         self,
         teacher: &dyn Encoder,
-        fit: Fit,
+        resize_mode: ResizeMode,
         (device, strict): (&Device, bool),
         observer: &mut dyn Observer,
     ) -> Result<Option<Background>, Error> {
@@ -472,7 +489,7 @@ impl Checked {
             BackgroundSource::Ready(ready) => Ok(Some(*ready)),
             BackgroundSource::Photos(photos, source) => {
                 // Of a background that stays inside the fit nobody asks for the weights.
-                let identity = TeacherIdentity::with_weights(teacher, fit, String::new());
+                let identity = TeacherIdentity::with_weights(teacher, resize_mode, String::new());
                 Background::collect(
                     teacher,
                     identity,
@@ -519,8 +536,8 @@ impl DefendBuilder {
              themselves",
         )?;
         let teacher = load_teacher(self.backbone, &config, &self.device)?;
-        let identity = TeacherIdentity::of(teacher.encoder(), config.fit)?;
-        let teacher = teacher.frozen_encoder(config.arithmetic)?;
+        let identity = TeacherIdentity::new(teacher.encoder(), config.resize_mode)?;
+        let teacher = teacher.frozen_encoder(config.compute_precision)?;
         let photos: Arc<dyn Dataset> = Arc::new(photos);
         Background::collect(
             &*teacher,
@@ -540,14 +557,14 @@ mod tests {
     #[test]
     fn a_file_without_places_is_of_the_older_format_and_loads() {
         let rows = |n: usize, d: usize| {
-            Quantized::of(&Array2::from_shape_fn((n, d), |(i, j)| (1 + i + j) as f32))
+            Quantized::new(&Array2::from_shape_fn((n, d), |(i, j)| (1 + i + j) as f32))
         };
         let background = |places| Background {
             teacher: TeacherIdentity {
                 name: "small".into(),
                 weights: "0".into(),
                 image_size: 32,
-                fit: Fit::Squash,
+                resize_mode: ResizeMode::Squash,
                 blocks: vec![1, 2],
             },
             source: "rows".into(),
@@ -572,7 +589,7 @@ mod tests {
     fn eight_bits_keep_a_row_within_half_a_step() {
         let rows =
             Array2::from_shape_fn((7, 33), |(i, j)| ((i * 33 + j) as f32).sin() * (i as f32));
-        let restored = Quantized::of(&rows).restored();
+        let restored = Quantized::new(&rows).restored();
         for (row, back) in rows.rows().into_iter().zip(restored.rows()) {
             let largest = row.iter().fold(0f32, |top, v| top.max(v.abs()));
             for (a, b) in row.iter().zip(back) {

@@ -75,7 +75,7 @@ impl DefendBuilder {
     }
 
     /// A teacher that is loaded already. It computes in its own type where neither the dense stage tunes it nor
-    /// [`DefendConfig::arithmetic`] is `bf16`.
+    /// [`DefendConfig::compute_precision`] is `bf16`.
     #[must_use]
     pub fn teacher(mut self, teacher: Vit) -> Self {
         self.backbone = Some(Source::Vit(Box::new(teacher)));
@@ -164,9 +164,9 @@ impl DefendBuilder {
         self
     }
 
-    /// Limit of the memory for resized pictures, bytes; 2 GiB by default, enough for 14,000.
+    /// Limit of the memory for resized images, bytes; 2 GiB by default, enough for 14,000.
     #[must_use]
-    pub fn picture_memory(mut self, bytes: usize) -> Self {
+    pub fn image_memory(mut self, bytes: usize) -> Self {
         self.memory = bytes;
         self
     }
@@ -199,7 +199,7 @@ impl DefendBuilder {
         self
     }
 
-    /// For the masked student: keeps the teacher's features of the training images in a folder, so that another fit on the same pictures, weights
+    /// For the masked student: keeps the teacher's features of the training images in a folder, so that another fit on the same images, weights
     /// and size does not compute them again: 150 KB an image for ViT-Ti, half of it with [`Precision::Half`]. The teacher
     /// of the dense stage is another one in each fit, so this pays without it.
     #[must_use]

@@ -30,7 +30,7 @@ impl Stages<'_> {
         faulty: Option<&Faulty<'_>>,
     ) -> Result<(ClosedFormStudent, ClosedFormReport, MapScale), Error> {
         let tiling = tiling_of(teacher.spec(), &self.config);
-        let blocks = TokenBlocks::of(teacher.spec().architecture.depth).in_tiles(tiling);
+        let blocks = TokenBlocks::new(teacher.spec().architecture.depth).in_tiles(tiling);
         let mut config = config.clone();
         // About as many tiles are kept in memory as images without tiles would be.
         if let Some(tiling) = tiling {
@@ -38,11 +38,11 @@ impl Stages<'_> {
             config.patches.images = config.patches.images.min(fewer.max(LEAST_TILED));
         }
         let config = &config;
-        let mut normals = Normals::new(&**teacher, &blocks, &self.pictures);
+        let mut normals = Normals::new(&**teacher, &blocks, &self.images);
         let images = normals.embeddings(config.objects.images, self.observer)?;
         let fit = Fit {
             images: &images,
-            names: &|image| self.pictures.name(image),
+            names: &|image| self.images.name(image),
             background,
             normals: Some(&normals),
             faulty,
@@ -115,7 +115,7 @@ impl Fit<'_> {
             .into_iter()
             .map(|values| PatchMap { grid, values })
             .collect();
-        let mut scale = MapScale::of(&maps.iter().collect::<Vec<_>>(), HEADROOM);
+        let mut scale = MapScale::from_maps(&maps.iter().collect::<Vec<_>>(), HEADROOM);
         // Without any map there is nothing usual.
         scale.usual.resize(grid.patches(), 0.0);
         let report = ClosedFormReport {
@@ -151,7 +151,7 @@ impl Fit<'_> {
             let normals = self.normals.ok_or_else(|| Error::Config {
                 field: "features",
                 value: "given".into(),
-                expected: "the pictures: these are so alike that small parts decide, and features hold no patches; \
+                expected: "the images: these are so alike that small parts decide, and features hold no patches; \
                            patches.weight = 0 does without them"
                     .into(),
             })?;

@@ -1,10 +1,10 @@
 //! Settings of a whole fit.
 
-use defend_data::{Fit, Region};
+use defend_data::{Region, ResizeMode};
 use defend_dense::DenseConfig;
 use defend_distill::{Aggregation, DistillConfig};
 use defend_evidence::EvidenceConfig;
-use defend_vit::Arithmetic;
+use defend_vit::ComputePrecision;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
@@ -18,32 +18,35 @@ use crate::{Error, Tiles};
 pub struct DefendConfig {
     /// Seed of every random choice: same seed, same bits.
     pub seed: u64,
-    /// How pictures become square. Squash keeps every object in the picture.
-    pub fit: Fit,
-    /// Side that pictures are resized to, pixels; a multiple of the patch size. `None`: the size that the teacher
+    /// How images become square. Squash keeps every object in the image.
+    #[serde(alias = "fit")]
+    pub resize_mode: ResizeMode,
+    /// Side that images are resized to, pixels; a multiple of the patch size. `None`: the size that the teacher
     /// was trained at. DINOv2 checkpoints say 518 and work at 224 in a seventh of the time.
     pub image_size: Option<usize>,
-    /// What is looked at of each picture; all of it without one.
+    /// What is looked at of each image; all of it without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub region: Option<Region>,
-    /// Large pictures in tiles, for small faults; the closed form on an untuned teacher has them.
+    /// Large images in tiles, for small faults; the closed form on an untuned teacher has them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tiles: Option<Tiles>,
     /// Dense fine-tuning of the teacher; `None` leaves the teacher as it was pretrained.
     pub dense: Option<DenseConfig>,
-    /// What learns the normal pictures from the teacher's features.
+    /// What learns the normal images from the teacher's features.
     pub student: Student,
-    /// Share of normal pictures that the threshold of a fit calls novel, about: it is the quantile of left-out values, which
-    /// the closed form has. [`crate::Detector::calibrate`] takes it from held-out pictures.
+    /// Share of normal images that the threshold of a fit calls novel, about: it is the quantile of left-out values, which
+    /// the closed form has. [`crate::Detector::calibrate`] takes it from held-out images.
     pub false_alarm_rate: f64,
     /// Images a forward pass when scoring; has no influence on the scores.
-    pub batch: usize,
+    #[serde(alias = "batch")]
+    pub batch_size: usize,
     /// How the frozen teacher computes, and the student once it is trained. `bf16` is faster on GPUs and on processors with AMX,
     /// meant to be on those with AVX-512 BF16 (docs/PERFORMANCE.md), and model files take half the space. Networks of one's own stay as they are.
-    pub arithmetic: Arithmetic,
+    #[serde(alias = "arithmetic")]
+    pub compute_precision: ComputePrecision,
 }
 
-/// The student stage: what learns the normal pictures from the teacher's features.
+/// The student stage: what learns the normal images from the teacher's features.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Student {
@@ -149,15 +152,15 @@ impl Default for DefendConfig {
     fn default() -> Self {
         Self {
             seed: 0,
-            fit: Fit::Squash,
+            resize_mode: ResizeMode::Squash,
             image_size: None,
             region: None,
             tiles: None,
             dense: None,
             student: Student::ClosedForm(EvidenceConfig::default()),
             false_alarm_rate: 0.05,
-            batch: 32,
-            arithmetic: Arithmetic::F32,
+            batch_size: 32,
+            compute_precision: ComputePrecision::F32,
         }
     }
 }
@@ -204,8 +207,8 @@ impl DefendConfig {
             if self.dense.is_some() || self.masked_student().is_some() {
                 return fault("null, or a closed-form student on a teacher that is not tuned");
             }
-            if self.fit != Fit::Squash {
-                return fault("null, or fit = squash: tiles are cut from the whole picture");
+            if self.resize_mode != ResizeMode::Squash {
+                return fault("null, or fit = squash: tiles are cut from the whole image");
             }
         }
         match &self.student {
@@ -213,9 +216,9 @@ impl DefendConfig {
             Student::Masked(masked) => masked.validate()?,
         }
         defend_metrics::FalseAlarmRate::new(self.false_alarm_rate)?;
-        if self.batch == 0 {
+        if self.batch_size == 0 {
             return Err(Error::Config {
-                field: "batch",
+                field: "batch_size",
                 value: "0".into(),
                 expected: "at least 1".into(),
             });
@@ -229,15 +232,18 @@ impl DefendConfig {
 #[serde(default, deny_unknown_fields)]
 struct Written {
     seed: u64,
-    fit: Fit,
+    #[serde(alias = "fit")]
+    resize_mode: ResizeMode,
     image_size: Option<usize>,
     region: Option<Region>,
     tiles: Option<Tiles>,
     dense: Option<DenseConfig>,
     student: Student,
     false_alarm_rate: f64,
-    batch: usize,
-    arithmetic: Arithmetic,
+    #[serde(alias = "batch")]
+    batch_size: usize,
+    #[serde(alias = "arithmetic")]
+    compute_precision: ComputePrecision,
     distill: Option<IgnoredAny>,
     aggregation: Option<IgnoredAny>,
 }
@@ -246,27 +252,27 @@ impl Default for Written {
     fn default() -> Self {
         let DefendConfig {
             seed,
-            fit,
+            resize_mode,
             image_size,
             region,
             tiles,
             dense,
             student,
             false_alarm_rate,
-            batch,
-            arithmetic,
+            batch_size,
+            compute_precision,
         } = DefendConfig::default();
         Self {
             seed,
-            fit,
+            resize_mode,
             image_size,
             region,
             tiles,
             dense,
             student,
             false_alarm_rate,
-            batch,
-            arithmetic,
+            batch_size,
+            compute_precision,
             distill: None,
             aggregation: None,
         }
@@ -286,15 +292,15 @@ impl TryFrom<Written> for DefendConfig {
         }
         Ok(Self {
             seed: written.seed,
-            fit: written.fit,
+            resize_mode: written.resize_mode,
             image_size: written.image_size,
             region: written.region,
             tiles: written.tiles,
             dense: written.dense,
             student: written.student,
             false_alarm_rate: written.false_alarm_rate,
-            batch: written.batch,
-            arithmetic: written.arithmetic,
+            batch_size: written.batch_size,
+            compute_precision: written.compute_precision,
         })
     }
 }
@@ -304,13 +310,16 @@ impl TryFrom<Written> for DefendConfig {
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct ConfigOfFormat1 {
     seed: u64,
-    fit: Fit,
+    #[serde(alias = "fit")]
+    resize_mode: ResizeMode,
     image_size: Option<usize>,
     dense: Option<DenseConfig>,
     distill: DistillConfig,
     aggregation: Aggregation,
-    batch: usize,
-    arithmetic: Arithmetic,
+    #[serde(alias = "batch")]
+    batch_size: usize,
+    #[serde(alias = "arithmetic")]
+    compute_precision: ComputePrecision,
 }
 
 impl Default for ConfigOfFormat1 {
@@ -322,13 +331,13 @@ impl Default for ConfigOfFormat1 {
         let config = DefendConfig::masked();
         Self {
             seed: config.seed,
-            fit: config.fit,
+            resize_mode: config.resize_mode,
             image_size: config.image_size,
             dense: config.dense,
             distill,
             aggregation,
-            batch: config.batch,
-            arithmetic: config.arithmetic,
+            batch_size: config.batch_size,
+            compute_precision: config.compute_precision,
         }
     }
 }
@@ -337,15 +346,15 @@ impl From<ConfigOfFormat1> for DefendConfig {
     fn from(old: ConfigOfFormat1) -> Self {
         Self {
             seed: old.seed,
-            fit: old.fit,
+            resize_mode: old.resize_mode,
             image_size: old.image_size,
             dense: old.dense,
             student: Student::Masked(MaskedConfig {
                 distill: old.distill,
                 aggregation: old.aggregation,
             }),
-            batch: old.batch,
-            arithmetic: old.arithmetic,
+            batch_size: old.batch_size,
+            compute_precision: old.compute_precision,
             ..Self::default()
         }
     }

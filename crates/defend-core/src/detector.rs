@@ -17,14 +17,14 @@ use crate::{DefendConfig, Error, MapScale, Novelty, Observer, Scan, Student, Ver
 
 /// Role: anything that scores images, larger for more novel.
 pub trait NoveltyDetector: Send + Sync {
-    /// How pictures are prepared for [`NoveltyDetector::score`].
+    /// How images are prepared for [`NoveltyDetector::score`].
     fn preprocess(&self) -> &Preprocess;
 
     /// Where the images have to be.
     fn device(&self) -> &Device;
 
     /// Images a forward pass.
-    fn batch(&self) -> usize {
+    fn batch_size(&self) -> usize {
         32
     }
 
@@ -326,10 +326,10 @@ impl NoveltyDetector for Detector {
         &self.device
     }
 
-    fn batch(&self) -> usize {
+    fn batch_size(&self) -> usize {
         match &self.student {
-            StudentStage::ClosedForm(closed) => closed.blocks.images_of(self.config.batch),
-            StudentStage::Masked(_) => self.config.batch,
+            StudentStage::ClosedForm(closed) => closed.blocks.images_of(self.config.batch_size),
+            StudentStage::Masked(_) => self.config.batch_size,
         }
     }
 

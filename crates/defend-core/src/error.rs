@@ -111,7 +111,7 @@ pub enum Error {
     /// Images that are not among the normal ones were to be forgotten.
     #[error(
         "{count} images to forget are not among the normal ones that were fitted on, the first: {first}; names are those of the fit, \
-         and a picture that was there twice has one of its names"
+         and an image that was there twice has one of its names"
     )]
     UnknownImages {
         /// How many.
@@ -119,9 +119,9 @@ pub enum Error {
         /// Name of the first.
         first: String,
     },
-    /// Models that are scored together have different teachers, or look at different parts of a picture.
+    /// Models that are scored together have different teachers, or look at different parts of an image.
     #[error(
-        "{model} looks at pictures in another way than the first model: its teacher is {found}, the first one's {expected}, and size, \
+        "{model} looks at images in another way than the first model: its teacher is {found}, the first one's {expected}, and size, \
          region and tiles have to be the same too"
     )]
     OtherProfile {

@@ -10,10 +10,10 @@ use defend_vit::{Encoder, Grid, ImageSource};
 use crate::normals::Normals;
 use crate::observer::Observer;
 use crate::tokens::TokenBlocks;
-use crate::{Error, Pictures};
+use crate::{Error, ResizedImages};
 
-/// Limit of the memory for resized pictures.
-const PICTURE_BYTES: usize = 256 << 20;
+/// Limit of the memory for resized images.
+const IMAGE_BYTES: usize = 256 << 20;
 /// Share of a patch under the mask from which it is faulty.
 const LEAST_SHARE: f64 = 0.1;
 
@@ -37,20 +37,20 @@ impl Faulty<'_> {
         limit: usize,
         observer: &mut dyn Observer,
     ) -> Result<(PatchTokens, Vec<Marked>), Error> {
-        let pictures = Pictures::read(
+        let images = ResizedImages::read(
             Arc::clone(self.images),
             self.preprocess.clone(),
             self.device,
-            PICTURE_BYTES,
+            IMAGE_BYTES,
             self.strict,
             observer,
         )?;
-        let count = pictures.len().min(limit);
-        let some: Vec<usize> = (0..count).map(|i| i * pictures.len() / count).collect();
-        let tokens = Normals::new(teacher, blocks, &pictures).patches(&some, observer)?;
+        let count = images.len().min(limit);
+        let some: Vec<usize> = (0..count).map(|i| i * images.len() / count).collect();
+        let tokens = Normals::new(teacher, blocks, &images).patches(&some, observer)?;
         let grid = blocks.grid(teacher);
         let marked = some.iter().map(|&image| {
-            let Some(index) = pictures.index(image) else {
+            let Some(index) = images.index(image) else {
                 return Ok(None);
             };
             let mask = self.images.mask(index)?;

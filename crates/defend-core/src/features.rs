@@ -1,4 +1,4 @@
-//! What a teacher says of pictures, as a table for other tools.
+//! What a teacher says of images, as a table for other tools.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -24,7 +24,7 @@ use crate::scan::{preprocess_for, preprocess_of};
 use crate::teacher::load_teacher;
 use crate::tokens::TokenBlocks;
 use crate::{
-    DefendBuilder, Detector, Error, Fitted, Pictures, Skipped, Student, StudentReport,
+    DefendBuilder, Detector, Error, Fitted, ResizedImages, Skipped, Student, StudentReport,
     TeacherIdentity,
 };
 
@@ -34,10 +34,10 @@ const KEY: &str = "defend.features";
 const FORMAT_VERSION: u32 = 1;
 /// Names of the tensors: CLS tokens of the last two blocks and the mean patch token of the last, each after the final norm.
 const PARTS: [&str; 3] = ["cls_before", "cls", "mean_patch"];
-/// Limit of the memory for resized pictures: they are looked at once.
-const PICTURE_BYTES: usize = 64 << 20;
+/// Limit of the memory for resized images: they are looked at once.
+const IMAGE_BYTES: usize = 64 << 20;
 
-/// Features of pictures by one teacher, with the pictures' names and content hashes.
+/// Features of images by one teacher, with the images' names and content hashes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FeatureTable {
     teacher: TeacherIdentity,
@@ -46,7 +46,7 @@ pub struct FeatureTable {
     embeddings: Embeddings,
 }
 
-/// Hashes the pictures that are read, which are decoded once.
+/// Hashes the images that are read, which are decoded once.
 struct Hashed {
     images: Arc<dyn Dataset>,
     hashes: Mutex<HashMap<usize, ContentHash>>,
@@ -62,11 +62,11 @@ impl Dataset for Hashed {
     }
 
     fn image(&self, index: usize) -> Result<RgbImage, defend_data::Error> {
-        let picture = self.images.image(index)?;
-        let hash = content_hash(&picture);
+        let image = self.images.image(index)?;
+        let hash = content_hash(&image);
         let mut hashes = self.hashes.lock().unwrap_or_else(PoisonError::into_inner);
         hashes.insert(index, hash);
-        Ok(picture)
+        Ok(image)
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {
@@ -96,26 +96,26 @@ impl FeatureTable {
         (device, strict): (&Device, bool),
         observer: &mut dyn Observer,
     ) -> Result<(Self, Vec<Skipped>), Error> {
-        let preprocess = preprocess_of(teacher.spec(), identity.fit);
+        let preprocess = preprocess_of(teacher.spec(), identity.resize_mode);
         let hashed = Arc::new(Hashed {
             images: Arc::clone(images),
             hashes: Mutex::new(HashMap::new()),
         });
-        let pictures = Pictures::read(
+        let images = ResizedImages::read(
             Arc::clone(&hashed) as Arc<dyn Dataset>,
             preprocess,
             device,
-            PICTURE_BYTES,
+            IMAGE_BYTES,
             strict,
             observer,
         )?;
-        let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
-        let embeddings = Normals::new(teacher, &blocks, &pictures).only_embeddings(observer)?;
-        let skipped = pictures.skipped().to_vec();
-        let names = (0..pictures.len()).map(|i| pictures.name(i)).collect();
+        let blocks = TokenBlocks::new(teacher.spec().architecture.depth);
+        let embeddings = Normals::new(teacher, &blocks, &images).only_embeddings(observer)?;
+        let skipped = images.skipped().to_vec();
+        let names = (0..images.len()).map(|i| images.name(i)).collect();
         let hashes = hashed.hashes.lock().unwrap_or_else(PoisonError::into_inner);
-        let of = |i| hashes.get(&pictures.index(i)?).map(ToString::to_string);
-        let hashes: Vec<String> = (0..pictures.len()).filter_map(of).collect();
+        let of = |i| hashes.get(&images.index(i)?).map(ToString::to_string);
+        let hashes: Vec<String> = (0..images.len()).filter_map(of).collect();
         Ok((Self::new(identity, names, hashes, embeddings)?, skipped))
     }
 
@@ -149,7 +149,7 @@ impl FeatureTable {
         })
     }
 
-    /// Number of pictures.
+    /// Number of images.
     pub fn len(&self) -> usize {
         self.names.len()
     }
@@ -164,17 +164,17 @@ impl FeatureTable {
         &self.teacher
     }
 
-    /// Names of the pictures.
+    /// Names of the images.
     pub fn names(&self) -> &[String] {
         &self.names
     }
 
-    /// BLAKE3 of each picture's size and pixels, in hexadecimal digits: equal pictures have equal ones, whatever their files are called.
+    /// BLAKE3 of each image's size and pixels, in hexadecimal digits: equal images have equal ones, whatever their files are called.
     pub fn hashes(&self) -> &[String] {
         &self.hashes
     }
 
-    /// The features: CLS tokens of the last two blocks and the mean patch token of the last, each `[pictures, D]`.
+    /// The features: CLS tokens of the last two blocks and the mean patch token of the last, each `[images, D]`.
     pub fn embeddings(&self) -> &Embeddings {
         &self.embeddings
     }
@@ -286,7 +286,7 @@ impl FeatureTable {
 }
 
 impl DefendBuilder {
-    /// What the builder's teacher says of some pictures, for tools of one's own and for [`DefendBuilder::fit_features`].
+    /// What the builder's teacher says of some images, for tools of one's own and for [`DefendBuilder::fit_features`].
     ///
     /// # Errors
     /// [`Error::Config`] for settings that tune the teacher; as [`DefendBuilder::fit`].
@@ -297,8 +297,8 @@ impl DefendBuilder {
     ) -> Result<(FeatureTable, Vec<Skipped>), Error> {
         let config = self.untuned("features are those of a teacher that stays as it is")?;
         let teacher = load_teacher(self.backbone, &config, &self.device)?;
-        let identity = TeacherIdentity::of(teacher.encoder(), config.fit)?;
-        let teacher = teacher.frozen_encoder(config.arithmetic)?;
+        let identity = TeacherIdentity::new(teacher.encoder(), config.resize_mode)?;
+        let teacher = teacher.frozen_encoder(config.compute_precision)?;
         FeatureTable::collect(
             &*teacher,
             identity,
@@ -324,13 +324,13 @@ impl DefendBuilder {
             return Err(Error::Config {
                 field: "student",
                 value: "masked".into(),
-                expected: "closed-form: a masked student learns from the pictures".into(),
+                expected: "closed-form: a masked student learns from the images".into(),
             });
         };
         let (device, strict) = (self.device.clone(), self.strict);
         let (embedded, abnormal) = (self.backbone.is_none(), self.abnormal.take());
         let teacher = load_teacher(self.backbone.take(), &config, &device)?;
-        let identity = TeacherIdentity::of(teacher.encoder(), config.fit)?;
+        let identity = TeacherIdentity::new(teacher.encoder(), config.resize_mode)?;
         table.check(&identity, teacher.encoder().spec().architecture.width)?;
         let background = Checked::new(
             std::mem::take(&mut self.background),
@@ -339,8 +339,9 @@ impl DefendBuilder {
             embedded,
         )?;
         let preprocess = preprocess_for(teacher.encoder().spec(), &config)?;
-        let teacher = teacher.frozen_encoder(config.arithmetic)?;
-        let background = background.ready(&*teacher, config.fit, (&device, strict), observer)?;
+        let teacher = teacher.frozen_encoder(config.compute_precision)?;
+        let background =
+            background.ready(&*teacher, config.resize_mode, (&device, strict), observer)?;
         let names = |image: usize| table.names().get(image).cloned().unwrap_or_default();
         let fit = Fit {
             images: table.embeddings(),
@@ -352,7 +353,7 @@ impl DefendBuilder {
             seed: config.seed,
             drop_suspects: self.drop_suspects,
         };
-        let blocks = TokenBlocks::of(teacher.spec().architecture.depth);
+        let blocks = TokenBlocks::new(teacher.spec().architecture.depth);
         let (student, report, map_scale) = fit.learn(teacher, blocks, observer)?;
         let mut detector = Detector {
             student: StudentStage::ClosedForm(Box::new(student)),

@@ -21,7 +21,7 @@ use crate::scan::{Skipped, preprocess_for};
 use crate::teacher::{Teacher, frozen, kept, load_teacher, student};
 use crate::{
     BackgroundSource, DefendBuilder, DefendConfig, Detector, Error, MapScale, MaskedConfig,
-    NoveltyDetector, PatchMap, Pictures, Student, TeacherIdentity,
+    NoveltyDetector, PatchMap, ResizedImages, Student, TeacherIdentity,
 };
 
 /// Images a pass of the teacher over the normal images and the background.
@@ -96,7 +96,7 @@ impl Fitted {
 pub(crate) struct Stages<'a> {
     pub(crate) config: DefendConfig,
     device: Device,
-    pub(crate) pictures: Pictures,
+    pub(crate) images: ResizedImages,
     pub(crate) drop_suspects: usize,
     pub(crate) observer: &'a mut dyn Observer,
 }
@@ -122,12 +122,12 @@ impl DefendBuilder {
         }
         let background = Checked::new(
             std::mem::take(&mut self.background),
-            || TeacherIdentity::of(teacher.encoder(), config.fit),
+            || TeacherIdentity::new(teacher.encoder(), config.resize_mode),
             config.dense.is_some(),
             embedded,
         )?;
         let preprocess = preprocess_for(teacher.encoder().spec(), &config)?;
-        let pictures = Pictures::read(
+        let images = ResizedImages::read(
             Arc::new(normal),
             preprocess.clone(),
             &device,
@@ -135,20 +135,24 @@ impl DefendBuilder {
             strict,
             observer,
         )?;
-        let (images, mut skipped) = (pictures.len(), pictures.skipped().to_vec());
+        let (count, mut skipped) = (images.len(), images.skipped().to_vec());
         let mut stages = Stages {
             config: config.clone(),
             device: device.clone(),
-            pictures,
+            images,
             drop_suspects: self.drop_suspects,
             observer,
         };
         let dense = stages.tune(&teacher, self.dense.take())?;
         let (student, report, map_scale) = match &config.student {
             Student::ClosedForm(evidence) => {
-                let teacher = teacher.frozen_encoder(config.arithmetic)?;
-                let background =
-                    background.ready(&*teacher, config.fit, (&device, strict), stages.observer)?;
+                let teacher = teacher.frozen_encoder(config.compute_precision)?;
+                let background = background.ready(
+                    &*teacher,
+                    config.resize_mode,
+                    (&device, strict),
+                    stages.observer,
+                )?;
                 let faulty = abnormal.as_ref().map(|images| Faulty {
                     images,
                     preprocess: &preprocess,
@@ -164,7 +168,8 @@ impl DefendBuilder {
                 )
             }
             Student::Masked(masked) => {
-                let teacher = teacher.frozen_backbone(config.arithmetic, masked.distill.layers)?;
+                let teacher =
+                    teacher.frozen_backbone(config.compute_precision, masked.distill.layers)?;
                 let (student, report) = stages.masked(teacher, masked, self)?;
                 (
                     StudentStage::Masked(student),
@@ -186,14 +191,14 @@ impl DefendBuilder {
         };
         detector.map_scale = match map_scale {
             Some(scale) => scale,
-            None => map_scale_of(&detector, &stages.pictures)?,
+            None => map_scale_of(&detector, &stages.images)?,
         };
         skipped.extend(finish(&mut detector, abnormal, strict, stages.observer)?);
         Ok(Fitted {
             detector,
             dense,
             student: report,
-            images,
+            images: count,
             skipped,
         })
     }
@@ -216,7 +221,7 @@ impl DefendBuilder {
             return Err(Error::Config {
                 field,
                 value: "set".into(),
-                expected: "null: backgrounds and tables of features are of whole pictures".into(),
+                expected: "null: backgrounds and tables of features are of whole images".into(),
             });
         }
         Ok(self.config.clone())
@@ -289,11 +294,11 @@ impl Stages<'_> {
                 &self.device,
             )?),
         };
-        let (images, pictures) = (dense.epochs * self.pictures.len(), &self.pictures);
-        let report = observed(self.observer, Stage::Dense, images, |on_step| {
+        let (seen, images) = (dense.epochs * self.images.len(), &self.images);
+        let report = observed(self.observer, Stage::Dense, seen, |on_step| {
             let tuner = DenseTuner::new(dense.clone())?;
             let training = Training::new(&mut rng, on_step);
-            tuner.tune(&**teacher, &*objective, pictures, training)
+            tuner.tune(&**teacher, &*objective, images, training)
         })?;
         Ok(Some(report))
     }
@@ -317,10 +322,10 @@ impl Stages<'_> {
             .objective
             .unwrap_or_else(|| Arc::new(settings.distill.distance));
         let targets = kept(&teacher, roles.features)?;
-        let (config, pictures) = (&self.config, &self.pictures);
+        let (config, images) = (&self.config, &self.images);
         let distill = |student: &dyn Trainable, observer: &mut dyn Observer| {
-            let images = settings.distill.epochs_for(pictures.len()) * pictures.len();
-            observed(observer, Stage::Distill, images, |on_step| {
+            let seen = settings.distill.epochs_for(images.len()) * images.len();
+            observed(observer, Stage::Distill, seen, |on_step| {
                 let mut rng = Rng::stream(config.seed, stream::DISTILL);
                 let roles = DistillRoles {
                     teacher: &*targets,
@@ -329,7 +334,7 @@ impl Stages<'_> {
                     objective: &*objective,
                 };
                 let training = Training::new(&mut rng, on_step);
-                Distiller::new(settings.distill.clone())?.distill(roles, pictures, training)
+                Distiller::new(settings.distill.clone())?.distill(roles, images, training)
             })
         };
         let (student, report): (Arc<dyn Backbone>, _) = if let Some(own) = roles.student {
@@ -338,7 +343,7 @@ impl Stages<'_> {
         } else {
             let vit = student(teacher.spec(), config.seed, settings, &self.device)?;
             let report = distill(&vit, self.observer)?;
-            (Arc::new(frozen(&vit, config.arithmetic)?), report)
+            (Arc::new(frozen(&vit, config.compute_precision)?), report)
         };
         let mut masked = MaskedStudent::new(teacher, student, settings);
         masked.objective = objective;
@@ -395,16 +400,16 @@ fn observed<R, E>(
 }
 
 /// Usual patch values and their spread, from some training images.
-fn map_scale_of(detector: &Detector, pictures: &Pictures) -> Result<MapScale, Error> {
+fn map_scale_of(detector: &Detector, images: &ResizedImages) -> Result<MapScale, Error> {
     const IMAGES: usize = 128;
-    let indices: Vec<usize> = (0..pictures.len().min(IMAGES)).collect();
+    let indices: Vec<usize> = (0..images.len().min(IMAGES)).collect();
     let mut maps = Vec::new();
-    for batch in indices.chunks(detector.batch()) {
-        for novelty in detector.score(&pictures.images(batch)?)? {
+    for batch in indices.chunks(detector.batch_size()) {
+        for novelty in detector.score(&images.images(batch)?)? {
             maps.extend(novelty.map);
         }
     }
     let maps: Vec<&PatchMap> = maps.iter().collect();
     // The training images are what is usual: new ones may lie twice as far above it before the colour is full.
-    Ok(MapScale::of(&maps, 2.0))
+    Ok(MapScale::from_maps(&maps, 2.0))
 }

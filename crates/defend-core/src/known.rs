@@ -10,10 +10,10 @@ use defend_vit::ImageSource;
 
 use crate::normals::Normals;
 use crate::observer::Observer;
-use crate::{CalibrationSource, Detector, Error, Pictures, Skipped};
+use crate::{CalibrationSource, Detector, Error, ResizedImages, Skipped};
 
-/// Limit of the memory for resized pictures: they are looked at once.
-const PICTURE_BYTES: usize = 64 << 20;
+/// Limit of the memory for resized images: they are looked at once.
+const IMAGE_BYTES: usize = 64 << 20;
 
 /// What became of a detector that has learnt or forgotten images.
 #[derive(Debug, Clone, PartialEq)]
@@ -53,20 +53,20 @@ impl Detector {
         strict: bool,
         observer: &mut dyn Observer,
     ) -> Result<Learnt, Error> {
-        let (embeddings, pictures) = self.embed(abnormal, strict, observer)?;
+        let (embeddings, images) = self.embed(abnormal, strict, observer)?;
         let closed = self.closed_form_mut()?;
         closed
             .evidence
             .learn_abnormal(&embeddings)
             .map_err(|error| match error {
                 defend_evidence::Error::AlsoNormal { image } => Error::AlsoNormal {
-                    name: pictures.name(image),
+                    name: images.name(image),
                 },
                 other => other.into(),
             })?;
         Ok(Learnt {
-            images: pictures.len(),
-            skipped: pictures.skipped().to_vec(),
+            images: images.len(),
+            skipped: images.skipped().to_vec(),
             calibration_dropped: self.recalibrate()?,
         })
     }
@@ -85,9 +85,9 @@ impl Detector {
         observer: &mut dyn Observer,
     ) -> Result<Learnt, Error> {
         let normal: Arc<dyn Dataset> = Arc::new(normal);
-        let (embeddings, pictures) = self.embed(&normal, false, observer)?;
-        let names: Vec<String> = (0..pictures.len()).map(|i| pictures.name(i)).collect();
-        self.learn_embeddings(&embeddings, &names, pictures.skipped().to_vec())
+        let (embeddings, images) = self.embed(&normal, false, observer)?;
+        let names: Vec<String> = (0..images.len()).map(|i| images.name(i)).collect();
+        self.learn_embeddings(&embeddings, &names, images.skipped().to_vec())
     }
 
     /// Learns more normal images that are embedded.
@@ -160,25 +160,25 @@ impl Detector {
     /// The teacher's embeddings of a data set, in its order without the unreadable images.
     ///
     /// # Errors
-    /// [`Error::Config`] for a masked student; as [`Pictures::read`]; [`Error::NonFiniteFeatures`].
+    /// [`Error::Config`] for a masked student; as [`ResizedImages::read`]; [`Error::NonFiniteFeatures`].
     pub(crate) fn embed(
         &self,
         images: &Arc<dyn Dataset>,
         strict: bool,
         observer: &mut dyn Observer,
-    ) -> Result<(Embeddings, Pictures), Error> {
+    ) -> Result<(Embeddings, ResizedImages), Error> {
         let closed = self.closed_form()?;
-        let pictures = Pictures::read(
+        let images = ResizedImages::read(
             Arc::clone(images),
             self.preprocess.clone(),
             &self.device,
-            PICTURE_BYTES,
+            IMAGE_BYTES,
             strict,
             observer,
         )?;
-        let pass = Normals::new(&*closed.teacher, &closed.blocks, &pictures);
+        let pass = Normals::new(&*closed.teacher, &closed.blocks, &images);
         let embeddings = pass.only_embeddings(observer)?;
-        Ok((embeddings, pictures))
+        Ok((embeddings, images))
     }
 
     /// Brings the threshold up to date after scores have changed; whether one from held-out images had to be dropped.

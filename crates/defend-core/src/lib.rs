@@ -1,4 +1,4 @@
-//! Novelty detection that knows what an object is: *does this picture show what I have called normal,
+//! Novelty detection that knows what an object is: *does this image show what I have called normal,
 //! even when other things are in it too?*
 //!
 //! The method of "Redefining Normal" (Salehi et al., ACCV 2024): a student learns the features that a frozen, pretrained Vision
@@ -50,10 +50,10 @@ mod novelty;
 mod observer;
 mod overlay;
 mod persist;
-mod pictures;
 mod profiles;
 #[cfg(feature = "progress")]
 mod progress;
+mod resized_images;
 mod scan;
 mod sort;
 mod suspects;
@@ -75,10 +75,10 @@ pub use map::{MapScale, PatchMap};
 pub use novelty::{Explanation, NearestNormal, Novelty, Verdict};
 pub use observer::{Event, Observer, Silent, Stage};
 pub use overlay::overlay;
-pub use pictures::Pictures;
 pub use profiles::{ProfileOutcome, ProfileSet};
 #[cfg(feature = "progress")]
 pub use progress::ProgressBar;
+pub use resized_images::ResizedImages;
 pub use scan::{
     Finding, Maps, Outcome, Scan, Skipped, preprocess_of, scan, scan_each, scan_with_maps,
 };

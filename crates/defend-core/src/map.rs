@@ -63,7 +63,7 @@ pub struct MapScale {
 
 impl MapScale {
     /// The median of each patch over `maps` of one grid, and `headroom` times the 99th percentile of what lies above it.
-    pub fn of(maps: &[&PatchMap], headroom: f32) -> Self {
+    pub fn from_maps(maps: &[&PatchMap], headroom: f32) -> Self {
         let patches = maps.first().map_or(0, |map| map.values.len());
         let usual: Vec<f32> = (0..patches)
             .map(|i| {

@@ -7,7 +7,7 @@ use ndarray::{Array3, Axis};
 use crate::fit::PASS_BATCH;
 use crate::observer::{Event, Observer, Stage};
 use crate::tokens::{Embedded, TokenBlocks, Wanted};
-use crate::{Error, Pictures};
+use crate::{Error, ResizedImages};
 
 /// Of so few images the patch tokens stay in memory, 300 KB each for ViT-Ti; of more, those that are wanted are computed
 /// once more.
@@ -17,7 +17,7 @@ const KEPT_PATCH_IMAGES: usize = 512;
 pub(crate) struct Normals<'a> {
     teacher: &'a dyn Encoder,
     blocks: &'a TokenBlocks,
-    pictures: &'a Pictures,
+    images: &'a ResizedImages,
     patches: Vec<PatchTokens>,
     /// The batch and row of each image in `patches`.
     order: Vec<usize>,
@@ -28,12 +28,12 @@ impl<'a> Normals<'a> {
     pub(crate) fn new(
         teacher: &'a dyn Encoder,
         blocks: &'a TokenBlocks,
-        pictures: &'a Pictures,
+        images: &'a ResizedImages,
     ) -> Self {
         Self {
             teacher,
             blocks,
-            pictures,
+            images,
             patches: Vec::new(),
             order: Vec::new(),
             places: None,
@@ -45,7 +45,7 @@ impl<'a> Normals<'a> {
     }
 
     /// Images that are looked at together.
-    fn batch(&self) -> usize {
+    fn batch_size(&self) -> usize {
         self.blocks.images_of(PASS_BATCH)
     }
 
@@ -59,7 +59,7 @@ impl<'a> Normals<'a> {
         looked_at: usize,
         observer: &mut dyn Observer,
     ) -> Result<Embeddings, Error> {
-        let total = self.pictures.len();
+        let total = self.images.len();
         // Tiles cost a pass each, and whether they count shows only when the images are known.
         let keep = total <= KEPT_PATCH_IMAGES && self.blocks.tiling().is_none();
         // Evenly spread, so that they are of different bursts; they come first, in batches of their own as far as possible.
@@ -86,7 +86,7 @@ impl<'a> Normals<'a> {
         }
         if !places.is_empty() {
             let rows: Vec<usize> = (0..chosen.len()).collect();
-            self.places = Some((chosen, rows_of(&places, &rows, self.batch())?));
+            self.places = Some((chosen, rows_of(&places, &rows, self.batch_size())?));
         }
         let embeddings = Embeddings::joined(&batches)?.select(&place_of);
         self.order = place_of;
@@ -95,7 +95,7 @@ impl<'a> Normals<'a> {
 
     /// Embeddings of all images, where nothing else of them is wanted.
     pub(crate) fn only_embeddings(&self, observer: &mut dyn Observer) -> Result<Embeddings, Error> {
-        let all: Vec<usize> = (0..self.pictures.len()).collect();
+        let all: Vec<usize> = (0..self.images.len()).collect();
         let mut batches = Vec::new();
         self.pass(
             &all,
@@ -128,7 +128,7 @@ impl<'a> Normals<'a> {
             let places: Vec<usize> = places.collect();
             return self
                 .blocks
-                .in_parts(rows_of(&self.patches, &places, self.batch())?);
+                .in_parts(rows_of(&self.patches, &places, self.batch_size())?);
         }
         let (mut again, wanted) = (
             Vec::new(),
@@ -148,7 +148,8 @@ impl<'a> Normals<'a> {
             },
         )?;
         let rows: Vec<usize> = (0..images.len()).collect();
-        self.blocks.in_parts(rows_of(&again, &rows, self.batch())?)
+        self.blocks
+            .in_parts(rows_of(&again, &rows, self.batch_size())?)
     }
 
     /// Hands over what is taken of each batch; `wanted` of the one that begins at a place in `images`. Features that are not finite
@@ -165,16 +166,16 @@ impl<'a> Normals<'a> {
             stage,
             images: images.len() as u64,
         });
-        self.pictures.announce(images);
-        for (number, batch) in images.chunks(self.batch()).enumerate() {
+        self.images.prefetch(images);
+        for (number, batch) in images.chunks(self.batch_size()).enumerate() {
             let embedded = self.blocks.embed(
                 self.teacher,
-                &self.pictures.images(batch)?,
-                wanted(number * self.batch()),
+                &self.images.images(batch)?,
+                wanted(number * self.batch_size()),
             );
             let name = |image: usize| {
-                let picture = batch.get(image);
-                picture.map_or_else(String::new, |&i| self.pictures.name(i))
+                let image = batch.get(image);
+                image.map_or_else(String::new, |&i| self.images.name(i))
             };
             on_batch(embedded.map_err(|error| error.naming(name))?)?;
             observer.on(&Event::Advanced {

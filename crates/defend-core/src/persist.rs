@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use defend_data::Preprocess;
 use defend_evidence::{ClosedForm, State, StateArray, StateHeader};
-use defend_vit::{Arithmetic, BackboneSpec, Encoder, TrainScope, Vit, Weights};
+use defend_vit::{BackboneSpec, ComputePrecision, Encoder, TrainScope, Vit, Weights};
 use ndarray::Array2;
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
@@ -223,7 +223,7 @@ impl Detector {
                     arrays,
                 };
                 let evidence = ClosedForm::from_state(state).map_err(|e| wrong(e.to_string()))?;
-                let blocks = TokenBlocks::of(header.teacher.architecture.depth)
+                let blocks = TokenBlocks::new(header.teacher.architecture.depth)
                     .in_tiles(tiling_of(&header.teacher, &header.config));
                 let widths = vec![header.teacher.architecture.width; blocks.last().len() + 1];
                 if evidence.widths() != widths || evidence.groups().of.len() != names.len() {
@@ -304,7 +304,7 @@ fn arrays_of(bytes: &[u8]) -> Result<BTreeMap<String, StateArray>, String> {
 }
 
 impl Header {
-    /// Whether pictures, teacher and student fit each other.
+    /// Whether images, teacher and student fit each other.
     fn check_sizes(&self) -> Result<(), String> {
         let teacher = &self.teacher.architecture;
         let (width, height) = self.preprocess.input_size();
@@ -317,7 +317,7 @@ impl Header {
         };
         if (width, height) != expected {
             return Err(format!(
-                "pictures are resized to {width} x {height} px, but its teacher is for {} x {} px",
+                "images are resized to {width} x {height} px, but its teacher is for {} x {} px",
                 expected.0, expected.1
             ));
         }
@@ -347,7 +347,7 @@ impl Header {
 
 /// Weights of `bf16` in their own type, if nothing is lost by it.
 fn compact(tensor: &Tensor, spec: &BackboneSpec) -> candle_core::Result<Tensor> {
-    if spec.arithmetic == Arithmetic::F32 {
+    if spec.compute_precision == ComputePrecision::F32 {
         return Ok(tensor.clone());
     }
     let compact = tensor.to_dtype(DType::BF16)?;

@@ -35,7 +35,7 @@ pub struct ProfileSet {
     detectors: Vec<Detector>,
 }
 
-/// How the first model looks at pictures.
+/// How the first model looks at images.
 struct First {
     identity: TeacherIdentity,
     teacher: Arc<dyn Encoder>,
@@ -51,14 +51,14 @@ impl ProfileSet {
     ///
     /// # Errors
     /// [`Error::Config`] without any, and for a masked student; [`Error::OtherProfile`] for a model whose teacher or
-    /// preparation of pictures is not the first one's.
+    /// preparation of images is not the first one's.
     pub fn new(models: Vec<(String, Detector)>) -> Result<Self, Error> {
         let (names, mut detectors): (Vec<String>, Vec<Detector>) = models.into_iter().unzip();
         let mut first: Option<First> = None;
         for (name, detector) in names.iter().zip(&mut detectors) {
-            let (fit, preprocess) = (detector.config.fit, detector.preprocess.clone());
+            let (fit, preprocess) = (detector.config.resize_mode, detector.preprocess.clone());
             let closed = detector.closed_form_mut()?;
-            let identity = TeacherIdentity::of(&*closed.teacher, fit)?;
+            let identity = TeacherIdentity::new(&*closed.teacher, fit)?;
             match &first {
                 None => {
                     first = Some(First {
@@ -144,7 +144,7 @@ impl ProfileSet {
             .collect()
     }
 
-    /// Scores every picture of a data set against all profiles, in constant memory.
+    /// Scores every image of a data set against all profiles, in constant memory.
     ///
     /// # Errors
     /// As [`scan_each`].

@@ -1,4 +1,4 @@
-//! Scoring many pictures.
+//! Scoring many images.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::observer::{Event, Observer, Stage};
 use crate::tiles::Tiling;
 use crate::{DefendConfig, Error, Novelty, NoveltyDetector};
 
-/// What was found in a picture.
+/// What was found in an image.
 #[derive(Debug, Clone)]
 pub struct Finding {
     /// Position in the data set.
@@ -23,7 +23,7 @@ pub struct Finding {
     pub novelty: Novelty,
 }
 
-/// A picture that was left out.
+/// An image that was left out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Skipped {
     /// Position in the data set.
@@ -53,9 +53,9 @@ impl fmt::Display for Skipped {
 /// Everything that was found in a data set.
 #[derive(Debug, Clone, Default)]
 pub struct Scan {
-    /// One finding a readable picture, in the data set's order.
+    /// One finding a readable image, in the data set's order.
     pub findings: Vec<Finding>,
-    /// Pictures that could not be read.
+    /// ResizedImages that could not be read.
     pub skipped: Vec<Skipped>,
 }
 
@@ -68,11 +68,11 @@ impl Scan {
 }
 
 /// The preprocessing that belongs to a backbone.
-pub fn preprocess_of(spec: &BackboneSpec, fit: defend_data::Fit) -> Preprocess {
+pub fn preprocess_of(spec: &BackboneSpec, resize_mode: defend_data::ResizeMode) -> Preprocess {
     let normalization = spec.normalization;
     let size = u32::try_from(spec.architecture.image_size).unwrap_or(u32::MAX);
     Preprocess {
-        fit,
+        resize_mode,
         filter: match spec.interpolation {
             defend_vit::Interpolation::Bilinear => Interpolation::Bilinear,
             defend_vit::Interpolation::Bicubic => Interpolation::Bicubic,
@@ -101,7 +101,7 @@ pub(crate) fn preprocess_for(
 ) -> Result<Preprocess, Error> {
     let preprocess = Preprocess {
         region: config.region.clone(),
-        ..preprocess_of(spec, config.fit)
+        ..preprocess_of(spec, config.resize_mode)
     };
     let Some(tiling) = tiling_of(spec, config) else {
         return Ok(preprocess);
@@ -125,22 +125,22 @@ pub(crate) fn preprocess_for(
     })
 }
 
-/// Normalised pictures as a tensor `[B, 3, height, width]`.
+/// Normalised images as a tensor `[B, 3, height, width]`.
 pub(crate) fn to_tensor(
-    pictures: &[RgbImage],
+    images: &[RgbImage],
     preprocess: &Preprocess,
     device: &Device,
 ) -> Result<Tensor, Error> {
     let (width, height) = preprocess.input_size();
     let length = preprocess.input_len();
-    let mut values = vec![0f32; pictures.len() * length];
+    let mut values = vec![0f32; images.len() * length];
     values
         .par_chunks_mut(length)
-        .zip(pictures)
-        .try_for_each(|(target, picture)| preprocess.normalize_into(picture, target))?;
+        .zip(images)
+        .try_for_each(|(target, image)| preprocess.normalize_into(image, target))?;
     Ok(Tensor::from_vec(
         values,
-        (pictures.len(), 3, height as usize, width as usize),
+        (images.len(), 3, height as usize, width as usize),
         device,
     )?)
 }
@@ -155,7 +155,7 @@ pub enum Maps {
     Wanted,
 }
 
-/// Scores every picture of a data set; unreadable ones are listed, not fatal. Findings have maps only where these cost nothing:
+/// Scores every image of a data set; unreadable ones are listed, not fatal. Findings have maps only where these cost nothing:
 /// see [`scan_with_maps`].
 ///
 /// # Errors
@@ -216,8 +216,8 @@ impl<F: Fn(&Tensor) -> Result<Vec<Novelty>, Error> + Send + Sync> NoveltyDetecto
         self.detector.device()
     }
 
-    fn batch(&self) -> usize {
-        self.detector.batch()
+    fn batch_size(&self) -> usize {
+        self.detector.batch_size()
     }
 
     fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {
@@ -225,10 +225,10 @@ impl<F: Fn(&Tensor) -> Result<Vec<Novelty>, Error> + Send + Sync> NoveltyDetecto
     }
 }
 
-/// A finding with its resized picture, or why there is none.
+/// A finding with its resized image, or why there is none.
 pub type Outcome = Result<(Finding, RgbImage), Failure>;
 
-/// As [`scan()`], handing over each result as soon as it is there, for any number of pictures in constant
+/// As [`scan()`], handing over each result as soon as it is there, for any number of images in constant
 /// memory; an error of `on_result` ends the run.
 ///
 /// # Errors
@@ -250,13 +250,13 @@ pub fn scan_each<E: From<Error>>(
         Arc::clone(images),
         (0..total).collect(),
         preprocess.clone(),
-        detector.batch(),
+        detector.batch_size(),
     )
     .map_err(Error::from)?;
     for batch in batches {
         let handled = (batch.indices.len() + batch.failures.len()) as u64;
-        if !batch.pictures.is_empty() {
-            let tensor = to_tensor(&batch.pictures, preprocess, detector.device())?;
+        if !batch.images.is_empty() {
+            let tensor = to_tensor(&batch.images, preprocess, detector.device())?;
             let novelties = match maps {
                 Maps::Free => detector.score(&tensor),
                 Maps::Wanted => detector.score_with_maps(&tensor),
@@ -266,8 +266,8 @@ pub fn scan_each<E: From<Error>>(
                 index.map_or_else(String::new, |&i| images.name(i).into_owned())
             };
             let novelties = novelties.map_err(|error| error.naming(name))?;
-            let results = batch.indices.into_iter().zip(batch.pictures).zip(novelties);
-            for ((index, picture), novelty) in results {
+            let results = batch.indices.into_iter().zip(batch.images).zip(novelties);
+            for ((index, image), novelty) in results {
                 let name = images.name(index).into_owned();
                 if !novelty.score.is_finite() {
                     let score = novelty.score;
@@ -278,7 +278,7 @@ pub fn scan_each<E: From<Error>>(
                     name,
                     novelty,
                 };
-                on_result(Ok((finding, picture)))?;
+                on_result(Ok((finding, image)))?;
             }
         }
         for failure in batch.failures {

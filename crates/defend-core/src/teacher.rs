@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::Device;
 use defend_nn::Rng;
 use defend_vit::{
-    Arithmetic, Backbone, BackboneSpec, CacheConfig, Cached, Encoder, TrainScope, Vit,
+    Backbone, BackboneSpec, CacheConfig, Cached, ComputePrecision, Encoder, TrainScope, Vit,
 };
 
 use crate::builder::Source;
@@ -46,9 +46,12 @@ impl Teacher {
     }
 
     /// Frozen, for the closed form.
-    pub(crate) fn frozen_encoder(self, arithmetic: Arithmetic) -> Result<Arc<dyn Encoder>, Error> {
+    pub(crate) fn frozen_encoder(
+        self,
+        compute_precision: ComputePrecision,
+    ) -> Result<Arc<dyn Encoder>, Error> {
         Ok(match self {
-            Self::Vit(vit) => Arc::new(frozen(&vit, arithmetic)?),
+            Self::Vit(vit) => Arc::new(frozen(&vit, compute_precision)?),
             Self::Own(own) => own,
             Self::Encoder(own) => own,
         })
@@ -57,11 +60,13 @@ impl Teacher {
     /// Frozen, with the layers that a masked student is compared at.
     pub(crate) fn frozen_backbone(
         self,
-        arithmetic: Arithmetic,
+        compute_precision: ComputePrecision,
         layers: usize,
     ) -> Result<Arc<dyn Backbone>, Error> {
         match self {
-            Self::Vit(vit) => Ok(Arc::new(frozen(&vit, arithmetic)?.with_layers(layers)?)),
+            Self::Vit(vit) => Ok(Arc::new(
+                frozen(&vit, compute_precision)?.with_layers(layers)?,
+            )),
             Self::Own(own) => Ok(own),
             Self::Encoder(_) => Err(needs_backbone()),
         }
@@ -124,11 +129,11 @@ pub(crate) fn load_teacher(
 }
 
 /// A copy of a network that trains no more.
-pub(crate) fn frozen(vit: &Vit, arithmetic: Arithmetic) -> Result<Vit, Error> {
-    Ok(match arithmetic {
+pub(crate) fn frozen(vit: &Vit, compute_precision: ComputePrecision) -> Result<Vit, Error> {
+    Ok(match compute_precision {
         // As it is: a frozen teacher may compute in another type already.
-        Arithmetic::F32 => vit.copy(TrainScope::Frozen)?,
-        Arithmetic::Bf16 => vit.with_arithmetic(arithmetic)?,
+        ComputePrecision::F32 => vit.copy(TrainScope::Frozen)?,
+        ComputePrecision::Bf16 => vit.with_compute_precision(compute_precision)?,
     })
 }
 

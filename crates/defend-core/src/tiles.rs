@@ -194,7 +194,7 @@ impl Tiling {
     pub(crate) fn whole(&self, images: &Tensor) -> Result<Tensor, Error> {
         let (width, height) = self.input_size();
         let weights = |from: usize| weights(from, self.side(), images.device());
-        // Rows first, as the resize of a picture does.
+        // Rows first, as the resize of an image does.
         let narrow = images.broadcast_matmul(&weights(width)?.t()?)?;
         Ok(weights(height)?.broadcast_matmul(&narrow)?)
     }

@@ -31,7 +31,7 @@ pub(crate) struct TokenBlocks {
 }
 
 impl TokenBlocks {
-    pub(crate) fn of(depth: usize) -> Self {
+    pub(crate) fn new(depth: usize) -> Self {
         // Rounded to the nearest block, counted from 1.
         let at = |twelfths: usize| ((2 * depth * twelfths + 12) / 24).clamp(1, depth.max(1)) - 1;
         let mut middle = vec![at(5), at(8)];
@@ -253,7 +253,7 @@ mod tests {
     #[test]
     fn blocks_by_depth() {
         let of = |depth| {
-            let blocks = TokenBlocks::of(depth);
+            let blocks = TokenBlocks::new(depth);
             (blocks.last, blocks.middle)
         };
         assert_eq!(of(12), (vec![10, 11], vec![4, 7]));
@@ -261,6 +261,6 @@ mod tests {
         assert_eq!(of(4), (vec![2, 3], vec![1, 2]));
         assert_eq!(of(2), (vec![0, 1], vec![0]));
         assert_eq!(of(1), (vec![0], vec![0]));
-        assert_eq!(TokenBlocks::of(4).all(true), [1, 2, 3]);
+        assert_eq!(TokenBlocks::new(4).all(true), [1, 2, 3]);
     }
 }

@@ -24,8 +24,8 @@ use defend_core::{
 use rand::RngExt;
 use small::teacher;
 
-/// Stripes of some period, place and colour, all different; `copy` dims the picture a little.
-fn picture(kind: u32, number: u32, copy: u32) -> RgbImage {
+/// Stripes of some period, place and colour, all different; `copy` dims the image a little.
+fn image(kind: u32, number: u32, copy: u32) -> RgbImage {
     let period = 3 + 2 * kind;
     RgbImage::from_fn(32, 32, |x, y| {
         let on = (x + number).is_multiple_of(period) ^ (y / (2 + number % 5)).is_multiple_of(2);
@@ -38,13 +38,13 @@ fn picture(kind: u32, number: u32, copy: u32) -> RgbImage {
     })
 }
 
-fn pictures(kind: u32, numbers: std::ops::Range<u32>, copies: u32) -> Memory {
+fn images(kind: u32, numbers: std::ops::Range<u32>, copies: u32) -> Memory {
     let mut memory = Memory::default();
     for number in numbers {
         for copy in 0..=copies {
             memory.push(
                 format!("{kind}/{number}-{copy}"),
-                picture(kind, number, copy),
+                image(kind, number, copy),
                 vec![],
             );
         }
@@ -65,7 +65,7 @@ fn scores(detector: &Detector, set: Memory) -> Vec<f64> {
 
 #[test]
 fn the_main_job_has_verdicts_at_once_and_survives_a_file() -> Result<(), Error> {
-    let fitted = fit(pictures(0, 0..40, 0));
+    let fitted = fit(images(0, 0..40, 0));
     let report = fitted.closed_form().expect("a report");
     assert_eq!(
         (report.summary.images, report.background.as_deref()),
@@ -76,8 +76,8 @@ fn the_main_job_has_verdicts_at_once_and_survives_a_file() -> Result<(), Error> 
     assert_eq!(calibration.source, CalibrationSource::LeftOut);
     assert_eq!(calibration.images, report_groups(&detector));
 
-    let found = scan(&detector, pictures(3, 0..8, 0), &mut Silent)?;
-    let known = scan(&detector, pictures(0, 0..8, 0), &mut Silent)?;
+    let found = scan(&detector, images(3, 0..8, 0), &mut Silent)?;
+    let known = scan(&detector, images(0, 0..8, 0), &mut Silent)?;
     let mean = |scan: &defend_core::Scan| scan.scores().iter().sum::<f64>() / 8.0;
     assert!(
         mean(&found) > mean(&known) + 2.0,
@@ -105,7 +105,7 @@ fn the_main_job_has_verdicts_at_once_and_survives_a_file() -> Result<(), Error> 
         );
         assert!(novelty.map.is_none());
     }
-    // A known picture is explained by itself.
+    // A known image is explained by itself.
     let nearest =
         |finding: &defend_core::Finding| finding.novelty.explanation.clone().unwrap().nearest;
     for finding in &known.findings {
@@ -117,7 +117,7 @@ fn the_main_job_has_verdicts_at_once_and_survives_a_file() -> Result<(), Error> 
         );
     }
 
-    let mapped = scan_with_maps(&detector, pictures(3, 0..2, 0), &mut Silent)?;
+    let mapped = scan_with_maps(&detector, images(3, 0..2, 0), &mut Silent)?;
     for (mapped, plain) in mapped.findings.iter().zip(&found.findings) {
         let map = mapped.novelty.map.as_ref().expect("a map");
         assert_eq!((map.grid.rows, map.values.len()), (4, 16));
@@ -134,7 +134,7 @@ fn the_main_job_has_verdicts_at_once_and_survives_a_file() -> Result<(), Error> 
         (again.config(), again.map_scale()),
         (detector.config(), detector.map_scale())
     );
-    let after = scan_with_maps(&again, pictures(3, 0..2, 0), &mut Silent)?;
+    let after = scan_with_maps(&again, images(3, 0..2, 0), &mut Silent)?;
     for (before, after) in mapped.findings.iter().zip(&after.findings) {
         assert_eq!(before.novelty, after.novelty);
     }
@@ -148,7 +148,7 @@ fn report_groups(detector: &Detector) -> usize {
 /// Neither the number of threads nor the batch nor a second run changes a bit.
 #[test]
 fn the_same_seed_gives_the_same_bits() -> Result<(), Error> {
-    let expected = scores(&fit(pictures(0, 0..30, 0)).detector, pictures(3, 0..9, 0));
+    let expected = scores(&fit(images(0, 0..30, 0)).detector, images(3, 0..9, 0));
     for threads in [1, 2, 7] {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
@@ -156,12 +156,12 @@ fn the_same_seed_gives_the_same_bits() -> Result<(), Error> {
             .unwrap();
         let found = pool.install(|| {
             let config = DefendConfig {
-                batch: 1 + threads,
+                batch_size: 1 + threads,
                 ..DefendConfig::default()
             };
             let builder = Defend::builder().teacher(teacher(7)).config(config);
-            let detector = builder.fit(pictures(0, 0..30, 0), &mut Silent)?.detector;
-            Ok::<_, Error>(scores(&detector, pictures(3, 0..9, 0)))
+            let detector = builder.fit(images(0, 0..30, 0), &mut Silent)?.detector;
+            Ok::<_, Error>(scores(&detector, images(3, 0..9, 0)))
         })?;
         assert_eq!(found, expected, "{threads} threads");
     }
@@ -170,8 +170,8 @@ fn the_same_seed_gives_the_same_bits() -> Result<(), Error> {
 
 #[test]
 fn bursts_count_once_and_the_report_says_so() {
-    let single = fit(pictures(0, 0..30, 0));
-    let burst = fit(pictures(0, 0..30, 3));
+    let single = fit(images(0, 0..30, 0));
+    let burst = fit(images(0, 0..30, 3));
     let summary = burst.closed_form().unwrap().summary;
     assert_eq!((summary.images, summary.distinct), (120, 120));
     let groups = single.closed_form().unwrap().summary.groups;
@@ -181,17 +181,17 @@ fn bursts_count_once_and_the_report_says_so() {
         summary.groups
     );
     assert_eq!(burst.detector.calibration().unwrap().images, summary.groups);
-    // The same picture in many files is one.
-    let mut twice = pictures(0, 0..30, 0);
+    // The same image in many files is one.
+    let mut twice = images(0, 0..30, 0);
     for number in 0..30 {
-        twice.push(format!("again/{number}"), picture(0, number, 0), vec![]);
+        twice.push(format!("again/{number}"), image(0, number, 0), vec![]);
     }
     let twice = fit(twice);
     assert_eq!(
         twice.closed_form().unwrap().summary.distinct,
         single.closed_form().unwrap().summary.distinct
     );
-    let queries = || pictures(2, 0..6, 0);
+    let queries = || images(2, 0..6, 0);
     assert_eq!(
         scores(&twice.detector, queries()),
         scores(&single.detector, queries())
@@ -199,12 +199,12 @@ fn bursts_count_once_and_the_report_says_so() {
 }
 
 #[test]
-fn few_pictures_fit_without_a_threshold() -> Result<(), Error> {
+fn few_images_fit_without_a_threshold() -> Result<(), Error> {
     for count in [1, 2, 5] {
-        let mut fitted = fit(pictures(0, 0..count, 0));
+        let mut fitted = fit(images(0, 0..count, 0));
         assert!(fitted.detector.calibration().is_none());
         assert!(
-            scores(&fitted.detector, pictures(3, 0..3, 0))
+            scores(&fitted.detector, images(3, 0..3, 0))
                 .iter()
                 .all(|s| s.is_finite())
         );
@@ -224,27 +224,27 @@ fn few_pictures_fit_without_a_threshold() -> Result<(), Error> {
     Ok(())
 }
 
-/// Pictures of eight kinds, some like the normal ones.
+/// ResizedImages of eight kinds, some like the normal ones.
 fn ordinary() -> Memory {
-    let mut all = pictures(0, 60..100, 0);
+    let mut all = images(0, 60..100, 0);
     for kind in 1..8 {
         for number in 0..40 {
-            all.push(format!("{kind}/{number}"), picture(kind, number, 0), vec![]);
+            all.push(format!("{kind}/{number}"), image(kind, number, 0), vec![]);
         }
     }
     all
 }
 
-/// More pictures than a batch, of which the first are looked at apart from the others.
+/// More images than a batch, of which the first are looked at apart from the others.
 #[test]
-fn each_picture_is_explained_by_itself() -> Result<(), Error> {
+fn each_image_is_explained_by_itself() -> Result<(), Error> {
     // Noise, of which no two are near copies.
-    let pictures = || {
+    let images = || {
         let mut all = Memory::default();
         for number in 0..45 {
             let mut rng = Rng::seed(number);
-            let picture = RgbImage::from_fn(32, 32, |_, _| [(); 3].map(|()| rng.random()).into());
-            all.push(number.to_string(), picture, vec![]);
+            let image = RgbImage::from_fn(32, 32, |_, _| [(); 3].map(|()| rng.random()).into());
+            all.push(number.to_string(), image, vec![]);
         }
         all
     };
@@ -256,8 +256,8 @@ fn each_picture_is_explained_by_itself() -> Result<(), Error> {
             ..DefendConfig::default()
         };
         let builder = Defend::builder().teacher(teacher(7)).config(config);
-        let detector = builder.fit(pictures(), &mut Silent)?.detector;
-        let found = scan(&detector, pictures(), &mut Silent)?.findings;
+        let detector = builder.fit(images(), &mut Silent)?.detector;
+        let found = scan(&detector, images(), &mut Silent)?.findings;
         for finding in found {
             let explanation = finding.novelty.explanation.expect("an explanation");
             assert_eq!(explanation.nearest[0].name, finding.name);
@@ -277,10 +277,10 @@ fn maps_contrast_with_the_background_as_scores_do() -> Result<(), Error> {
     let made = builder().look_at_background(ordinary(), "stripes", &mut Silent)?;
     let with = |background: BackgroundSource| {
         let builder = builder().background(background);
-        builder.fit(pictures(0, 0..40, 0), &mut Silent)
+        builder.fit(images(0, 0..40, 0), &mut Silent)
     };
     let maps = |detector: &Detector| -> Vec<f32> {
-        let scan = scan_with_maps(detector, pictures(3, 0..3, 0), &mut Silent).unwrap();
+        let scan = scan_with_maps(detector, images(3, 0..3, 0), &mut Silent).unwrap();
         let maps = scan.findings.into_iter().filter_map(|f| f.novelty.map);
         maps.flat_map(|map| map.values).collect()
     };
@@ -324,7 +324,7 @@ fn a_background_is_made_saved_checked_and_used() -> Result<(), Error> {
 
     let with = |background: BackgroundSource| {
         let builder = Defend::builder().teacher(teacher(7)).background(background);
-        builder.fit(pictures(0, 0..40, 0), &mut Silent)
+        builder.fit(images(0, 0..40, 0), &mut Silent)
     };
     let fitted = with(read.into())?;
     let report = fitted.closed_form().unwrap();
@@ -333,7 +333,7 @@ fn a_background_is_made_saved_checked_and_used() -> Result<(), Error> {
         (320, Some("stripes"))
     );
     assert!(report.contrast_weight > 0.0);
-    let explained = scan(&fitted.detector, pictures(3, 0..2, 0), &mut Silent)?;
+    let explained = scan(&fitted.detector, images(3, 0..2, 0), &mut Silent)?;
     let explanation = explained.findings[0].novelty.explanation.clone().unwrap();
     assert_eq!(explanation.contrast.unwrap().weight, report.contrast_weight);
     // Eight bits a value change little against the photos themselves, and the model is one file.
@@ -341,16 +341,16 @@ fn a_background_is_made_saved_checked_and_used() -> Result<(), Error> {
         Arc::new(ordinary()),
         "stripes".into(),
     ))?;
-    let both = [&fitted, &photos].map(|f| scores(&f.detector, pictures(3, 0..6, 0)));
+    let both = [&fitted, &photos].map(|f| scores(&f.detector, images(3, 0..6, 0)));
     for (a, b) in both[0].iter().zip(&both[1]) {
         assert!((a - b).abs() < 1e-9, "{a} {b}: both are rounded alike");
     }
     let model = folder.path().join("model.defend");
     fitted.detector.save(&model)?;
     let again = Detector::load(&model, &Device::Cpu)?;
-    assert_eq!(scores(&again, pictures(3, 0..6, 0)), both[0]);
+    assert_eq!(scores(&again, images(3, 0..6, 0)), both[0]);
 
-    // Another teacher's is refused by both names before any picture is read.
+    // Another teacher's is refused by both names before any image is read.
     let error = with(look(8)?.into()).err().unwrap();
     assert!(matches!(error, Error::OtherTeacher { .. }), "{error}");
     let tuned = DefendConfig {
@@ -361,10 +361,7 @@ fn a_background_is_made_saved_checked_and_used() -> Result<(), Error> {
         .teacher(teacher(7))
         .config(tuned)
         .background(made);
-    let error = builder
-        .fit(pictures(0, 0..4, 0), &mut Silent)
-        .err()
-        .unwrap();
+    let error = builder.fit(images(0, 0..4, 0), &mut Silent).err().unwrap();
     assert!(
         matches!(
             error,
@@ -413,9 +410,9 @@ impl Encoder for Plain {
 #[test]
 fn an_encoder_is_enough() -> Result<(), Error> {
     let builder = || Defend::builder().own_encoder(Arc::new(Plain(teacher(7))));
-    let detector = builder().fit(pictures(0, 0..30, 0), &mut Silent)?.detector;
-    let expected = scores(&fit(pictures(0, 0..30, 0)).detector, pictures(3, 0..4, 0));
-    assert_eq!(scores(&detector, pictures(3, 0..4, 0)), expected);
+    let detector = builder().fit(images(0, 0..30, 0), &mut Silent)?.detector;
+    let expected = scores(&fit(images(0, 0..30, 0)).detector, images(3, 0..4, 0));
+    assert_eq!(scores(&detector, images(3, 0..4, 0)), expected);
     let folder = tempfile::tempdir().unwrap();
     let saved = detector.save(folder.path().join("a.defend"));
     assert!(matches!(saved, Err(Error::NotSavable { role: "teacher" })));
@@ -425,7 +422,7 @@ fn an_encoder_is_enough() -> Result<(), Error> {
     };
     let refused = builder()
         .config(masked)
-        .fit(pictures(0, 0..4, 0), &mut Silent);
+        .fit(images(0, 0..4, 0), &mut Silent);
     assert!(matches!(
         refused.err(),
         Some(Error::Config {
@@ -436,7 +433,7 @@ fn an_encoder_is_enough() -> Result<(), Error> {
     Ok(())
 }
 
-/// Gives NaN for dark pictures.
+/// Gives NaN for dark images.
 struct Blind(Vit);
 
 impl Encoder for Blind {
@@ -462,22 +459,22 @@ impl Encoder for Blind {
 }
 
 #[test]
-fn features_that_are_not_finite_name_the_picture() -> Result<(), Error> {
+fn features_that_are_not_finite_name_the_image() -> Result<(), Error> {
     let dark = |mut set: Memory| -> Memory {
         set.push(String::from("dark"), RgbImage::new(32, 32), vec![]);
         set
     };
     let builder = || Defend::builder().own_encoder(Arc::new(Blind(teacher(7))));
     let error = builder()
-        .fit(dark(pictures(0, 0..5, 0)), &mut Silent)
+        .fit(dark(images(0, 0..5, 0)), &mut Silent)
         .err()
         .unwrap();
     assert!(
         matches!(&error, Error::NonFiniteFeatures { name } if name == "dark"),
         "{error}"
     );
-    let detector = builder().fit(pictures(0, 0..5, 0), &mut Silent)?.detector;
-    let error = scan(&detector, dark(pictures(0, 0..2, 0)), &mut Silent).unwrap_err();
+    let detector = builder().fit(images(0, 0..5, 0), &mut Silent)?.detector;
+    let error = scan(&detector, dark(images(0, 0..2, 0)), &mut Silent).unwrap_err();
     assert!(
         matches!(&error, Error::NonFiniteFeatures { name } if name == "dark"),
         "{error}"
@@ -488,10 +485,7 @@ fn features_that_are_not_finite_name_the_picture() -> Result<(), Error> {
 #[test]
 fn roles_of_the_other_student_are_refused() {
     let refused = |builder: defend_core::DefendBuilder, name: &str| {
-        let error = builder
-            .fit(pictures(0, 0..4, 0), &mut Silent)
-            .err()
-            .unwrap();
+        let error = builder.fit(images(0, 0..4, 0), &mut Silent).err().unwrap();
         assert!(
             matches!(&error, Error::Config { field, .. } if *field == name),
             "{error}"
@@ -515,7 +509,7 @@ fn roles_of_the_other_student_are_refused() {
         student: Student::ClosedForm(evidence),
         ..DefendConfig::default()
     });
-    let error = wrong.fit(pictures(0, 0..4, 0), &mut Silent).err().unwrap();
+    let error = wrong.fit(images(0, 0..4, 0), &mut Silent).err().unwrap();
     assert!(
         error.to_string().contains("evidence.posterior.ridge"),
         "{error}"
@@ -526,7 +520,7 @@ fn roles_of_the_other_student_are_refused() {
 fn damaged_models_are_named() -> Result<(), Error> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.defend");
-    fit(pictures(0, 0..20, 0)).detector.save(&path)?;
+    fit(images(0, 0..20, 0)).detector.save(&path)?;
     let whole = std::fs::read(&path).unwrap();
     let load = || {
         Detector::load(&path, &Device::Cpu)
@@ -575,7 +569,7 @@ fn a_tuned_teacher_can_have_the_closed_form_too() -> Result<(), Error> {
     let config = DefendConfig {
         dense: Some(defend_core::dense::DenseConfig {
             epochs: 1,
-            batch: 8,
+            batch_size: 8,
             crop_size: 16,
             trained_blocks: 1,
             head_hidden: vec![16],
@@ -585,14 +579,14 @@ fn a_tuned_teacher_can_have_the_closed_form_too() -> Result<(), Error> {
         ..DefendConfig::default()
     };
     let builder = Defend::builder().teacher(teacher(7)).config(config);
-    let photos = BackgroundSource::Photos(Arc::new(pictures(5, 0..30, 0)), "photos".into());
+    let photos = BackgroundSource::Photos(Arc::new(images(5, 0..30, 0)), "photos".into());
     let fitted = builder
         .background(photos)
-        .fit(pictures(0, 0..30, 0), &mut Silent)?;
+        .fit(images(0, 0..30, 0), &mut Silent)?;
     assert!(fitted.dense.is_some());
     assert_eq!(fitted.closed_form().unwrap().summary.background, 30);
-    let untouched = scores(&fit(pictures(0, 0..30, 0)).detector, pictures(3, 0..3, 0));
-    assert_ne!(scores(&fitted.detector, pictures(3, 0..3, 0)), untouched);
+    let untouched = scores(&fit(images(0, 0..30, 0)).detector, images(3, 0..3, 0));
+    assert_ne!(scores(&fitted.detector, images(3, 0..3, 0)), untouched);
     Ok(())
 }
 
@@ -600,7 +594,7 @@ fn a_tuned_teacher_can_have_the_closed_form_too() -> Result<(), Error> {
 #[test]
 #[cfg(feature = "embedded")]
 fn the_embedded_backbone_has_a_background() -> Result<(), Error> {
-    let fitted = Defend::builder().fit(pictures(0, 0..12, 0), &mut Silent)?;
+    let fitted = Defend::builder().fit(images(0, 0..12, 0), &mut Silent)?;
     let report = fitted.closed_form().unwrap();
     assert_eq!(report.summary.background, 1000);
     assert_eq!(report.background.as_deref(), Some("imagenet-sample"));
@@ -611,7 +605,7 @@ fn the_embedded_backbone_has_a_background() -> Result<(), Error> {
     };
     let small = Defend::builder()
         .config(config)
-        .fit(pictures(0, 0..3, 0), &mut Silent)?;
+        .fit(images(0, 0..3, 0), &mut Silent)?;
     assert_eq!(small.closed_form().unwrap().background, None);
     Ok(())
 }

@@ -24,8 +24,8 @@ use defend_core::ot::{Assigner, SinkhornKnopp};
 use defend_core::prelude::*;
 use defend_core::train::{AdamW, AdamWConfig, ParameterGroup, Training};
 use defend_core::vit::{
-    Architecture, Arithmetic, Backbone, BackboneSpec, CacheConfig, Cached, Encoder, Features, Grid,
-    Precision, TokenSet, TrainScope, Trainable, Vit, Weights,
+    Architecture, Backbone, BackboneSpec, CacheConfig, Cached, ComputePrecision, Encoder, Features,
+    Grid, Precision, TokenSet, TrainScope, Trainable, Vit, Weights,
 };
 use defend_core::{MaskedConfig, Student};
 use defend_testing::{assert_close, assert_moved};
@@ -84,7 +84,7 @@ impl Place {
             ..Architecture::vit_tiny()
         });
         let random = Vit::random(spec.clone(), 0.0, &mut Rng::seed(seed), &Device::Cpu).unwrap();
-        let state = random.state().unwrap().into_iter();
+        let state = random.state_dict().unwrap().into_iter();
         let state = state.map(|(name, t)| {
             // LayerScale starts with ones, which would hide its absence.
             let t = if name.ends_with("gamma") {
@@ -138,8 +138,8 @@ fn same_features(found: &Features, expected: &Features, tolerance: f64, what: &s
     for (name, found, expected) in pairs {
         close(found, expected, tolerance, &format!("{what}: {name}"));
     }
-    assert_eq!(found.earlier.len(), expected.earlier.len());
-    for (found, expected) in found.earlier.iter().zip(&expected.earlier) {
+    assert_eq!(found.intermediates.len(), expected.intermediates.len());
+    for (found, expected) in found.intermediates.iter().zip(&expected.intermediates) {
         let what = format!("{what}: earlier layer");
         close(&found.cls, &expected.cls, tolerance, &what);
         close(&found.patches, &expected.patches, tolerance, &what);
@@ -178,7 +178,7 @@ fn features() {
             let whole = vit.features(&images).unwrap();
             // What a nearest-neighbour search does with CLS tokens.
             let products = whole.cls.matmul(&whole.cls.t().unwrap()).unwrap();
-            let kept = vit.features_of(&images, &keep).unwrap();
+            let kept = vit.features_masked(&images, &keep).unwrap();
             let larger = vit.features(&place.noise(&[1, 3, 48, 40], 3)).unwrap();
             (whole, kept, larger, products)
         };
@@ -234,7 +234,7 @@ fn attention_of_any_length() {
                 scales: None,
                 heads,
                 eps: 1e-6,
-                arithmetic: Arithmetic::F32,
+                compute_precision: ComputePrecision::F32,
                 prepared: ops::Prepared::default(),
             };
             let x = noise(place, &[3, tokens, width], 1.0, 92);
@@ -329,7 +329,7 @@ fn trained(place: &Place, student: &Vit) -> Trained {
     let (mut rng, mut gradients) = (Rng::seed(0), Vec::new());
     for _ in 0..3 {
         let found = student
-            .training_features(&images, Some(&keep), &mut rng)
+            .features_train(&images, Some(&keep), &mut rng)
             .unwrap();
         let distances = FeatureDistance::default().distances(&target, &found.patches);
         let loss = distances.unwrap().mean_all().unwrap();
@@ -472,7 +472,7 @@ fn dense(place: &Place, config: &DenseConfig) -> Steps {
 fn dense_steps() {
     let paper = DenseConfig {
         epochs: 2,
-        batch: 4,
+        batch_size: 4,
         crops: 2,
         crop_size: 16,
         backbone_learning_rate: 1e-3,
@@ -526,7 +526,7 @@ fn masked_distillation_steps() {
         let (before, mut losses) = (values(&parameters), Vec::new());
         let config = DistillConfig {
             epochs: 2,
-            batch: 4,
+            batch_size: 4,
             layers: 2,
             ..DistillConfig::default()
         };
@@ -613,13 +613,13 @@ fn scores(detector: &Detector) -> Vec<f64> {
 fn short() -> DefendConfig {
     DefendConfig {
         dense: Some(DenseConfig {
-            batch: 4,
+            batch_size: 4,
             ..small_dense()
         }),
         student: Student::Masked(MaskedConfig {
             distill: DistillConfig {
                 epochs: 2,
-                batch: 4,
+                batch_size: 4,
                 ..DistillConfig::default()
             },
             ..MaskedConfig::default()
@@ -659,9 +659,9 @@ fn a_whole_fit_and_its_file() {
 
 #[test]
 fn a_whole_fit_in_bf16_and_its_file() {
-    let run = |place: &Place, arithmetic: Arithmetic| {
+    let run = |place: &Place, compute_precision: ComputePrecision| {
         let config = DefendConfig {
-            arithmetic,
+            compute_precision,
             ..short()
         };
         let builder = Defend::builder()
@@ -671,9 +671,9 @@ fn a_whole_fit_in_bf16_and_its_file() {
         fitted.unwrap().detector
     };
     let place = Place::best();
-    let found = run(&place, Arithmetic::Bf16);
+    let found = run(&place, ComputePrecision::Bf16);
     let before = scores(&found);
-    let expected = scores(&run(&place, Arithmetic::F32));
+    let expected = scores(&run(&place, ComputePrecision::F32));
     all_close(&before, &expected, 5e-2, "scores");
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("stripes.defend");
@@ -687,9 +687,9 @@ fn a_whole_fit_in_bf16_and_its_file() {
 /// The closed form itself is computed on the processor; its teacher is not.
 #[test]
 fn a_whole_fit_in_closed_form_and_its_file() {
-    let run = |place: &Place, arithmetic: Arithmetic| {
+    let run = |place: &Place, compute_precision: ComputePrecision| {
         let config = DefendConfig {
-            arithmetic,
+            compute_precision,
             ..DefendConfig::default()
         };
         let builder = Defend::builder()
@@ -699,15 +699,15 @@ fn a_whole_fit_in_closed_form_and_its_file() {
         fitted.unwrap().detector
     };
     let place = Place::best();
-    let found = run(&place, Arithmetic::F32);
+    let found = run(&place, ComputePrecision::F32);
     let before = scores(&found);
-    let expected = scores(&run(&Place::reference(), Arithmetic::F32));
+    let expected = scores(&run(&Place::reference(), ComputePrecision::F32));
     all_close(&before, &expected, 1e-2, "scores");
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("stripes.defend");
     found.save(&path).unwrap();
     let there = Detector::load(&path, &place.device).unwrap();
     assert_eq!(scores(&there), before);
-    let rounded = scores(&run(&place, Arithmetic::Bf16));
+    let rounded = scores(&run(&place, ComputePrecision::Bf16));
     assert!(rounded.iter().all(|score| score.is_finite()));
 }

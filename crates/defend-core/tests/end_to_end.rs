@@ -22,8 +22,8 @@ use defend_core::nn::Rng;
 use defend_core::prelude::*;
 use defend_core::train::Training;
 use defend_core::vit::{
-    Arithmetic, Backbone, BackboneSpec, Encoder, Features, ImageSource, Layer, Precision, TokenSet,
-    TrainScope, Vit,
+    Backbone, BackboneSpec, ComputePrecision, Encoder, Features, ImageSource, Layer, Precision,
+    TokenSet, TrainScope, Vit,
 };
 use defend_core::{DType, Error, Event, MaskedConfig, Observer, Recipe, Stage, Student, Tensor};
 use image::{DynamicImage, ImageBuffer, Luma, LumaA, Rgb, Rgba};
@@ -46,7 +46,7 @@ fn masked() -> MaskedConfig {
         distill: DistillConfig {
             epochs: 12,
             min_steps: 0,
-            batch: 8,
+            batch_size: 8,
             cls_weight: 1.0,
             learning_rate: 3e-3,
             ..DistillConfig::default()
@@ -115,11 +115,11 @@ fn the_same_seed_gives_the_same_bits_and_the_batch_size_none() -> Result<(), Err
     let (a, b) = (fitted(), fitted());
     assert_eq!(scores(&a, set(5, 7)), scores(&b, set(5, 7)));
     let builder = Defend::builder().teacher(teacher()).config(DefendConfig {
-        batch: 2,
+        batch_size: 2,
         ..config()
     });
-    // Pictures that are read again in each epoch change nothing either.
-    let builder = builder.picture_memory(0);
+    // ResizedImages that are read again in each epoch change nothing either.
+    let builder = builder.image_memory(0);
     let small = builder.fit(set(3, 21), &mut Silent)?.detector;
     assert_eq!(scores(&a, set(5, 7)), scores(&small, set(5, 7)));
     Ok(())
@@ -141,7 +141,7 @@ impl ImageSource for Recorded {
         self.images.images(indices)
     }
 
-    fn announce(&self, order: &[usize]) {
+    fn prefetch(&self, order: &[usize]) {
         self.orders.lock().unwrap()[0].extend(order);
     }
 }
@@ -198,10 +198,10 @@ impl Observer for Skips {
     }
 }
 
-/// A picture in every form that a folder may hold, and one file that is none.
+/// An image in every form that a folder may hold, and one file that is none.
 fn mixed_folder(folder: &Path) {
-    let save = |name: &str, picture: DynamicImage| {
-        picture.save(folder.join(name)).expect("a picture");
+    let save = |name: &str, image: DynamicImage| {
+        image.save(folder.join(name)).expect("an image");
     };
     save("a.png", stripes(3, 1).into());
     let grey = ImageBuffer::from_pixel(30, 50, Luma([99u8]));
@@ -214,12 +214,12 @@ fn mixed_folder(folder: &Path) {
     save("grey-alpha.png", DynamicImage::ImageLumaA16(grey_alpha));
     save("pixel.png", RgbImage::new(1, 1).into());
     save("large.png", RgbImage::new(10_000, 3).into());
-    std::fs::write(folder.join("broken.jpg"), b"no picture").expect("a file");
-    std::fs::write(folder.join("notes.txt"), b"no picture").expect("a file");
+    std::fs::write(folder.join("broken.jpg"), b"no image").expect("a file");
+    std::fs::write(folder.join("notes.txt"), b"no image").expect("a file");
 }
 
 #[test]
-fn every_kind_of_picture_is_used_and_what_is_none_is_named() -> Result<(), Error> {
+fn every_kind_of_image_is_used_and_what_is_none_is_named() -> Result<(), Error> {
     let folder = tempfile::tempdir().expect("a folder");
     mixed_folder(folder.path());
     let mut skips = Skips::default();
@@ -227,7 +227,7 @@ fn every_kind_of_picture_is_used_and_what_is_none_is_named() -> Result<(), Error
     assert_eq!(images.passed_over().len(), 1);
     let builder = || Defend::builder().teacher(teacher()).config(config());
     let fitted = builder().fit(images.clone(), &mut skips)?;
-    // Seven pictures are fewer than a batch of eight.
+    // Seven images are fewer than a batch of eight.
     assert_eq!(
         (fitted.images, fitted.skipped.len(), skips.0.len()),
         (7, 1, 1)
@@ -417,7 +417,7 @@ fn a_teacher_of_ones_own_cannot_be_tuned_but_used() -> Result<(), Error> {
 }
 
 #[test]
-fn another_picture_size_travels_with_the_model() -> Result<(), Error> {
+fn another_image_size_travels_with_the_model() -> Result<(), Error> {
     let config = DefendConfig {
         image_size: Some(48),
         ..config()
@@ -446,9 +446,9 @@ fn another_picture_size_travels_with_the_model() -> Result<(), Error> {
 #[test]
 fn bf16_changes_scores_little_and_travels_with_the_model() -> Result<(), Error> {
     let folder = tempfile::tempdir().expect("a folder");
-    let saved = |arithmetic: Arithmetic| -> Result<_, Error> {
+    let saved = |compute_precision: ComputePrecision| -> Result<_, Error> {
         let builder = Defend::builder().teacher(teacher()).config(DefendConfig {
-            arithmetic,
+            compute_precision,
             ..config()
         });
         let detector = builder.fit(set(3, 21), &mut Silent)?.detector;
@@ -459,8 +459,8 @@ fn bf16_changes_scores_little_and_travels_with_the_model() -> Result<(), Error> 
         assert_eq!(found, [3, 5].map(|period| scores(&again, set(period, 9))));
         Ok((found, std::fs::metadata(&path).expect("a file").len()))
     };
-    let (single, whole) = saved(Arithmetic::F32)?;
-    let ([normal, novel], compact) = saved(Arithmetic::Bf16)?;
+    let (single, whole) = saved(ComputePrecision::F32)?;
+    let ([normal, novel], compact) = saved(ComputePrecision::Bf16)?;
     assert!(compact < whole * 3 / 5, "{compact} of {whole} bytes");
     let highest = normal.iter().copied().fold(f64::MIN, f64::max);
     assert!(novel.iter().all(|s| *s > highest), "{normal:?} {novel:?}");
@@ -475,7 +475,7 @@ fn bf16_changes_scores_little_and_travels_with_the_model() -> Result<(), Error> 
 fn networks_of_ones_own_keep_their_arithmetic_in_the_file() -> Result<(), Error> {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("stripes.defend");
-    let rounded = teacher().with_arithmetic(Arithmetic::Bf16)?;
+    let rounded = teacher().with_compute_precision(ComputePrecision::Bf16)?;
     for dense in [None, config().dense] {
         let builder = Defend::builder()
             .teacher(rounded.copy(TrainScope::Frozen)?)
@@ -603,12 +603,12 @@ impl Backbone for Counting {
         self.0.features(images)
     }
 
-    fn features_of(
+    fn features_masked(
         &self,
         images: &Tensor,
         keep: &TokenSet,
     ) -> Result<Features, defend_core::vit::Error> {
-        self.0.features_of(images, keep)
+        self.0.features_masked(images, keep)
     }
 }
 

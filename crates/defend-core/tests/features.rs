@@ -9,11 +9,11 @@ use defend_core::prelude::*;
 use defend_core::{Error, FeatureTable, MaskedConfig, Student, scan_with_maps};
 use small::teacher;
 
-/// Blots whose place and colours are the picture's own.
-fn pictures(kind: u32, numbers: std::ops::Range<u32>) -> Memory {
+/// Blots whose place and colours are the image's own.
+fn images(kind: u32, numbers: std::ops::Range<u32>) -> Memory {
     let mut memory = Memory::default();
     for number in numbers {
-        let picture = RgbImage::from_fn(32, 32, |x, y| {
+        let image = RgbImage::from_fn(32, 32, |x, y| {
             let near = (x * (1 + kind) + number * 7) % 32 < 12 && (y + number * 5) % 32 < 12;
             let base = (number * 37 % 200) as u8;
             if near {
@@ -23,13 +23,13 @@ fn pictures(kind: u32, numbers: std::ops::Range<u32>) -> Memory {
             }
             .into()
         });
-        memory.push(format!("{kind}/{number}"), picture, vec![]);
+        memory.push(format!("{kind}/{number}"), image, vec![]);
     }
     memory
 }
 
 fn table(seed: u64) -> Result<FeatureTable, Error> {
-    let images = pictures(0, 0..40);
+    let images = images(0, 0..40);
     let (table, skipped) = Defend::builder()
         .teacher(teacher(seed))
         .embed(images, &mut Silent)?;
@@ -38,7 +38,7 @@ fn table(seed: u64) -> Result<FeatureTable, Error> {
 }
 
 fn scores(detector: &Detector) -> Vec<f64> {
-    let found = scan(detector, pictures(3, 0..6), &mut Silent).unwrap();
+    let found = scan(detector, images(3, 0..6), &mut Silent).unwrap();
     found.scores()
 }
 
@@ -53,7 +53,7 @@ fn without_patches() -> DefendConfig {
 }
 
 #[test]
-fn a_fit_on_a_saved_table_is_the_fit_on_the_pictures() -> Result<(), Error> {
+fn a_fit_on_a_saved_table_is_the_fit_on_the_images() -> Result<(), Error> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("normal.safetensors");
     let made = table(7)?;
@@ -72,19 +72,19 @@ fn a_fit_on_a_saved_table_is_the_fit_on_the_pictures() -> Result<(), Error> {
             .config(without_patches())
     };
     let of_table = builder().fit_features(&table, &mut Silent)?;
-    let of_pictures = builder().fit(pictures(0, 0..40), &mut Silent)?;
+    let of_images = builder().fit(images(0, 0..40), &mut Silent)?;
     assert_eq!(of_table.images, 40);
-    assert_eq!(scores(&of_table.detector), scores(&of_pictures.detector));
+    assert_eq!(scores(&of_table.detector), scores(&of_images.detector));
     assert_eq!(
         of_table.detector.calibration(),
-        of_pictures.detector.calibration()
+        of_images.detector.calibration()
     );
-    // Names are those of the pictures; the model is saved and loaded like any, without maps.
+    // Names are those of the images; the model is saved and loaded like any, without maps.
     let model = folder.path().join("model.defend");
     of_table.detector.save(&model)?;
     let again = Detector::load(&model, &Device::Cpu)?;
     assert_eq!(scores(&again), scores(&of_table.detector));
-    let found = scan_with_maps(&again, pictures(3, 0..2), &mut Silent)?;
+    let found = scan_with_maps(&again, images(3, 0..2), &mut Silent)?;
     let novelty = &found.findings[0].novelty;
     assert!(novelty.map.is_none());
     let nearest = &novelty.explanation.as_ref().unwrap().nearest[0].name;

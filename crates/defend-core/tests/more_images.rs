@@ -14,7 +14,7 @@ use defend_core::prelude::*;
 use defend_core::{DefendBuilder, Error, Place, Recipe, sort};
 
 /// Stripes of a period and colours that belong to the kind.
-fn picture(kind: u32, number: u32) -> RgbImage {
+fn image(kind: u32, number: u32) -> RgbImage {
     let period = 3 + 2 * kind;
     RgbImage::from_fn(32, 32, |x, y| {
         let on = (x + number).is_multiple_of(period) ^ (y / (2 + number % 5)).is_multiple_of(2);
@@ -29,11 +29,11 @@ fn picture(kind: u32, number: u32) -> RgbImage {
     })
 }
 
-fn pictures(kinds: &[(u32, std::ops::Range<u32>)]) -> Memory {
+fn images(kinds: &[(u32, std::ops::Range<u32>)]) -> Memory {
     let mut memory = Memory::default();
     for (kind, numbers) in kinds {
         for number in numbers.clone() {
-            memory.push(format!("{kind}/{number}"), picture(*kind, number), vec![]);
+            memory.push(format!("{kind}/{number}"), image(*kind, number), vec![]);
         }
     }
     memory
@@ -62,9 +62,9 @@ fn scores(detector: &Detector, set: Memory) -> Vec<f64> {
 
 #[test]
 fn known_abnormal_images_are_learnt_at_once_or_later() -> Result<(), Error> {
-    let (normal, queries) = (|| pictures(&[(0, 0..40)]), || pictures(&[(3, 5..15)]));
-    let abnormal = || pictures(&[(3, 0..5)]);
-    // Where patches count, a fit learns faults too, for which a later lesson lacks the normal pictures.
+    let (normal, queries) = (|| images(&[(0, 0..40)]), || images(&[(3, 5..15)]));
+    let abnormal = || images(&[(3, 0..5)]);
+    // Where patches count, a fit learns faults too, for which a later lesson lacks the normal images.
     let plain = fit(without_patches(), normal());
     let before = scores(&plain, queries());
     let at_once = fit(without_patches().abnormal(abnormal()), normal());
@@ -90,30 +90,30 @@ fn known_abnormal_images_are_learnt_at_once_or_later() -> Result<(), Error> {
 
     // A threshold from held-out images says nothing of other scores.
     let rate = FalseAlarmRate::new(0.2)?;
-    later.calibrate(pictures(&[(0, 50..70)]), rate, &mut Silent)?;
-    let learnt = later.learn_abnormal(pictures(&[(4, 0..2)]), &mut Silent)?;
+    later.calibrate(images(&[(0, 50..70)]), rate, &mut Silent)?;
+    let learnt = later.learn_abnormal(images(&[(4, 0..2)]), &mut Silent)?;
     assert!(learnt.calibration_dropped && later.calibration().is_none());
     Ok(())
 }
 
 #[test]
 fn an_abnormal_image_that_is_normal_is_named_and_nothing_changes() {
-    let mut detector = fit(builder(), pictures(&[(0, 0..40)]));
-    let before = scores(&detector, pictures(&[(3, 0..3)]));
-    let mixed = pictures(&[(3, 0..3), (0, 7..8)]);
+    let mut detector = fit(builder(), images(&[(0, 0..40)]));
+    let before = scores(&detector, images(&[(3, 0..3)]));
+    let mixed = images(&[(3, 0..3), (0, 7..8)]);
     let error = detector.learn_abnormal(mixed, &mut Silent).unwrap_err();
     assert!(
         matches!(&error, Error::AlsoNormal { name } if name == "0/7"),
         "{error}"
     );
-    assert_eq!(scores(&detector, pictures(&[(3, 0..3)])), before);
+    assert_eq!(scores(&detector, images(&[(3, 0..3)])), before);
     let error = detector.learn_abnormal(Memory::default(), &mut Silent);
     assert!(matches!(error, Err(Error::NoImages { .. })));
 
     let masked = builder().recipe(Recipe::Paper);
     let error = masked
-        .abnormal(pictures(&[(3, 0..3)]))
-        .fit(pictures(&[(0, 0..8)]), &mut Silent);
+        .abnormal(images(&[(3, 0..3)]))
+        .fit(images(&[(0, 0..8)]), &mut Silent);
     assert!(matches!(
         error,
         Err(Error::Config {
@@ -125,7 +125,7 @@ fn an_abnormal_image_that_is_normal_is_named_and_nothing_changes() {
 
 #[test]
 fn an_odd_image_is_the_first_suspect_and_can_be_left_out() -> Result<(), Error> {
-    let mixed = || pictures(&[(0, 0..30), (5, 3..4)]);
+    let mixed = || images(&[(0, 0..30), (5, 3..4)]);
     let detector = fit(builder(), mixed());
     let suspects = detector.suspects(2)?;
     assert_eq!((suspects.len(), suspects[0].name.as_str()), (2, "5/3"));
@@ -140,8 +140,8 @@ fn an_odd_image_is_the_first_suspect_and_can_be_left_out() -> Result<(), Error> 
 
     let fitted = builder().drop_suspects(1).fit(mixed(), &mut Silent)?;
     assert_eq!(fitted.closed_form().unwrap().dropped, ["5/3"]);
-    let queries = || pictures(&[(0, 40..45), (5, 0..5)]);
-    let clean = fit(builder(), pictures(&[(0, 0..30)]));
+    let queries = || images(&[(0, 40..45), (5, 0..5)]);
+    let clean = fit(builder(), images(&[(0, 0..30)]));
     assert_eq!(
         scores(&fitted.detector, queries()),
         scores(&clean, queries())
@@ -166,9 +166,9 @@ fn an_odd_image_is_the_first_suspect_and_can_be_left_out() -> Result<(), Error> 
 
 #[test]
 fn a_folder_is_sorted_as_a_whole() -> Result<(), Error> {
-    let detector = fit(builder(), pictures(&[(0, 0..60)]));
+    let detector = fit(builder(), images(&[(0, 0..60)]));
     let folder = || {
-        let mut folder = pictures(&[(0, 100..130)]);
+        let mut folder = images(&[(0, 100..130)]);
         for number in 0..90 {
             let plain = |x, y| [8 * x as u8, 2 * number, 8 * y as u8].into();
             folder.push(number.to_string(), RgbImage::from_fn(32, 32, plain), vec![]);
@@ -213,7 +213,7 @@ fn a_folder_is_sorted_as_a_whole() -> Result<(), Error> {
     );
 
     // A few images are scored as they are alone.
-    let few = sort(&detector, pictures(&[(0, 100..104)]), None, &mut Silent)?;
+    let few = sort(&detector, images(&[(0, 100..104)]), None, &mut Silent)?;
     assert_eq!(few.weight, 0.0);
     assert!(
         few.findings
@@ -229,11 +229,11 @@ fn a_folder_is_sorted_as_a_whole() -> Result<(), Error> {
 
 #[test]
 fn learning_on_and_forgetting_is_a_fit_from_scratch() -> Result<(), Error> {
-    let queries = || pictures(&[(0, 50..55), (3, 0..5)]);
-    let mut detector = fit(without_patches(), pictures(&[(0, 0..30)]));
-    let whole = fit(without_patches(), pictures(&[(0, 0..40)]));
+    let queries = || images(&[(0, 50..55), (3, 0..5)]);
+    let mut detector = fit(without_patches(), images(&[(0, 0..30)]));
+    let whole = fit(without_patches(), images(&[(0, 0..40)]));
     let before = scores(&detector, queries());
-    let learnt = detector.learn_normal(pictures(&[(0, 30..40)]), &mut Silent)?;
+    let learnt = detector.learn_normal(images(&[(0, 30..40)]), &mut Silent)?;
     assert_eq!((learnt.images, learnt.calibration_dropped), (10, false));
     assert_eq!(scores(&detector, queries()), scores(&whole, queries()));
     assert_eq!(detector.calibration(), whole.calibration());
@@ -259,9 +259,9 @@ fn learning_on_and_forgetting_is_a_fit_from_scratch() -> Result<(), Error> {
         "{error}"
     );
     assert_eq!(scores(&loaded, queries()), before, "nothing changed");
-    loaded.learn_abnormal(pictures(&[(3, 7..9)]), &mut Silent)?;
+    loaded.learn_abnormal(images(&[(3, 7..9)]), &mut Silent)?;
     let error = loaded
-        .learn_normal(pictures(&[(3, 8..9)]), &mut Silent)
+        .learn_normal(images(&[(3, 8..9)]), &mut Silent)
         .unwrap_err();
     assert!(
         matches!(&error, Error::AlsoAbnormal { name } if name == "3/8"),
@@ -276,13 +276,13 @@ fn learning_on_and_forgetting_is_a_fit_from_scratch() -> Result<(), Error> {
 
 #[test]
 fn images_that_come_one_by_one_are_learnt_together() -> Result<(), Error> {
-    let queries = || pictures(&[(0, 50..55), (3, 0..5)]);
-    let mut detector = fit(without_patches(), pictures(&[(0, 0..30)]));
-    let whole = fit(without_patches(), pictures(&[(0, 0..40)]));
+    let queries = || images(&[(0, 50..55), (3, 0..5)]);
+    let mut detector = fit(without_patches(), images(&[(0, 0..30)]));
+    let whole = fit(without_patches(), images(&[(0, 0..40)]));
     let mut additions = detector.additions()?;
     assert!(additions.is_empty());
     for number in 30..40 {
-        additions.add(format!("0/{number}"), &picture(0, number))?;
+        additions.add(format!("0/{number}"), &image(0, number))?;
     }
     let empty = additions.add("empty", &RgbImage::new(0, 3)).unwrap_err();
     assert!(matches!(empty, Error::Data(_)), "{empty}");
@@ -294,7 +294,7 @@ fn images_that_come_one_by_one_are_learnt_together() -> Result<(), Error> {
     }
     assert_eq!(detector.normal_names(), whole.normal_names());
 
-    let patches_count = fit(builder(), pictures(&[(0, 0..30)]));
+    let patches_count = fit(builder(), images(&[(0, 0..30)]));
     assert!(patches_count.evidence().unwrap().patch_weight() > 0.0);
     assert!(matches!(patches_count.additions(), Err(Error::Evidence(_))));
 
@@ -313,11 +313,11 @@ fn images_that_come_one_by_one_are_learnt_together() -> Result<(), Error> {
 #[test]
 fn one_pass_scores_against_many_models() -> Result<(), Error> {
     let models = || {
-        let plain = fit(builder(), pictures(&[(0, 0..40)]));
-        let other = fit(without_patches(), pictures(&[(3, 0..40)]));
+        let plain = fit(builder(), images(&[(0, 0..40)]));
+        let other = fit(without_patches(), images(&[(3, 0..40)]));
         vec![("a".to_owned(), plain), ("b".to_owned(), other)]
     };
-    let queries = || pictures(&[(0, 50..55), (3, 50..57)]);
+    let queries = || images(&[(0, 50..55), (3, 50..57)]);
     let profiles = defend_core::ProfileSet::new(models())?;
     assert_eq!(profiles.names(), ["a", "b"]);
     let images = std::sync::Arc::new(queries()) as std::sync::Arc<dyn Dataset>;
@@ -336,7 +336,7 @@ fn one_pass_scores_against_many_models() -> Result<(), Error> {
 
     let other = Defend::builder().teacher(small::teacher(8));
     let mut mixed = models();
-    mixed.push(("c".into(), fit(other, pictures(&[(0, 0..20)]))));
+    mixed.push(("c".into(), fit(other, images(&[(0, 0..20)]))));
     let error = defend_core::ProfileSet::new(mixed).err().unwrap();
     assert!(
         matches!(&error, Error::OtherProfile { model, .. } if model == "c"),

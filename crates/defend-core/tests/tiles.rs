@@ -1,4 +1,4 @@
-//! Large pictures: tiles, regions of interest, and what does not fit them.
+//! Large images: tiles, regions of interest, and what does not fit them.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
 
 mod small;
@@ -17,7 +17,7 @@ use small::teacher;
 
 const SIDE: u32 = 96;
 
-/// A part: a checked ground, whose brightness is the picture's own, and a fault of four pixels where there is one.
+/// A part: a checked ground, whose brightness is the image's own, and a fault of four pixels where there is one.
 fn part(number: u32, fault: Option<(u32, u32)>) -> RgbImage {
     RgbImage::from_fn(SIDE, SIDE, |x, y| {
         let on = (x / 6 + y / 6).is_multiple_of(2);
@@ -74,7 +74,7 @@ fn scan_of(detector: &Detector, fault: Option<(u32, u32)>) -> Result<Scan, Error
     scan_with_maps(detector, parts(30..36, fault), &mut Silent)
 }
 
-/// Pixel of the picture under the largest value of its map.
+/// Pixel of the image under the largest value of its map.
 fn peak(scan: &Scan) -> (u32, u32) {
     let map = scan.findings[0].novelty.map.as_ref().unwrap();
     let largest = (0..map.values.len())
@@ -127,13 +127,13 @@ fn a_small_fault_is_found_in_its_tile_and_survives_a_file() -> Result<(), Error>
 /// Left-out values of the fit and scores are made in the same way: new normal parts are as far from normal as left-out ones.
 #[test]
 fn tiles_of_new_parts_are_judged_as_those_of_left_out_ones() -> Result<(), Error> {
-    // Noise, so that each picture is a group of its own and its worst patches are in several tiles.
+    // Noise, so that each image is a group of its own and its worst patches are in several tiles.
     let mut rng = Rng::seed(1);
     let mut speckled = |count: u32| {
         let mut memory = Memory::default();
         for number in 0..count {
-            let picture = RgbImage::from_fn(SIDE, SIDE, |_, _| rng.random::<[u8; 3]>().into());
-            memory.push(format!("{number}"), picture, vec![]);
+            let image = RgbImage::from_fn(SIDE, SIDE, |_, _| rng.random::<[u8; 3]>().into());
+            memory.push(format!("{number}"), image, vec![]);
         }
         memory
     };
@@ -154,13 +154,13 @@ fn tiles_of_new_parts_are_judged_as_those_of_left_out_ones() -> Result<(), Error
 /// With a memory for each position a patch is never explained by one of another tile.
 #[test]
 fn what_is_normal_elsewhere_is_not_normal_here() -> Result<(), Error> {
-    // The upper left corner of all normal pictures is red.
+    // The upper left corner of all normal images is red.
     let with_corner = |number: u32, x: u32, y: u32| {
-        let mut picture = part(number, None);
+        let mut image = part(number, None);
         for (dx, dy) in (0..16).flat_map(|x| (0..16).map(move |y| (x, y))) {
-            picture.put_pixel(x + dx, y + dy, [255, 0, 0].into());
+            image.put_pixel(x + dx, y + dy, [255, 0, 0].into());
         }
-        picture
+        image
     };
     let set = |numbers: std::ops::Range<u32>, moved: bool| {
         let mut memory = Memory::default();
@@ -256,12 +256,12 @@ impl Dataset for Faulty {
 
 /// A part with a faint fault.
 fn faint(number: u32, (left, top): (u32, u32)) -> RgbImage {
-    let mut picture = part(number, None);
+    let mut image = part(number, None);
     for (x, y) in (left..left + 8).flat_map(|x| (top..top + 8).map(move |y| (x, y))) {
-        let pixel = picture.get_pixel_mut(x, y);
+        let pixel = image.get_pixel_mut(x, y);
         pixel.0[0] = pixel.0[0].saturating_add(30);
     }
-    picture
+    image
 }
 
 #[test]
@@ -274,7 +274,7 @@ fn known_faults_are_learnt_and_kept() -> Result<(), Error> {
         }
         memory
     };
-    // 144 patches of the whole picture, or 64 of each tile, so that the worst five are few.
+    // 144 patches of the whole image, or 64 of each tile, so that the worst five are few.
     for (tiled, size) in [(None, 96), (Some(tiles(2, 2, 0.5, TileMemory::Shared)), 64)] {
         let build = || {
             let config = DefendConfig {
@@ -375,9 +375,9 @@ fn what_does_not_fit_is_named_and_nothing_is_lost() -> Result<(), Error> {
     Ok(())
 }
 
-/// A background is of whole pictures, whatever the tiles.
+/// A background is of whole images, whatever the tiles.
 #[test]
-fn tiles_share_the_background_of_whole_pictures() -> Result<(), Error> {
+fn tiles_share_the_background_of_whole_images() -> Result<(), Error> {
     let photos = parts(100..130, Some((10, 10)));
     let background: Background = Defend::builder().teacher(teacher(7)).look_at_background(
         photos,

@@ -12,10 +12,10 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use defend_core::data::{Fit, ImageFolder};
+use defend_core::data::{ImageFolder, ResizeMode};
 use defend_core::prelude::*;
 use defend_core::vit::{Backbone, Encoder, Grid, ImageSource, TokenSet, TrainScope, Vit};
-use defend_core::{Pictures, preprocess_of};
+use defend_core::{ResizedImages, preprocess_of};
 use defend_testing::{Golden, assert_close, assets, largest};
 
 fn golden() -> Golden {
@@ -31,7 +31,7 @@ fn model() -> Vit {
 }
 
 /// The made-up images of the script.
-fn waves(batch: usize, side: usize) -> Tensor {
+fn waves(batch_size: usize, side: usize) -> Tensor {
     let mut values = Vec::with_capacity(batch * 3 * side * side);
     for b in 0..batch {
         for c in 0..3 {
@@ -91,37 +91,40 @@ fn kept_tokens_equal_timms() {
     };
     let keep = golden.get("kept.indices").to_dtype(DType::U32).unwrap();
     let keep = TokenSet::new(keep, grid).unwrap();
-    let features = model().features_of(&waves(2, 224), &keep).unwrap();
+    let features = model().features_masked(&waves(2, 224), &keep).unwrap();
     assert_close(&features.cls, &golden.get("kept.cls"), 1e-4, "CLS token");
     let found = every_seventh(&features.patches);
     assert_close(&found, &golden.get("kept.patches"), 1e-4, "patches");
 }
 
-fn pictures(folder: &str, fit: Fit, vit: &Vit) -> Pictures {
+fn images(folder: &str, resize_mode: ResizeMode, vit: &Vit) -> ResizedImages {
     let set = Arc::new(ImageFolder::open(assets().join(folder)).unwrap());
     let preprocess = preprocess_of(vit.spec(), fit);
-    Pictures::read(set, preprocess, &Device::Cpu, usize::MAX, true, &mut Silent).unwrap()
+    ResizedImages::read(set, preprocess, &Device::Cpu, usize::MAX, true, &mut Silent).unwrap()
 }
 
-/// Most likely classes of all pictures.
-fn top(vit: &Vit, pictures: &Pictures) -> Vec<u32> {
-    let all: Vec<usize> = (0..pictures.len()).collect();
+/// Most likely classes of all images.
+fn top(vit: &Vit, images: &ResizedImages) -> Vec<u32> {
+    let all: Vec<usize> = (0..images.len()).collect();
     let batches = all.chunks(50).map(|batch| {
-        let logits = vit.logits(&pictures.images(batch).unwrap()).unwrap();
+        let logits = vit.logits(&images.images(batch).unwrap()).unwrap();
         logits.argmax(1).unwrap().to_vec1::<u32>().unwrap()
     });
     batches.flatten().collect()
 }
 
-const CROP: Fit = Fit::CenterCrop { crop_pct: 0.9 };
+const CROP: ResizeMode = ResizeMode::CenterCrop { crop_pct: 0.9 };
 
 /// Decoding and resizing differ from Pillow's by rounding; this is what is left of it in the CLS token.
 #[test]
 #[ignore = "needs the asset folder: set DEFEND_ASSETS"]
 fn photos_give_the_cls_tokens_of_pillow_and_timm() {
     let (golden, vit) = (golden(), model());
-    for (fit, name) in [(CROP, "photos.cls"), (Fit::Squash, "photos.squashed_cls")] {
-        let photos = pictures("parity", fit, &vit);
+    for (fit, name) in [
+        (CROP, "photos.cls"),
+        (ResizeMode::Squash, "photos.squashed_cls"),
+    ] {
+        let photos = images("parity", fit, &vit);
         let all: Vec<usize> = (0..photos.len()).collect();
         let cls = vit.features(&photos.images(&all).unwrap()).unwrap().cls;
         let expected = golden.get(name);
@@ -137,7 +140,7 @@ fn photos_give_the_cls_tokens_of_pillow_and_timm() {
         );
     }
     let classifier = weights().load_classifier(&Device::Cpu).unwrap();
-    let found = top(&classifier, &pictures("parity", CROP, &vit));
+    let found = top(&classifier, &images("parity", CROP, &vit));
     let expected = golden.get("photos.top").to_vec1::<u32>().unwrap();
     assert_eq!(found, expected, "most likely classes");
 }
@@ -146,7 +149,7 @@ fn photos_give_the_cls_tokens_of_pillow_and_timm() {
 #[ignore = "needs the asset folder: set DEFEND_ASSETS"]
 fn accuracy_on_the_imagenet_sample_is_timms() {
     let vit = weights().load_classifier(&Device::Cpu).unwrap();
-    let photos = pictures("imagenet-sample", CROP, &vit);
+    let photos = images("imagenet-sample", CROP, &vit);
     // One photo a class, sorted by name, and names start with the WordNet ids by which classes are numbered.
     let found = top(&vit, &photos);
     let right = found

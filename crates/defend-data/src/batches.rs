@@ -1,4 +1,4 @@
-//! Decoding and resizing ahead of whoever uses the pictures.
+//! Decoding and resizing ahead of whoever uses the images.
 
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,18 +20,18 @@ static POOL: LazyLock<Option<ThreadPool>> = LazyLock::new(|| {
         .ok()
 });
 
-/// Pictures that were read and resized together.
+/// ResizedImages that were read and resized together.
 #[derive(Debug, Default)]
 pub struct Batch {
-    /// Position of each picture in the data set.
+    /// Position of each image in the data set.
     pub indices: Vec<usize>,
-    /// Resized pictures, as many as `indices`; none when all of the batch failed.
-    pub pictures: Vec<RgbImage>,
+    /// Resized images, as many as `indices`; none when all of the batch failed.
+    pub images: Vec<RgbImage>,
     /// What could not be read; the consumer decides what follows from it.
     pub failures: Vec<Failure>,
 }
 
-/// A picture that could not be read or resized.
+/// An image that could not be read or resized.
 #[derive(Debug)]
 pub struct Failure {
     /// Position in the data set.
@@ -42,7 +42,7 @@ pub struct Failure {
     pub error: Error,
 }
 
-/// Iterator over resized pictures in the order asked for, at most two batches ahead.
+/// Iterator over resized images in the order asked for, at most two batches ahead.
 ///
 /// Dropping it early stops the decoding.
 ///
@@ -57,26 +57,26 @@ pub struct Batches {
 }
 
 impl Batches {
-    /// Starts to read the pictures `indices` of `dataset` in groups of `batch`, the last may be
+    /// Starts to read the images `indices` of `dataset` in groups of `batch_size`, the last may be
     /// smaller.
     ///
     /// # Errors
-    /// [`Error::Config`] when `batch` is 0 or `preprocess` is out of range; [`Error::Thread`].
+    /// [`Error::Config`] when `batch_size` is 0 or `preprocess` is out of range; [`Error::Thread`].
     pub fn new(
         dataset: Arc<dyn Dataset>,
         indices: Vec<usize>,
         preprocess: Preprocess,
-        batch: usize,
+        batch_size: usize,
     ) -> Result<Self, Error> {
         preprocess.validate()?;
-        if batch == 0 {
+        if batch_size == 0 {
             return Err(Error::Config {
-                field: "batch",
+                field: "batch_size",
                 value: 0.0,
                 expected: "at least 1",
             });
         }
-        let remaining = indices.len().div_ceil(batch);
+        let remaining = indices.len().div_ceil(batch_size);
         // One batch waits in the channel while the producer holds the next: two ahead.
         let (sender, receiver) = sync_channel(1);
         let cancelled = Arc::new(AtomicBool::new(false));
@@ -87,7 +87,7 @@ impl Batches {
         };
         let producer = thread::Builder::new()
             .name("defend-batches".into())
-            .spawn(move || source.send_all(&indices, batch, &sender))
+            .spawn(move || source.send_all(&indices, batch_size, &sender))
             .map_err(|source| Error::Thread { source })?;
         Ok(Self {
             receiver: Some(receiver),
@@ -142,8 +142,8 @@ struct Source {
 }
 
 impl Source {
-    fn send_all(&self, indices: &[usize], batch: usize, sender: &SyncSender<Batch>) {
-        for group in indices.chunks(batch) {
+    fn send_all(&self, indices: &[usize], batch_size: usize, sender: &SyncSender<Batch>) {
+        for group in indices.chunks(batch_size) {
             let read = || self.read(group);
             let Some(batch) = POOL.as_ref().map_or_else(read, |pool| pool.install(read)) else {
                 return;
@@ -156,25 +156,25 @@ impl Source {
 
     /// `None` when the consumer has gone.
     fn read(&self, indices: &[usize]) -> Option<Batch> {
-        let pictures: Option<Vec<_>> = indices
+        let images: Option<Vec<_>> = indices
             .par_iter()
             .map(|&index| {
                 let go_on = !self.cancelled.load(Ordering::Relaxed);
                 go_on.then(|| {
-                    let picture = self.dataset.image(index);
+                    let image = self.dataset.image(index);
                     (
                         index,
-                        picture.and_then(|picture| self.preprocess.resize(&picture)),
+                        image.and_then(|image| self.preprocess.resize(&image)),
                     )
                 })
             })
             .collect();
         let mut batch = Batch::default();
-        for (index, picture) in pictures? {
-            match picture {
-                Ok(picture) => {
+        for (index, image) in images? {
+            match image {
+                Ok(image) => {
                     batch.indices.push(index);
-                    batch.pictures.push(picture);
+                    batch.images.push(image);
                 }
                 Err(error) => {
                     let name = self.dataset.name(index).into_owned();
@@ -210,7 +210,7 @@ mod tests {
         }
 
         fn name(&self, index: usize) -> Cow<'_, str> {
-            format!("picture {index}").into()
+            format!("image {index}").into()
         }
 
         fn image(&self, index: usize) -> Result<RgbImage, Error> {
@@ -259,8 +259,8 @@ mod tests {
         assert_eq!(all.len(), 3);
         let first = all.next().unwrap();
         assert_eq!((first.indices, first.failures[0].index), (vec![5], 3));
-        assert_eq!(first.failures[0].name, "picture 3");
-        assert_eq!(first.pictures, [RgbImage::from_pixel(2, 2, Rgb([5; 3]))]);
+        assert_eq!(first.failures[0].name, "image 3");
+        assert_eq!(first.images, [RgbImage::from_pixel(2, 2, Rgb([5; 3]))]);
         let second = all.next().unwrap();
         assert_eq!((second.indices, second.failures.len()), (vec![1], 1));
         assert_eq!(all.next().unwrap().indices, [0]);
@@ -305,7 +305,13 @@ mod tests {
     fn refuses_batches_of_nothing() {
         let preprocess = Preprocess::new(2, [0.5; 3], [0.5; 3]);
         let result = Batches::new(counting(None), vec![0], preprocess.clone(), 0);
-        assert!(matches!(result, Err(Error::Config { field: "batch", .. })));
+        assert!(matches!(
+            result,
+            Err(Error::Config {
+                field: "batch_size",
+                ..
+            })
+        ));
         let bad = Preprocess {
             size: 0,
             ..preprocess

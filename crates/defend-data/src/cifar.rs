@@ -17,7 +17,7 @@ const MISSING_100: &str = "download the binary version of CIFAR-100 (cifar-100-b
     data set's own page and unpack it, so that the folder cifar-100-binary which you open holds \
     train.bin, test.bin, fine_label_names.txt and coarse_label_names.txt";
 
-/// Width and height of every picture.
+/// Width and height of every image.
 const SIDE: u32 = 32;
 const PLANE: usize = (SIDE * SIDE) as usize;
 const PIXEL_BYTES: usize = 3 * PLANE;
@@ -46,11 +46,11 @@ pub struct Cifar {
 #[derive(Debug, Clone)]
 struct Part {
     path: PathBuf,
-    /// Position of its first picture in the data set.
+    /// Position of its first image in the data set.
     start: usize,
 }
 
-/// What stands before the pixels of each picture.
+/// What stands before the pixels of each image.
 #[derive(Debug, Clone, Copy)]
 struct Record {
     /// Number of label bytes.
@@ -141,7 +141,7 @@ impl Cifar {
         Ok(set)
     }
 
-    /// The file that holds a picture and its place there.
+    /// The file that holds an image and its place there.
     fn place(&self, index: usize) -> Result<(&Path, usize), Error> {
         let len = self.labels.len();
         let after = self.files.partition_point(|part| part.start <= index);
@@ -321,15 +321,15 @@ mod tests {
         let folder = cifar10();
         let train = Cifar::cifar10(folder.path(), Split::Train).unwrap();
         (0..1000_usize).into_par_iter().for_each(|i| {
-            let picture = train.image(i % 10).unwrap();
+            let image = train.image(i % 10).unwrap();
             let batch = 1 + (i % 10 / 2) as u8;
             let first = if i % 2 == 0 { 10 * batch } else { batch };
-            assert_eq!(picture.dimensions(), (32, 32));
-            assert_eq!(picture.get_pixel(0, 0).0, [first; 3]);
+            assert_eq!(image.dimensions(), (32, 32));
+            assert_eq!(image.get_pixel(0, 0).0, [first; 3]);
             let right = [first.wrapping_add(1), first.wrapping_sub(1), first];
-            assert_eq!(picture.get_pixel(1, 0).0, right);
+            assert_eq!(image.get_pixel(1, 0).0, right);
             let below = [first.wrapping_add(32), first.wrapping_sub(32), first];
-            assert_eq!(picture.get_pixel(0, 1).0, below);
+            assert_eq!(image.get_pixel(0, 1).0, below);
         });
     }
 

@@ -1,4 +1,4 @@
-//! MS COCO: several objects a picture, all annotations in one file.
+//! MS COCO: several objects an image, all annotations in one file.
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
@@ -10,17 +10,17 @@ use image::RgbImage;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use crate::published::{expect_folder, open_file, read_picture};
+use crate::published::{expect_folder, open_file, read_published};
 use crate::{ClassId, Dataset, Error, ObjectBox, dataset::sample};
 
-const MISSING: &str = "download the pictures (train2017.zip, val2017.zip) and the annotations \
+const MISSING: &str = "download the images (train2017.zip, val2017.zip) and the annotations \
     (annotations_trainval2017.zip, or those of 2014) of MS COCO from the data set's own page and unpack \
-    them, then open a file such as annotations/instances_val2017.json with its folder of pictures, val2017";
+    them, then open a file such as annotations/instances_val2017.json with its folder of images, val2017";
 
 /// Whether regions that COCO marks as a crowd of one class count.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Crowd {
-    /// They count: objects of the class are in the picture.
+    /// They count: objects of the class are in the image.
     #[default]
     Counted,
     /// They are passed over, as in COCO's own evaluation.
@@ -29,7 +29,7 @@ pub enum Crowd {
 
 /// One split of MS COCO with the classes of all annotated objects.
 ///
-/// Pictures stand in the order of the file; those without annotations have no class. The classes are the
+/// ResizedImages stand in the order of the file; those without annotations have no class. The classes are the
 /// categories in the order of their ids, so that 1 to 90 with gaps become 0 to 79.
 #[derive(Debug, Clone)]
 pub struct Coco {
@@ -39,22 +39,22 @@ pub struct Coco {
 
 #[derive(Debug, Clone)]
 struct Sample {
-    picture: PathBuf,
+    image: PathBuf,
     classes: Vec<ClassId>,
     boxes: Vec<ObjectBox>,
 }
 
 impl Coco {
-    /// Reads an `instances_*.json` of 2014 or 2017; `images` is the folder of its pictures.
+    /// Reads an `instances_*.json` of 2014 or 2017; `images` is the folder of its images.
     ///
     /// The file is read as a stream, in any order of its parts: of each annotation no more stays than
-    /// that this category is in this picture and its box, so memory does not grow with the
+    /// that this category is in this image and its box, so memory does not grow with the
     /// outlines, which are most of the file's 450 MB.
     ///
     /// # Errors
     /// [`Error::Missing`] with what to download; [`Error::Read`]; [`Error::Json`] with line and column;
-    /// [`Error::Content`] for an annotation of an unknown picture or category and for an id that comes
-    /// twice; [`Error::NoImages`] when the file lists no picture.
+    /// [`Error::Content`] for an annotation of an unknown image or category and for an id that comes
+    /// twice; [`Error::NoImages`] when the file lists no image.
     pub fn open(
         annotations: impl AsRef<Path>,
         images: impl AsRef<Path>,
@@ -75,7 +75,7 @@ impl Coco {
         if instances.images.is_empty() {
             return Err(Error::NoImages {
                 path: path.into(),
-                expected: "one entry for each picture under \"images\"",
+                expected: "one entry for each image under \"images\"",
             });
         }
         instances.into_set(path, folder, crowd)
@@ -90,11 +90,11 @@ impl Dataset for Coco {
     fn name(&self, index: usize) -> Cow<'_, str> {
         self.samples
             .get(index)
-            .map_or(Cow::Borrowed(""), |s| s.picture.to_string_lossy())
+            .map_or(Cow::Borrowed(""), |s| s.image.to_string_lossy())
     }
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
-        read_picture(&sample(&self.samples, index)?.picture, MISSING)
+        read_published(&sample(&self.samples, index)?.image, MISSING)
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {
@@ -113,13 +113,13 @@ impl Dataset for Coco {
 /// What is kept of the file; serde skips all other fields without storing them.
 #[derive(Deserialize)]
 struct Instances {
-    images: Vec<Picture>,
+    images: Vec<Image>,
     annotations: Annotations,
     categories: Vec<Category>,
 }
 
 #[derive(Deserialize)]
-struct Picture {
+struct Image {
     id: u64,
     file_name: String,
     /// Pixels; without them and the height there are no boxes.
@@ -148,7 +148,7 @@ struct Annotation {
 
 #[derive(Default)]
 struct Annotations {
-    /// Which category is in which picture: (picture, category, whether it is a crowd), each once.
+    /// Which category is in which image: (image, category, whether it is a crowd), each once.
     presences: BTreeSet<(u64, u64, bool)>,
     /// The same, and where.
     boxes: Vec<(u64, u64, bool, [f64; 4])>,
@@ -204,9 +204,9 @@ impl Instances {
             }
         }
         let mut classes_of = HashMap::new();
-        for picture in &self.images {
-            if classes_of.insert(picture.id, Vec::new()).is_some() {
-                let found = format!("two images with the id {}", picture.id);
+        for image in &self.images {
+            if classes_of.insert(image.id, Vec::new()).is_some() {
+                let found = format!("two images with the id {}", image.id);
                 return Err(fault(found, "an id for each"));
             }
         }
@@ -227,9 +227,9 @@ impl Instances {
         let sizes: HashMap<u64, [f64; 2]> = self
             .images
             .iter()
-            .map(|picture| {
-                let size = [picture.width, picture.height].map(Option::unwrap_or_default);
-                (picture.id, size)
+            .map(|image| {
+                let size = [image.width, image.height].map(Option::unwrap_or_default);
+                (image.id, size)
             })
             .collect();
         let mut boxes_of: HashMap<u64, Vec<ObjectBox>> = HashMap::new();
@@ -243,10 +243,10 @@ impl Instances {
                 boxes_of.entry(image).or_default().extend(found);
             }
         }
-        let samples = self.images.into_iter().map(|picture| Sample {
-            picture: folder.join(picture.file_name),
-            classes: classes_of.remove(&picture.id).unwrap_or_default(),
-            boxes: boxes_of.remove(&picture.id).unwrap_or_default(),
+        let samples = self.images.into_iter().map(|image| Sample {
+            image: folder.join(image.file_name),
+            classes: classes_of.remove(&image.id).unwrap_or_default(),
+            boxes: boxes_of.remove(&image.id).unwrap_or_default(),
         });
         Ok(Coco {
             samples: samples.collect(),
@@ -303,7 +303,7 @@ mod tests {
             assert_eq!(set.classes(1), [ClassId(1)]);
             assert!(set.classes(2).is_empty() && set.classes(3).is_empty());
             assert!(set.name(1).ends_with("3.png"));
-            // Cut at the picture's edge.
+            // Cut at the image's edge.
             let corners = set
                 .boxes(0)
                 .iter()
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_are_read_when_asked_for() {
+    fn images_are_read_when_asked_for() {
         let folder = file(&[IMAGES, ANNOTATIONS, CATEGORIES]);
         let set = open(&folder, Crowd::Counted).unwrap();
         let missing = set.image(0).unwrap_err();

@@ -1,4 +1,4 @@
-//! The role of everything that gives pictures.
+//! The role of everything that gives images.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::Error;
 #[serde(transparent)]
 pub struct ClassId(pub u32);
 
-/// A box around an object, in shares of the picture's width and height, `0..=1`.
+/// A box around an object, in shares of the image's width and height, `0..=1`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ObjectBox {
     /// What the object is.
@@ -29,7 +29,7 @@ pub struct ObjectBox {
 }
 
 impl ObjectBox {
-    /// From corners in pixels; `None` for a picture or a box without an area.
+    /// From corners in pixels; `None` for an image or a box without an area.
     pub(crate) fn of_pixels(
         class: ClassId,
         [left, top, right, bottom]: [f64; 4],
@@ -64,26 +64,26 @@ pub enum Split {
     Test,
 }
 
-/// Pictures in a fixed order, with the classes of the objects they show where these are known.
+/// ResizedImages in a fixed order, with the classes of the objects they show where these are known.
 pub trait Dataset: Send + Sync {
-    /// Number of pictures.
+    /// Number of images.
     fn len(&self) -> usize;
 
-    /// Whether there is no picture.
+    /// Whether there is no image.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Name of a picture for reports, a path where there is one; empty past the end.
+    /// Name of an image for reports, a path where there is one; empty past the end.
     fn name(&self, index: usize) -> Cow<'_, str>;
 
-    /// Reads a picture in its full size.
+    /// Reads an image in its full size.
     ///
     /// # Errors
     /// Those of [`read_image`](crate::read_image) for files; [`Error::Index`] past the end.
     fn image(&self, index: usize) -> Result<RgbImage, Error>;
 
-    /// Classes of the objects in a picture, each once, ascending; empty for an unlabelled picture
+    /// Classes of the objects in an image, each once, ascending; empty for an unlabelled image
     /// and past the end.
     fn classes(&self, index: usize) -> &[ClassId];
 
@@ -93,8 +93,8 @@ pub trait Dataset: Send + Sync {
         &[]
     }
 
-    /// Where the novelty is: non-zero pixels, in the picture's own size; `None` for sets without masks
-    /// and for normal pictures.
+    /// Where the novelty is: non-zero pixels, in the image's own size; `None` for sets without masks
+    /// and for normal images.
     ///
     /// # Errors
     /// [`Error::Index`] past the end; of sets with masks those of [`read_image`](crate::read_image),

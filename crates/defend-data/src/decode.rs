@@ -9,7 +9,7 @@ use image::{DynamicImage, GrayImage, ImageDecoder, ImageFormat, ImageReader, Lim
 
 use crate::{Error, jpeg};
 
-/// Memory that one decoded picture may take: 1 GiB, enough for 10,000 x 10,000 px in any format.
+/// Memory that one decoded image may take: 1 GiB, enough for 10,000 x 10,000 px in any format.
 pub const MAX_DECODED_BYTES: u64 = 1 << 30;
 
 /// Reads an image file, see [`decode_image`].
@@ -35,7 +35,7 @@ pub fn read_image(path: impl AsRef<Path>) -> Result<RgbImage, Error> {
 /// JPEG values are not bit for bit Pillow's: over 24 photos resized to 224 px the mean difference of
 /// sampled values is at most 0.21 grey levels with full-resolution colour and 0.6 with 4:2:0.
 ///
-/// `origin` names the picture in errors.
+/// `origin` names the image in errors.
 /// # Errors
 /// [`Error::EmptyFile`], [`Error::UnknownFormat`], [`Error::Truncated`] for a JPEG without its end,
 /// [`Error::TooLarge`] above [`MAX_DECODED_BYTES`], else [`Error::Decode`] or
@@ -55,23 +55,23 @@ pub fn decode_image(bytes: &[u8], origin: &str) -> Result<RgbImage, Error> {
     })
 }
 
-/// A mask as shades of grey, which has to be as large as its picture.
-pub(crate) fn mask_of(picture: &Path, path: &Path, mask: &RgbImage) -> Result<GrayImage, Error> {
-    let (picture_width, picture_height) = read_dimensions(picture)?;
+/// A mask as shades of grey, which has to be as large as its image.
+pub(crate) fn mask_of(image: &Path, path: &Path, mask: &RgbImage) -> Result<GrayImage, Error> {
+    let (image_width, image_height) = read_dimensions(image)?;
     let (width, height) = mask.dimensions();
-    if (width, height) != (picture_width, picture_height) {
+    if (width, height) != (image_width, image_height) {
         return Err(Error::MaskSize {
             path: path.to_owned(),
             width,
             height,
-            picture_width,
-            picture_height,
+            image_width,
+            image_height,
         });
     }
     Ok(image::imageops::grayscale(mask))
 }
 
-/// Width and height of an image file's picture as [`read_image`] gives it, from the file's header.
+/// Width and height of an image file's image as [`read_image`] gives it, from the file's header.
 ///
 /// # Errors
 /// Those of [`read_image`].
@@ -112,12 +112,12 @@ fn decode(bytes: &[u8], origin: &str) -> Result<RgbImage, Error> {
         });
     }
     let orientation = upright(&mut decoder);
-    let mut picture = DynamicImage::from_decoder(decoder).map_err(|source| Error::Decode {
+    let mut image = DynamicImage::from_decoder(decoder).map_err(|source| Error::Decode {
         origin: origin.into(),
         source,
     })?;
-    picture.apply_orientation(orientation);
-    Ok(picture.into_rgb8())
+    image.apply_orientation(orientation);
+    Ok(image.into_rgb8())
 }
 
 /// Reads the header.
@@ -149,9 +149,9 @@ fn open_decoder<'a>(bytes: &'a [u8], origin: &str) -> Result<impl ImageDecoder +
     reader.into_decoder().map_err(fault)
 }
 
-/// What turns the picture upright.
+/// What turns the image upright.
 fn upright(decoder: &mut impl ImageDecoder) -> Orientation {
-    // Damaged metadata is no reason to lose the picture.
+    // Damaged metadata is no reason to lose the image.
     decoder.orientation().unwrap_or(Orientation::NoTransforms)
 }
 
@@ -161,9 +161,9 @@ mod tests {
 
     use super::*;
 
-    fn encode(picture: impl Into<DynamicImage>, format: ImageFormat) -> Vec<u8> {
+    fn encode(image: impl Into<DynamicImage>, format: ImageFormat) -> Vec<u8> {
         let mut bytes = Cursor::new(Vec::new());
-        picture.into().write_to(&mut bytes, format).unwrap();
+        image.into().write_to(&mut bytes, format).unwrap();
         bytes.into_inner()
     }
 
@@ -198,7 +198,7 @@ mod tests {
 
     #[test]
     fn every_format_is_told_from_its_content() {
-        let picture = gradient(5, 4);
+        let image = gradient(5, 4);
         for format in [
             ImageFormat::Png,
             ImageFormat::WebP,
@@ -206,11 +206,11 @@ mod tests {
             ImageFormat::Tiff,
             ImageFormat::Pnm,
         ] {
-            let bytes = encode(picture.clone(), format);
-            assert_eq!(decode_image(&bytes, "test").unwrap(), picture, "{format:?}");
+            let bytes = encode(image.clone(), format);
+            assert_eq!(decode_image(&bytes, "test").unwrap(), image, "{format:?}");
         }
         for format in [ImageFormat::Jpeg, ImageFormat::Gif] {
-            let bytes = encode(picture.clone(), format);
+            let bytes = encode(image.clone(), format);
             assert_eq!(
                 decode_image(&bytes, "test").unwrap().dimensions(),
                 (5, 4),
@@ -222,7 +222,7 @@ mod tests {
     #[test]
     fn a_png_named_jpg_and_a_single_pixel_are_read() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("picture.jpg");
+        let path = folder.path().join("image.jpg");
         std::fs::write(&path, encode(gradient(1, 1), ImageFormat::Png)).unwrap();
         assert_eq!(read_image(&path).unwrap(), gradient(1, 1));
         assert_eq!(read_dimensions(&path).unwrap(), (1, 1));
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn dimensions_are_those_of_the_upright_picture() {
+    fn dimensions_are_those_of_the_upright_image() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("lying.jpg");
         let plain = encode(gradient(16, 8), ImageFormat::Jpeg);
@@ -242,7 +242,7 @@ mod tests {
         std::fs::write(&path, bytes).unwrap();
         assert_eq!(read_image(&path).unwrap().dimensions(), (8, 16));
         assert_eq!(read_dimensions(&path).unwrap(), (8, 16));
-        std::fs::write(&path, "no picture").unwrap();
+        std::fs::write(&path, "no image").unwrap();
         let error = read_dimensions(&path).unwrap_err();
         assert!(matches!(error, Error::UnknownFormat { .. }), "{error}");
     }
@@ -259,7 +259,7 @@ mod tests {
         };
         assert!(matches!(fails(b""), Error::EmptyFile { .. }));
         assert!(matches!(
-            fails(b"this is no picture"),
+            fails(b"this is no image"),
             Error::UnknownFormat { .. }
         ));
         let png = encode(gradient(64, 64), ImageFormat::Png);

@@ -22,7 +22,7 @@ pub enum Error {
         /// The reason, which names the entry at fault.
         source: walkdir::Error,
     },
-    /// A folder holds no picture.
+    /// A folder holds no image.
     #[error("the folder {path:?} holds no image, expected {expected}")]
     NoImages {
         /// The folder.
@@ -38,48 +38,48 @@ pub enum Error {
         /// What to download and where to put it.
         help: &'static str,
     },
-    /// A picture's file has no content.
+    /// An image's file has no content.
     #[error("{origin:?} is empty, expected an image")]
     EmptyFile {
-        /// Path or name of the picture.
+        /// Path or name of the image.
         origin: String,
     },
-    /// The content of a file is no picture that can be read.
+    /// The content of a file is no image that can be read.
     #[error(
         "{origin:?} is not an image in a known format: expected JPEG, PNG, WebP, BMP, GIF, TIFF or PNM"
     )]
     UnknownFormat {
-        /// Path or name of the picture.
+        /// Path or name of the image.
         origin: String,
     },
     /// A JPEG ends before its last byte.
     #[error("{origin:?} is a truncated JPEG: its {bytes} bytes hold no end-of-image marker")]
     Truncated {
-        /// Path or name of the picture.
+        /// Path or name of the image.
         origin: String,
         /// Length of the file.
         bytes: usize,
     },
-    /// A picture would fill the memory.
+    /// An image would fill the memory.
     #[error(
         "{origin:?} is {width} x {height} px and takes {bytes} bytes decoded, expected at most {limit}"
     )]
     TooLarge {
-        /// Path or name of the picture.
+        /// Path or name of the image.
         origin: String,
         /// Width in pixels.
         width: u32,
         /// Height in pixels.
         height: u32,
-        /// Memory for the decoded picture.
+        /// Memory for the decoded image.
         bytes: u64,
         /// Memory that is allowed.
         limit: u64,
     },
-    /// A picture cannot be decoded.
+    /// An image cannot be decoded.
     #[error("cannot decode the image {origin:?}: {source}")]
     Decode {
-        /// Path or name of the picture.
+        /// Path or name of the image.
         origin: String,
         /// The decoder's reason.
         source: image::ImageError,
@@ -87,18 +87,18 @@ pub enum Error {
     /// A decoder failed in a way that its author did not foresee.
     #[error("the decoder gave up on the image {origin:?}: the file is damaged")]
     DecoderPanic {
-        /// Path or name of the picture.
+        /// Path or name of the image.
         origin: String,
     },
-    /// A picture has no pixels.
-    #[error("the picture is {width} x {height} px, expected at least 1 x 1")]
-    EmptyPicture {
+    /// An image has no pixels.
+    #[error("the image is {width} x {height} px, expected at least 1 x 1")]
+    EmptyImage {
         /// Width in pixels.
         width: u32,
         /// Height in pixels.
         height: u32,
     },
-    /// A picture is smaller than the tiles that it is to be cut into.
+    /// An image is smaller than the tiles that it is to be cut into.
     #[error(
         "{width} x {height} px are to be cut into tiles of {smallest} px, expected at least one tile: use no tiles, or a smaller image size"
     )]
@@ -110,17 +110,17 @@ pub enum Error {
         /// Side of a tile, pixels.
         smallest: u32,
     },
-    /// A picture cannot be resized.
-    #[error("cannot resize the picture: {source}")]
+    /// An image cannot be resized.
+    #[error("cannot resize the image: {source}")]
     Resize {
         /// The resizer's reason.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A picture was not resized to the network's input.
+    /// An image was not resized to the network's input.
     #[error(
-        "the picture is {width} x {height} px, expected {input_width} x {input_height}: resize it first"
+        "the image is {width} x {height} px, expected {input_width} x {input_height}: resize it first"
     )]
-    PictureSize {
+    ImageSize {
         /// Width in pixels.
         width: u32,
         /// Height in pixels.
@@ -130,7 +130,7 @@ pub enum Error {
         /// Height of the network's input in pixels.
         input_height: u32,
     },
-    /// The region of interest is none of the picture's, or damaged.
+    /// The region of interest is none of the image's, or damaged.
     #[error("the region of interest is {found}, expected {expected}")]
     Region {
         /// What it is.
@@ -230,10 +230,10 @@ pub enum Error {
         /// What should.
         expected: &'static str,
     },
-    /// A mask does not lie over its picture.
+    /// A mask does not lie over its image.
     #[error(
-        "the mask {path:?} is {width} x {height} px, expected {picture_width} x {picture_height} as its \
-         picture"
+        "the mask {path:?} is {width} x {height} px, expected {image_width} x {image_height} as its \
+         image"
     )]
     MaskSize {
         /// The mask's file.
@@ -242,10 +242,10 @@ pub enum Error {
         width: u32,
         /// Height of the mask in pixels.
         height: u32,
-        /// Width of the picture in pixels.
-        picture_width: u32,
-        /// Height of the picture in pixels.
-        picture_height: u32,
+        /// Width of the image in pixels.
+        image_width: u32,
+        /// Height of the image in pixels.
+        image_height: u32,
     },
     /// A text is no [`ContentHash`](crate::ContentHash).
     #[error("{found:?} is no content hash, expected 64 hexadecimal digits")]

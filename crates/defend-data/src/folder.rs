@@ -99,11 +99,11 @@ impl Dataset for ImageFolder {
     }
 
     fn mask(&self, index: usize) -> Result<Option<GrayImage>, Error> {
-        let picture = sample(&self.paths, index)?;
+        let image = sample(&self.paths, index)?;
         let Some(Some(path)) = self.masks.get(index) else {
             return Ok(None);
         };
-        Ok(Some(mask_of(picture, path, &read_image(path)?)?))
+        Ok(Some(mask_of(image, path, &read_image(path)?)?))
     }
 
     fn classes(&self, _index: usize) -> &[ClassId] {

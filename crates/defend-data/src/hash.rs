@@ -1,4 +1,4 @@
-//! Names for pictures by what they show, to find one picture in two places.
+//! Names for images by what they show, to find one image in two places.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::{Dataset, Error};
 
-/// BLAKE3 of a picture's size and pixels: equal pictures have equal hashes, whatever their files are called.
+/// BLAKE3 of an image's size and pixels: equal images have equal hashes, whatever their files are called.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ContentHash([u8; 32]);
 
@@ -20,16 +20,16 @@ impl ContentHash {
     }
 }
 
-/// The hash of a decoded picture.
-pub fn content_hash(picture: &RgbImage) -> ContentHash {
+/// The hash of a decoded image.
+pub fn content_hash(image: &RgbImage) -> ContentHash {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&picture.width().to_le_bytes());
-    hasher.update(&picture.height().to_le_bytes());
-    hasher.update(picture.as_raw());
+    hasher.update(&image.width().to_le_bytes());
+    hasher.update(&image.height().to_le_bytes());
+    hasher.update(image.as_raw());
     ContentHash(*hasher.finalize().as_bytes())
 }
 
-/// Hashes of some pictures, in the order asked for; decoded in parallel, one picture in memory a thread.
+/// Hashes of some images, in the order asked for; decoded in parallel, one image in memory a thread.
 ///
 /// # Errors
 /// Those of [`Dataset::image`].
@@ -38,7 +38,7 @@ pub fn content_hashes(set: &dyn Dataset, indices: &[usize]) -> Result<Vec<Conten
     indices.par_iter().map(hash).collect()
 }
 
-/// Equal pictures in two sets: positions in `train_indices` and in `test_indices`.
+/// Equal images in two sets: positions in `train_indices` and in `test_indices`.
 ///
 /// # Errors
 /// Those of [`Dataset::image`].
@@ -89,16 +89,16 @@ mod tests {
     use super::*;
     use crate::Memory;
 
-    fn picture(width: u32, height: u32, shade: u8) -> RgbImage {
+    fn image(width: u32, height: u32, shade: u8) -> RgbImage {
         RgbImage::from_pixel(width, height, image::Rgb([shade; 3]))
     }
 
     #[test]
-    fn equal_pictures_only_are_equal() {
-        let hash = content_hash(&picture(2, 3, 7));
-        assert_eq!(hash, content_hash(&picture(2, 3, 7)));
-        assert_ne!(hash, content_hash(&picture(3, 2, 7)));
-        assert_ne!(hash, content_hash(&picture(2, 3, 8)));
+    fn equal_images_only_are_equal() {
+        let hash = content_hash(&image(2, 3, 7));
+        assert_eq!(hash, content_hash(&image(2, 3, 7)));
+        assert_ne!(hash, content_hash(&image(3, 2, 7)));
+        assert_ne!(hash, content_hash(&image(2, 3, 8)));
         let json = serde_json::to_string(&hash).unwrap();
         assert_eq!(json, format!("\"{hash}\""));
         assert_eq!(serde_json::from_str::<ContentHash>(&json).unwrap(), hash);
@@ -111,7 +111,7 @@ mod tests {
         let set = |shades: &[u8]| {
             let mut set = Memory::default();
             for (i, &shade) in shades.iter().enumerate() {
-                set.push(format!("{i}"), picture(2, 2, shade), vec![]);
+                set.push(format!("{i}"), image(2, 2, shade), vec![]);
             }
             set
         };

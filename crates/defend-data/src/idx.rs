@@ -35,12 +35,12 @@ const MISSING_FASHION: &str = "download the four files of Fashion-MNIST ({train,
 const MISSING_MNIST: &str = "download the four files of MNIST ({train,t10k}-images-idx3-ubyte and \
     {train,t10k}-labels-idx1-ubyte, with or without .gz) from the data set's own page into this folder";
 
-/// Most that the pictures of one file may take: 4 GiB.
+/// Most that the images of one file may take: 4 GiB.
 const MAX_BYTES: u64 = 1 << 32;
 
 const GZIP: [u8; 2] = [0x1F, 0x8B];
 
-/// Grey pictures with one label each from a pair of idx files, read one by one when they are asked for; those of a gzipped
+/// Grey images with one label each from a pair of idx files, read one by one when they are asked for; those of a gzipped
 /// file from an unzipped temporary one.
 #[derive(Debug, Clone)]
 pub struct Idx {
@@ -52,7 +52,7 @@ pub struct Idx {
     class_names: Vec<String>,
 }
 
-/// Where the pictures' bytes lie one after the other.
+/// Where the images' bytes lie one after the other.
 #[derive(Debug, Clone)]
 enum Pixels {
     /// The data set's own file, behind its header.
@@ -98,7 +98,7 @@ impl Idx {
         Files::find(folder.as_ref(), split, MISSING_MNIST)?.open(&MNIST_CLASSES)
     }
 
-    /// Reads a file of pictures (idx3, bytes) and the file of their labels (idx1, bytes), gzipped or
+    /// Reads a file of images (idx3, bytes) and the file of their labels (idx1, bytes), gzipped or
     /// not, which is told from the content.
     ///
     /// # Errors
@@ -109,9 +109,9 @@ impl Idx {
         class_names: Vec<String>,
     ) -> Result<Self, Error> {
         let (images, labels) = (images.as_ref(), labels.as_ref());
-        let pictures = Opened::<3>::open(images)?;
-        let [count, height, width] = pictures.dimensions;
-        let pixels = pictures.place()?;
+        let opened = Opened::<3>::open(images)?;
+        let [count, height, width] = opened.dimensions;
+        let pixels = opened.place()?;
         let labelled = Opened::<1>::open(labels)?;
         let [label_count] = labelled.dimensions;
         let label_bytes = labelled.read()?;
@@ -123,7 +123,7 @@ impl Idx {
             })
         };
         if width == 0 || height == 0 {
-            let found = format!("pictures of {width} x {height} px");
+            let found = format!("images of {width} x {height} px");
             return fault(images, found, "at least 1 x 1 px".into());
         }
         if label_count != count {
@@ -131,7 +131,7 @@ impl Idx {
             return fault(
                 labels,
                 found,
-                format!("{count}, as many as there are pictures"),
+                format!("{count}, as many as there are images"),
             );
         }
         if let Some(label) = label_bytes

@@ -2,7 +2,7 @@
 
 const END_OF_IMAGE: u8 = 0xD9;
 
-/// Whether an end-of-image marker closes the picture; bytes after it do not matter.
+/// Whether an end-of-image marker closes the image; bytes after it do not matter.
 ///
 /// The decoder fills what a cut file lacks with grey and reports success, so this is looked at
 /// before. Segments are skipped by their length: the thumbnail in an Exif segment has an end marker

@@ -1,6 +1,6 @@
-//! Pictures, where they come from and how they become network input.
+//! ResizedImages, where they come from and how they become network input.
 //!
-//! A [`Dataset`] gives pictures with the classes of the objects they show, a [`Protocol`] splits it
+//! A [`Dataset`] gives images with the classes of the objects they show, a [`Protocol`] splits it
 //! into normal and abnormal, [`Preprocess`] resizes and normalises as the checkpoint was trained,
 //! and [`Batches`] does the decoding ahead of the consumer.
 //!
@@ -19,9 +19,9 @@
 //!
 //! let preprocess = Preprocess::new(32, [0.5; 3], [0.5; 3]);
 //! for batch in Batches::new(Arc::new(scenes), normal, preprocess.clone(), 8)? {
-//!     for picture in &batch.pictures {
+//!     for image in &batch.images {
 //!         let mut input = vec![0.0; preprocess.input_len()];
-//!         preprocess.normalize_into(picture, &mut input)?;
+//!         preprocess.normalize_into(image, &mut input)?;
 //!         assert!((input[0] + 1.0).abs() < 1e-6);
 //!     }
 //! }
@@ -62,7 +62,7 @@ pub use image::{GrayImage, RgbImage};
 pub use manifest::Manifest;
 pub use memory::Memory;
 pub use mvtec::MvtecAd;
-pub use preprocess::{Fit, Interpolation, Preprocess};
+pub use preprocess::{Interpolation, Preprocess, ResizeMode};
 pub use protocol::{AllVsOne, Label, MultiObject, Protocol};
 pub use region::{Mask, Region};
 pub use subset::Subset;

@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::{ClassId, Dataset, Error, dataset::sample, read_image};
 
-/// Pictures that a list names, with the classes of the objects they show.
+/// ResizedImages that a list names, with the classes of the objects they show.
 ///
 /// A CSV has the header `path,labels` or `path,labels,split`, labels apart by `;` or `|`; a JSON file is a list of
 /// `{"path": .., "labels": [..], "split": ..}`. Relative paths are relative to the list's own folder.
@@ -73,7 +73,7 @@ impl Manifest {
         if samples.is_empty() {
             return Err(Error::NoImages {
                 path: path.into(),
-                expected: "one entry for each picture, and entries of the split that is asked for",
+                expected: "one entry for each image, and entries of the split that is asked for",
             });
         }
         Ok(Self {
@@ -147,7 +147,7 @@ fn read_entries(path: &Path) -> Result<Vec<Entry>, Error> {
             1
         };
         if entry.path.as_os_str().is_empty() {
-            return Err(fault(at, "no path", "the path of a picture"));
+            return Err(fault(at, "no path", "the path of an image"));
         }
         if entry.labels.iter().any(String::is_empty) {
             return Err(fault(at, "an empty label", "labels apart by one ; or |"));

@@ -1,4 +1,4 @@
-//! Pictures held in memory.
+//! ResizedImages held in memory.
 
 use std::borrow::Cow;
 
@@ -6,7 +6,7 @@ use image::RgbImage;
 
 use crate::{ClassId, Dataset, Error, dataset::sample};
 
-/// Pictures held in memory, as rendered scenes and tests need them.
+/// ResizedImages held in memory, as rendered scenes and tests need them.
 #[derive(Debug, Clone, Default)]
 pub struct Memory {
     samples: Vec<Sample>,
@@ -16,12 +16,12 @@ pub struct Memory {
 #[derive(Debug, Clone)]
 struct Sample {
     name: String,
-    picture: RgbImage,
+    image: RgbImage,
     classes: Vec<ClassId>,
 }
 
 impl Memory {
-    /// An empty set of pictures that may show objects of `class_names`.
+    /// An empty set of images that may show objects of `class_names`.
     pub fn new(class_names: Vec<String>) -> Self {
         Self {
             samples: Vec::new(),
@@ -29,13 +29,13 @@ impl Memory {
         }
     }
 
-    /// Adds a picture and the classes of the objects it shows, in any order.
-    pub fn push(&mut self, name: impl Into<String>, picture: RgbImage, mut classes: Vec<ClassId>) {
+    /// Adds an image and the classes of the objects it shows, in any order.
+    pub fn push(&mut self, name: impl Into<String>, image: RgbImage, mut classes: Vec<ClassId>) {
         classes.sort_unstable();
         classes.dedup();
         self.samples.push(Sample {
             name: name.into(),
-            picture,
+            image,
             classes,
         });
     }
@@ -51,7 +51,7 @@ impl Dataset for Memory {
     }
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
-        Ok(sample(&self.samples, index)?.picture.clone())
+        Ok(sample(&self.samples, index)?.image.clone())
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {

@@ -1,4 +1,4 @@
-//! MVTec AD: industrial pictures with the masks of their defects.
+//! MVTec AD: industrial images with the masks of their defects.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use image::{GrayImage, RgbImage};
 
 use crate::dataset::sample;
 use crate::decode::mask_of;
-use crate::published::{expect_folder, read_picture};
+use crate::published::{expect_folder, read_published};
 use crate::{ClassFolder, ClassId, Dataset, Error, Split};
 
 const MISSING: &str = "download MVTec AD (mvtec_anomaly_detection.tar.xz, or one category of it) from its authors' \
@@ -25,9 +25,9 @@ pub struct MvtecAd {
 
 #[derive(Debug, Clone)]
 struct Sample {
-    picture: PathBuf,
+    image: PathBuf,
     class: [ClassId; 1],
-    /// Where the mask belongs, for pictures with a defect.
+    /// Where the mask belongs, for images with a defect.
     mask: Option<PathBuf>,
 }
 
@@ -36,7 +36,7 @@ impl MvtecAd {
     ///
     /// # Errors
     /// [`Error::Missing`] with what to download; those of [`ClassFolder::open`]; [`Error::Content`] when there is no
-    /// folder of good pictures.
+    /// folder of good images.
     pub fn open(category: impl AsRef<Path>, split: Split) -> Result<Self, Error> {
         let category = category.as_ref();
         let folder = category.join(match split {
@@ -68,8 +68,8 @@ impl MvtecAd {
                     .first()
                     .copied()
                     .map_or(ClassId(0), renumbered);
-                let picture = PathBuf::from(found.name(index).as_ref());
-                let stem = picture.file_stem().unwrap_or_default().to_string_lossy();
+                let image = PathBuf::from(found.name(index).as_ref());
+                let stem = image.file_stem().unwrap_or_default().to_string_lossy();
                 let defect = class_names.get(class.0 as usize).filter(|_| class.0 > 0);
                 let mask = defect.map(|defect| {
                     let name = format!("{stem}_mask.png");
@@ -78,7 +78,7 @@ impl MvtecAd {
                 Sample {
                     class: [class],
                     mask,
-                    picture,
+                    image,
                 }
             })
             .collect();
@@ -97,11 +97,11 @@ impl Dataset for MvtecAd {
     fn name(&self, index: usize) -> Cow<'_, str> {
         self.samples
             .get(index)
-            .map_or(Cow::Borrowed(""), |s| s.picture.to_string_lossy())
+            .map_or(Cow::Borrowed(""), |s| s.image.to_string_lossy())
     }
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
-        read_picture(&sample(&self.samples, index)?.picture, MISSING)
+        read_published(&sample(&self.samples, index)?.image, MISSING)
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {
@@ -113,8 +113,8 @@ impl Dataset for MvtecAd {
         let Some(path) = &found.mask else {
             return Ok(None);
         };
-        let mask = read_picture(path, MISSING)?;
-        Ok(Some(mask_of(&found.picture, path, &mask)?))
+        let mask = read_published(path, MISSING)?;
+        Ok(Some(mask_of(&found.image, path, &mask)?))
     }
 
     fn class_names(&self) -> &[String] {
@@ -168,7 +168,7 @@ mod tests {
             test.mask(0),
             Err(Error::MaskSize {
                 width: 5,
-                picture_width: 4,
+                image_width: 4,
                 ..
             })
         ));

@@ -1,4 +1,4 @@
-//! Pictures to network input, as Pillow and torchvision do it.
+//! ResizedImages to network input, as Pillow and torchvision do it.
 
 use std::borrow::Cow;
 
@@ -11,13 +11,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Region};
 
-/// Longest picture, in units of its shorter side, that a centre crop resizes whole.
+/// Longest image, in units of its shorter side, that a centre crop resizes whole.
 const MAX_ASPECT: u32 = 32;
 
-/// How a picture of any shape becomes a square.
+/// How an image of any shape becomes a square.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Fit {
+pub enum ResizeMode {
     /// Both sides are resized to the input's size: shapes change, but no object is lost.
     #[default]
     Squash,
@@ -42,7 +42,7 @@ pub enum Interpolation {
     Bilinear,
 }
 
-/// What a checkpoint wants done to a picture.
+/// What a checkpoint wants done to an image.
 ///
 /// There is no default: size, mean and deviation belong to the checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -50,18 +50,19 @@ pub enum Interpolation {
 pub struct Preprocess {
     /// Width of the network's input in pixels, in `1..=4096`; its height too, as a rule.
     pub size: u32,
-    /// Height of the network's input where it is another one, in `1..=4096`; only squashed pictures have one.
+    /// Height of the network's input where it is another one, in `1..=4096`; only squashed images have one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub height: Option<u32>,
-    /// What is looked at of each picture; all of it without one.
+    /// What is looked at of each image; all of it without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub region: Option<Region>,
-    /// Least width and height that is looked at of a picture, pixels: one that is cut into tiles has to be as large as a tile.
+    /// Least width and height that is looked at of an image, pixels: one that is cut into tiles has to be as large as a tile.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub smallest: Option<u32>,
-    /// How a picture becomes square.
+    /// How an image becomes square.
     #[serde(default)]
-    pub fit: Fit,
+    #[serde(alias = "fit")]
+    pub resize_mode: ResizeMode,
     /// Kernel of the resize.
     #[serde(default)]
     pub filter: Interpolation,
@@ -79,7 +80,7 @@ impl Preprocess {
             height: None,
             region: None,
             smallest: None,
-            fit: Fit::default(),
+            resize_mode: ResizeMode::default(),
             filter: Interpolation::default(),
             mean,
             std,
@@ -110,18 +111,18 @@ impl Preprocess {
             "1..=4096",
         )?;
         if let Some(height) = self.height {
-            let fine = (1..=4096).contains(&height) && self.fit == Fit::Squash;
+            let fine = (1..=4096).contains(&height) && self.resize_mode == ResizeMode::Squash;
             check(
                 fine,
                 "height",
                 height as f32,
-                "1..=4096, or none where pictures are cropped",
+                "1..=4096, or none where images are cropped",
             )?;
         }
         if let Some(region) = &self.region {
             region.validate()?;
         }
-        if let Fit::CenterCrop { crop_pct } = self.fit {
+        if let ResizeMode::CenterCrop { crop_pct } = self.resize_mode {
             let fine = (0.05..=1.0).contains(&crop_pct);
             check(fine, "crop_pct", crop_pct, "0.05..=1")?;
         }
@@ -148,21 +149,21 @@ impl Preprocess {
         3 * width as usize * height as usize
     }
 
-    /// Cuts the region out of `picture` and makes it as large as the network's input, 8-bit values, to be kept where it is used
+    /// Cuts the region out of `image` and makes it as large as the network's input, 8-bit values, to be kept where it is used
     /// again.
     ///
     /// # Errors
-    /// [`Error::Config`] as [`Self::validate`]; [`Error::EmptyPicture`]; [`Error::Region`] for a region that does not lie in the
-    /// picture; [`Error::TooSmall`]; [`Error::Resize`].
-    pub fn resize(&self, picture: &RgbImage) -> Result<RgbImage, Error> {
+    /// [`Error::Config`] as [`Self::validate`]; [`Error::EmptyImage`]; [`Error::Region`] for a region that does not lie in the
+    /// image; [`Error::TooSmall`]; [`Error::Resize`].
+    pub fn resize(&self, image: &RgbImage) -> Result<RgbImage, Error> {
         self.validate()?;
-        let (width, height) = picture.dimensions();
+        let (width, height) = image.dimensions();
         if width == 0 || height == 0 {
-            return Err(Error::EmptyPicture { width, height });
+            return Err(Error::EmptyImage { width, height });
         }
         let cut = match &self.region {
-            Some(region) => Cow::Owned(region.cut(picture, self.mean_colour())?),
-            None => Cow::Borrowed(picture),
+            Some(region) => Cow::Owned(region.cut(image, self.mean_colour())?),
+            None => Cow::Borrowed(image),
         };
         let (width, height) = cut.dimensions();
         if let Some(smallest) = self.smallest
@@ -175,9 +176,9 @@ impl Preprocess {
             });
         }
         let (width, height) = self.input_size();
-        match self.fit {
-            Fit::Squash => self.resize_to(&cut, width, height),
-            Fit::CenterCrop { crop_pct } => self.resize_and_crop(&cut, crop_pct),
+        match self.resize_mode {
+            ResizeMode::Squash => self.resize_to(&cut, width, height),
+            ResizeMode::CenterCrop { crop_pct } => self.resize_and_crop(&cut, crop_pct),
         }
     }
 
@@ -187,15 +188,15 @@ impl Preprocess {
             .map(|mean| (255.0 * mean).round().clamp(0.0, 255.0) as u8)
     }
 
-    fn resize_and_crop(&self, picture: &RgbImage, crop_pct: f32) -> Result<RgbImage, Error> {
-        let (width, height) = picture.dimensions();
+    fn resize_and_crop(&self, image: &RgbImage, crop_pct: f32) -> Result<RgbImage, Error> {
+        let (width, height) = image.dimensions();
         let (short, long) = (width.min(height), width.max(height));
         // A strip of 1 x 10,000 px would be blown up to gigabytes, of which the crop keeps the middle.
         let kept = short.saturating_mul(MAX_ASPECT);
         if long > kept {
             let (w, h) = (width.min(kept), height.min(kept));
             let (x, y) = ((width - w) / 2, (height - h) / 2);
-            let middle = imageops::crop_imm(picture, x, y, w, h).to_image();
+            let middle = imageops::crop_imm(image, x, y, w, h).to_image();
             return self.resize_and_crop(&middle, crop_pct);
         }
         // In f32, where 224 / 0.1 rounds back to 2240; the widened 0.1 would floor to 2239.
@@ -207,7 +208,7 @@ impl Preprocess {
         } else {
             (other, scaled)
         };
-        let resized = self.resize_to(picture, w, h)?;
+        let resized = self.resize_to(image, w, h)?;
         // torchvision: int(round((side - size) / 2)), and Python rounds halves to even.
         let margin = |side: u32| (f64::from(side - self.size) / 2.0).round_ties_even() as u32;
         Ok(imageops::crop_imm(&resized, margin(w), margin(h), self.size, self.size).to_image())
@@ -215,11 +216,11 @@ impl Preprocess {
 
     /// Rows first, as Pillow does: the 8-bit values between the two passes are clipped, so with a
     /// kernel that overshoots the order shows. The resizer on its own would begin with the columns.
-    fn resize_to(&self, picture: &RgbImage, width: u32, height: u32) -> Result<RgbImage, Error> {
-        let rows = if picture.width() == width {
-            Cow::Borrowed(picture)
+    fn resize_to(&self, image: &RgbImage, width: u32, height: u32) -> Result<RgbImage, Error> {
+        let rows = if image.width() == width {
+            Cow::Borrowed(image)
         } else {
-            Cow::Owned(self.pass(picture, width, picture.height())?)
+            Cow::Owned(self.pass(image, width, image.height())?)
         };
         if rows.height() == height {
             return Ok(rows.into_owned());
@@ -227,7 +228,7 @@ impl Preprocess {
         self.pass(&rows, width, height)
     }
 
-    fn pass(&self, picture: &RgbImage, width: u32, height: u32) -> Result<RgbImage, Error> {
+    fn pass(&self, image: &RgbImage, width: u32, height: u32) -> Result<RgbImage, Error> {
         let filter = match self.filter {
             Interpolation::Bicubic => FilterType::CatmullRom,
             Interpolation::Bilinear => FilterType::Bilinear,
@@ -235,8 +236,8 @@ impl Preprocess {
         let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter));
         let mut resized = RgbImage::new(width, height);
         let fault = |source: Box<dyn std::error::Error + Send + Sync>| Error::Resize { source };
-        let (from_width, from_height) = picture.dimensions();
-        let from = ImageRef::new(from_width, from_height, picture.as_raw(), PixelType::U8x3)
+        let (from_width, from_height) = image.dimensions();
+        let from = ImageRef::new(from_width, from_height, image.as_raw(), PixelType::U8x3)
             .map_err(|source| fault(source.into()))?;
         let mut to = Image::from_slice_u8(width, height, &mut resized, PixelType::U8x3)
             .map_err(|source| fault(source.into()))?;
@@ -246,17 +247,17 @@ impl Preprocess {
         Ok(resized)
     }
 
-    /// Writes a resized picture as network input: `(v / 255 - mean) / std`, channels first.
+    /// Writes a resized image as network input: `(v / 255 - mean) / std`, channels first.
     ///
-    /// `picture`: the result of [`Self::resize`]; `input`: `[3, height, width]`, row-major.
+    /// `image`: the result of [`Self::resize`]; `input`: `[3, height, width]`, row-major.
     /// # Errors
-    /// [`Error::PictureSize`] and [`Error::InputLength`] when either has another size.
-    pub fn normalize_into(&self, picture: &RgbImage, input: &mut [f32]) -> Result<(), Error> {
+    /// [`Error::ImageSize`] and [`Error::InputLength`] when either has another size.
+    pub fn normalize_into(&self, image: &RgbImage, input: &mut [f32]) -> Result<(), Error> {
         let expected = self.input_len();
-        let (width, height) = picture.dimensions();
+        let (width, height) = image.dimensions();
         let (input_width, input_height) = self.input_size();
         if (width, height) != (input_width, input_height) {
-            return Err(Error::PictureSize {
+            return Err(Error::ImageSize {
                 width,
                 height,
                 input_width,
@@ -269,7 +270,7 @@ impl Preprocess {
                 expected,
             });
         }
-        let raw = picture.as_raw();
+        let raw = image.as_raw();
         for (c, plane) in input.chunks_exact_mut(expected / 3).enumerate() {
             let (mean, std) = (self.mean[c], self.std[c]);
             let table: [f32; 256] = std::array::from_fn(|v| (v as f32 / 255.0 - mean) / std);
@@ -287,55 +288,55 @@ mod tests {
 
     use super::*;
 
-    fn preprocess(fit: Fit) -> Preprocess {
+    fn preprocess(resize_mode: ResizeMode) -> Preprocess {
         Preprocess {
-            fit,
+            resize_mode,
             ..Preprocess::new(4, [0.5, 0.25, 0.0], [0.5, 0.25, 1.0])
         }
     }
 
     #[test]
-    fn squash_keeps_a_constant_picture() {
+    fn squash_keeps_a_constant_image() {
         for (width, height) in [(1, 1), (1, 300), (17, 5), (4, 4)] {
-            let picture = RgbImage::from_pixel(width, height, Rgb([9, 99, 199]));
-            let resized = preprocess(Fit::Squash).resize(&picture).unwrap();
+            let image = RgbImage::from_pixel(width, height, Rgb([9, 99, 199]));
+            let resized = preprocess(ResizeMode::Squash).resize(&image).unwrap();
             assert_eq!(resized, RgbImage::from_pixel(4, 4, Rgb([9, 99, 199])));
         }
     }
 
     #[test]
     fn center_crop_takes_the_centre() {
-        let picture = RgbImage::from_fn(
+        let image = RgbImage::from_fn(
             11,
             4,
             |x, _| if x == 3 { Rgb([255; 3]) } else { Rgb([0; 3]) },
         );
         // The margin (11 - 4) / 2 = 3.5 rounds to the even 4, as Python does: column 3 is cut off.
-        let cropped = preprocess(Fit::CenterCrop { crop_pct: 1.0 })
-            .resize(&picture)
+        let cropped = preprocess(ResizeMode::CenterCrop { crop_pct: 1.0 })
+            .resize(&image)
             .unwrap();
         assert_eq!(cropped, RgbImage::new(4, 4));
     }
 
     #[test]
     fn strips_do_not_fill_the_memory() {
-        let picture = RgbImage::from_pixel(60_000, 1, Rgb([7; 3]));
-        let fit = Fit::CenterCrop { crop_pct: 0.9 };
+        let image = RgbImage::from_pixel(60_000, 1, Rgb([7; 3]));
+        let resize_mode = ResizeMode::CenterCrop { crop_pct: 0.9 };
         let preprocess = Preprocess {
-            fit,
+            resize_mode,
             ..Preprocess::new(224, [0.5; 3], [0.5; 3])
         };
-        let cropped = preprocess.resize(&picture).unwrap();
+        let cropped = preprocess.resize(&image).unwrap();
         assert_eq!(cropped, RgbImage::from_pixel(224, 224, Rgb([7; 3])));
     }
 
     #[test]
     fn normalised_input_is_channels_first() {
-        let mut picture = RgbImage::from_pixel(4, 4, Rgb([0, 255, 51]));
-        picture.put_pixel(1, 0, Rgb([255, 0, 0]));
-        let preprocess = preprocess(Fit::Squash);
+        let mut image = RgbImage::from_pixel(4, 4, Rgb([0, 255, 51]));
+        image.put_pixel(1, 0, Rgb([255, 0, 0]));
+        let preprocess = preprocess(ResizeMode::Squash);
         let mut input = vec![0.0; preprocess.input_len()];
-        preprocess.normalize_into(&picture, &mut input).unwrap();
+        preprocess.normalize_into(&image, &mut input).unwrap();
         for (at, value) in [
             (0, -1.0),
             (1, 1.0),
@@ -348,7 +349,7 @@ mod tests {
             assert!((found - value).abs() < 1e-6, "{at}: {found}");
         }
         let error = preprocess
-            .normalize_into(&picture, &mut input[1..])
+            .normalize_into(&image, &mut input[1..])
             .unwrap_err();
         assert!(matches!(
             error,
@@ -362,7 +363,7 @@ mod tests {
         let error = preprocess.normalize_into(&oblong, &mut input).unwrap_err();
         assert!(matches!(
             error,
-            Error::PictureSize {
+            Error::ImageSize {
                 width: 2,
                 height: 8,
                 input_width: 4,
@@ -373,7 +374,7 @@ mod tests {
 
     #[test]
     fn bad_settings_are_refused_with_their_name() {
-        let good = preprocess(Fit::Squash);
+        let good = preprocess(ResizeMode::Squash);
         let bad = [
             (
                 "size",
@@ -382,10 +383,13 @@ mod tests {
                     ..good.clone()
                 },
             ),
-            ("crop_pct", preprocess(Fit::CenterCrop { crop_pct: 1.5 })),
             (
                 "crop_pct",
-                preprocess(Fit::CenterCrop { crop_pct: f32::NAN }),
+                preprocess(ResizeMode::CenterCrop { crop_pct: 1.5 }),
+            ),
+            (
+                "crop_pct",
+                preprocess(ResizeMode::CenterCrop { crop_pct: f32::NAN }),
             ),
             (
                 "mean",
@@ -407,16 +411,16 @@ mod tests {
             assert!(error.to_string().starts_with(field), "{error}");
         }
         let empty = good.resize(&RgbImage::new(0, 3));
-        assert!(matches!(empty, Err(Error::EmptyPicture { .. })));
+        assert!(matches!(empty, Err(Error::EmptyImage { .. })));
     }
 
     #[test]
     fn settings_survive_json_and_unknown_ones_do_not() {
-        for fit in [Fit::Squash, Fit::CenterCrop { crop_pct: 0.9 }] {
-            let text = serde_json::to_string(&preprocess(fit)).unwrap();
+        for resize_mode in [ResizeMode::Squash, ResizeMode::CenterCrop { crop_pct: 0.9 }] {
+            let text = serde_json::to_string(&preprocess(resize_mode)).unwrap();
             assert_eq!(
                 serde_json::from_str::<Preprocess>(&text).unwrap(),
-                preprocess(fit)
+                preprocess(resize_mode)
             );
         }
         let typo = r#"{"size": 224, "mean": [0, 0, 0], "std": [1, 1, 1], "fiter": "bicubic"}"#;

@@ -1,32 +1,32 @@
-//! Which pictures are normal: the protocols of the paper's tables.
+//! Which images are normal: the protocols of the paper's tables.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{ClassId, Dataset};
 
-/// The truth about one picture.
+/// The truth about one image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Label {
-    /// Like the training pictures; negative.
+    /// Like the training images; negative.
     Normal,
     /// Novel; positive.
     Abnormal,
 }
 
 impl Label {
-    /// Whether the picture is novel.
+    /// Whether the image is novel.
     pub fn is_abnormal(self) -> bool {
         self == Self::Abnormal
     }
 }
 
-/// A rule that tells normal from abnormal pictures by the objects they show.
+/// A rule that tells normal from abnormal images by the objects they show.
 pub trait Protocol {
-    /// The truth about a picture that shows objects of `classes`.
+    /// The truth about an image that shows objects of `classes`.
     fn label(&self, classes: &[ClassId]) -> Label;
 
-    /// Positions of the pictures to train on, ascending: the normal ones.
+    /// Positions of the images to train on, ascending: the normal ones.
     fn train(&self, dataset: &dyn Dataset) -> Vec<usize> {
         (0..dataset.len())
             .filter(|&index| self.label(dataset.classes(index)) == Label::Normal)
@@ -34,10 +34,10 @@ pub trait Protocol {
     }
 }
 
-/// A picture is normal when it shows an object of a normal class, whatever else it shows.
+/// An image is normal when it shows an object of a normal class, whatever else it shows.
 ///
-/// With pictures of one object this is one-vs-all (one normal class, Table 4) and half-vs-half
-/// (Table 5); with several it is the paper's multi-object protocol. A picture without labels is
+/// With images of one object this is one-vs-all (one normal class, Table 4) and half-vs-half
+/// (Table 5); with several it is the paper's multi-object protocol. An image without labels is
 /// abnormal.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -46,9 +46,9 @@ pub struct MultiObject {
     pub normal: Vec<ClassId>,
 }
 
-/// A picture is abnormal when it shows an object of one class; all others are normal (Table 2).
+/// An image is abnormal when it shows an object of one class; all others are normal (Table 2).
 ///
-/// A picture without labels is normal.
+/// An image without labels is normal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AllVsOne {
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn one_normal_object_makes_a_normal_picture() {
+    fn one_normal_object_makes_a_normal_image() {
         let one = MultiObject {
             normal: vec![ClassId(0)],
         };
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn one_abnormal_object_makes_an_abnormal_picture() {
+    fn one_abnormal_object_makes_an_abnormal_image() {
         let protocols: [Box<dyn Protocol>; 1] = [Box::new(AllVsOne {
             abnormal: ClassId(1),
         })];

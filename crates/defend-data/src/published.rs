@@ -18,8 +18,8 @@ pub(crate) fn read_text(path: &Path, help: &'static str) -> Result<String, Error
     fs::read_to_string(path).map_err(|source| fault(path, help, source))
 }
 
-/// Reads a picture; `help` says what to download when it is not there.
-pub(crate) fn read_picture(path: &Path, help: &'static str) -> Result<RgbImage, Error> {
+/// Reads an image; `help` says what to download when it is not there.
+pub(crate) fn read_published(path: &Path, help: &'static str) -> Result<RgbImage, Error> {
     read_image(path).map_err(|error| match error {
         Error::Read { path, source } => fault(&path, help, source),
         other => other,

@@ -115,8 +115,8 @@ impl Mask {
         pixels
     }
 
-    fn cut(&self, picture: &RgbImage, fill: [u8; 3]) -> Result<RgbImage, Error> {
-        let (width, height) = picture.dimensions();
+    fn cut(&self, image: &RgbImage, fill: [u8; 3]) -> Result<RgbImage, Error> {
+        let (width, height) = image.dimensions();
         let shape = |width: u32, height: u32| f64::from(width) / f64::from(height);
         let ratio = shape(width, height) / shape(self.width, self.height);
         if (ratio - 1.0).abs() > SHAPE_TOLERANCE {
@@ -137,7 +137,7 @@ impl Mask {
         let inside = |row: usize, column: usize| {
             pixels.get(row * self.width as usize + column) == Some(&true)
         };
-        let mut painted = picture.clone();
+        let mut painted = image.clone();
         let (mut left, mut right, mut top, mut bottom) = (width, 0, height, 0);
         for (y, row) in painted.rows_mut().enumerate() {
             let y = y as u32;
@@ -189,10 +189,10 @@ impl Region {
     ///
     /// # Errors
     /// [`Error::Region`] for a rectangle that does not lie in the image, and for an image of another shape than the mask.
-    pub fn cut(&self, picture: &RgbImage, fill: [u8; 3]) -> Result<RgbImage, Error> {
+    pub fn cut(&self, image: &RgbImage, fill: [u8; 3]) -> Result<RgbImage, Error> {
         self.validate()?;
         let (x, y, width, height) = match self {
-            Self::Mask(mask) => return mask.cut(picture, fill),
+            Self::Mask(mask) => return mask.cut(image, fill),
             &Self::Rectangle {
                 x,
                 y,
@@ -200,19 +200,19 @@ impl Region {
                 height,
             } => (x, y, width, height),
         };
-        let (picture_width, picture_height) = picture.dimensions();
+        let (image_width, image_height) = image.dimensions();
         let ends = |from: u32, side: u32, whole: u32| {
             from.checked_add(side).is_some_and(|end| end <= whole)
         };
-        if !ends(x, width, picture_width) || !ends(y, height, picture_height) {
+        if !ends(x, width, image_width) || !ends(y, height, image_height) {
             return Err(Error::Region {
                 found: format!(
-                    "a rectangle of {width} x {height} px at ({x}, {y}) over an image of {picture_width} x {picture_height} px"
+                    "a rectangle of {width} x {height} px at ({x}, {y}) over an image of {image_width} x {image_height} px"
                 ),
                 expected: "one that lies in the image",
             });
         }
-        Ok(imageops::crop_imm(picture, x, y, width, height).to_image())
+        Ok(imageops::crop_imm(image, x, y, width, height).to_image())
     }
 }
 

@@ -1,4 +1,4 @@
-//! A choice of another data set's pictures.
+//! A choice of another data set's images.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use image::{GrayImage, RgbImage};
 
 use crate::{ClassId, Dataset, Error, ObjectBox, dataset::sample};
 
-/// Some pictures of another data set, in an order of one's own.
+/// Some images of another data set, in an order of one's own.
 #[derive(Clone)]
 pub struct Subset {
     whole: Arc<dyn Dataset>,
@@ -15,10 +15,10 @@ pub struct Subset {
 }
 
 impl Subset {
-    /// The pictures `indices` of `whole`; an index may come twice.
+    /// The images `indices` of `whole`; an index may come twice.
     ///
     /// # Errors
-    /// [`Error::Index`] when `whole` has no such picture.
+    /// [`Error::Index`] when `whole` has no such image.
     pub fn new(whole: Arc<dyn Dataset>, indices: Vec<usize>) -> Result<Self, Error> {
         let len = whole.len();
         match indices.iter().find(|&&index| index >= len) {
@@ -27,7 +27,7 @@ impl Subset {
         }
     }
 
-    /// Positions of the pictures in the whole.
+    /// Positions of the images in the whole.
     pub fn indices(&self) -> &[usize] {
         &self.indices
     }

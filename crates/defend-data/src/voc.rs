@@ -1,4 +1,4 @@
-//! PASCAL VOC: several objects a picture.
+//! PASCAL VOC: several objects an image.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -8,7 +8,7 @@ use image::RgbImage;
 use rayon::prelude::*;
 use roxmltree::{Document, Node};
 
-use crate::published::{read_picture, read_text};
+use crate::published::{read_published, read_text};
 use crate::{ClassId, Dataset, Error, ObjectBox, dataset::sample};
 
 /// The classes of PASCAL VOC since 2007; the position is the [`ClassId`].
@@ -42,7 +42,7 @@ const MISSING: &str = "download the train/val archive of PASCAL VOC (VOCtrainval
 /// Whether objects that VOC marks as difficult to recognise count.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Difficult {
-    /// They count: they are in the picture.
+    /// They count: they are in the image.
     #[default]
     Counted,
     /// They are passed over, as in VOC's own evaluation.
@@ -58,11 +58,11 @@ pub struct Voc {
 
 #[derive(Debug, Clone)]
 struct Sample {
-    picture: PathBuf,
+    image: PathBuf,
     objects: Objects,
 }
 
-/// What is in a picture.
+/// What is in an image.
 #[derive(Debug, Clone, Default)]
 struct Objects {
     classes: Vec<ClassId>,
@@ -95,13 +95,13 @@ impl Voc {
         Self::listed(root, "Segmentation", split, |id| {
             let path = root.join("SegmentationClass").join(format!("{id}.png"));
             Ok(Objects {
-                classes: classes_of_mask(&read_picture(&path, MISSING)?, &path)?,
+                classes: classes_of_mask(&read_published(&path, MISSING)?, &path)?,
                 boxes: Vec::new(),
             })
         })
     }
 
-    /// The pictures of an image set, with what `objects` finds for each id.
+    /// The images of an image set, with what `objects` finds for each id.
     fn listed(
         root: &Path,
         kind: &str,
@@ -119,9 +119,9 @@ impl Voc {
             .filter_map(|line| line.split_whitespace().next())
             .collect();
         let sample = |id: &&str| {
-            let picture = root.join("JPEGImages").join(format!("{id}.jpg"));
+            let image = root.join("JPEGImages").join(format!("{id}.jpg"));
             Ok(Sample {
-                picture,
+                image,
                 objects: objects(id)?,
             })
         };
@@ -150,11 +150,11 @@ impl Dataset for Voc {
     fn name(&self, index: usize) -> Cow<'_, str> {
         self.samples
             .get(index)
-            .map_or(Cow::Borrowed(""), |s| s.picture.to_string_lossy())
+            .map_or(Cow::Borrowed(""), |s| s.image.to_string_lossy())
     }
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
-        read_picture(&sample(&self.samples, index)?.picture, MISSING)
+        read_published(&sample(&self.samples, index)?.image, MISSING)
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {
@@ -352,7 +352,7 @@ mod tests {
         assert!(all.name(0).ends_with("a.jpg"));
         let easy = Voc::open(root.path(), "train", Difficult::Ignored).unwrap();
         assert_eq!(easy.classes(0), [ClassId(11)]);
-        // Up to the picture's edge; the second dog has no box.
+        // Up to the image's edge; the second dog has no box.
         let dog = ObjectBox {
             class: ClassId(11),
             left: 0.25,

@@ -14,8 +14,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use defend_data::{
-    AllVsOne, Batches, ClassFolder, ClassId, Coco, Crowd, Dataset, Difficult, Fit, Idx,
-    ImageFolder, MultiObject, MvtecAd, Preprocess, Protocol, RgbImage, Split, Voc, read_image,
+    AllVsOne, Batches, ClassFolder, ClassId, Coco, Crowd, Dataset, Difficult, Idx, ImageFolder,
+    MultiObject, MvtecAd, Preprocess, Protocol, ResizeMode, RgbImage, Split, Voc, read_image,
 };
 use serde::Deserialize;
 
@@ -49,7 +49,7 @@ fn voc_has_the_published_counts() {
 
 #[test]
 #[ignore = "needs the asset folder: set DEFEND_ASSETS"]
-fn coco_has_its_pictures_and_80_classes() {
+fn coco_has_its_images_and_80_classes() {
     let open = |split: &str, crowd| {
         let annotations = assets("coco/annotations").join(format!("instances_{split}.json"));
         Coco::open(annotations, assets("coco").join(split), crowd).unwrap()
@@ -63,7 +63,7 @@ fn coco_has_its_pictures_and_80_classes() {
             .count();
         assert!(
             labelled > 20,
-            "{split}: {labelled} of 30 pictures have objects"
+            "{split}: {labelled} of 30 images have objects"
         );
         for i in 0..set.len() {
             assert!(set.image(i).unwrap().width() > 100, "{}", set.name(i));
@@ -76,7 +76,7 @@ fn coco_has_its_pictures_and_80_classes() {
 
 #[test]
 #[ignore = "needs the asset folder: set DEFEND_ASSETS"]
-fn every_defect_of_the_screw_has_a_mask_over_its_picture() {
+fn every_defect_of_the_screw_has_a_mask_over_its_image() {
     let open = |split| MvtecAd::open(assets("mvtec/screw"), split).unwrap();
     let (train, test) = (open(Split::Train), open(Split::Test));
     assert_eq!((train.len(), test.len()), (320, 160));
@@ -140,14 +140,14 @@ struct Sampled {
 }
 
 /// Mean difference of the sampled values, and the largest of the three channel means.
-fn difference(picture: &RgbImage, places: &[(u32, u32, usize)], golden: &Sampled) -> (f64, f64) {
+fn difference(image: &RgbImage, places: &[(u32, u32, usize)], golden: &Sampled) -> (f64, f64) {
     let sampled: f64 = places
         .iter()
         .zip(&golden.values)
-        .map(|(&(y, x, c), &value)| f64::from(picture.get_pixel(x, y).0[c].abs_diff(value)))
+        .map(|(&(y, x, c), &value)| f64::from(image.get_pixel(x, y).0[c].abs_diff(value)))
         .sum();
-    let pixels = f64::from(picture.width() * picture.height());
-    let channel = |c: usize| picture.pixels().map(|p| f64::from(p.0[c])).sum::<f64>() / pixels;
+    let pixels = f64::from(image.width() * image.height());
+    let channel = |c: usize| image.pixels().map(|p| f64::from(p.0[c])).sum::<f64>() / pixels;
     let means = (0..3)
         .map(|c| (channel(c) - golden.mean[c]).abs())
         .fold(0.0, f64::max);
@@ -162,18 +162,18 @@ fn photos_come_out_as_in_pillow() {
     assert_eq!(golden.photos.len(), 24);
     let (mut worst_value, mut worst_mean) = (0.0_f64, 0.0_f64);
     for (name, photo) in &golden.photos {
-        let picture = read_image(assets("parity").join(name)).unwrap();
-        assert_eq!(picture.dimensions(), photo.size, "{name}");
+        let image = read_image(assets("parity").join(name)).unwrap();
+        assert_eq!(image.dimensions(), photo.size, "{name}");
         let fits = [
-            (Fit::Squash, &photo.squash),
-            (Fit::CenterCrop { crop_pct: 0.9 }, &photo.center_crop),
+            (ResizeMode::Squash, &photo.squash),
+            (ResizeMode::CenterCrop { crop_pct: 0.9 }, &photo.center_crop),
         ];
         for (fit, sampled) in fits {
             let preprocess = Preprocess {
                 fit,
                 ..Preprocess::new(224, [0.5; 3], [0.5; 3])
             };
-            let resized = preprocess.resize(&picture).unwrap();
+            let resized = preprocess.resize(&image).unwrap();
             let (value, mean) = difference(&resized, &golden.places, sampled);
             assert!(value < 1.0 && mean < 0.5, "{name} {fit:?}: {value} {mean}");
             println!("{name} {fit:?}: values {value:.3}, channel means {mean:.3}");

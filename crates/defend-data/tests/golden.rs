@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 
-use defend_data::{Fit, Interpolation, Preprocess, RgbImage, decode_image};
+use defend_data::{Interpolation, Preprocess, ResizeMode, RgbImage, decode_image};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -55,30 +55,30 @@ fn difference(a: &[u8], b: &[u8]) -> (u8, f64) {
 #[test]
 fn unusual_jpegs_decode_as_in_pillow() {
     for (name, file) in golden().files {
-        let picture = decode_image(&bytes(&file.hex), &name).unwrap();
-        assert_eq!(picture.dimensions(), file.size, "{name}");
-        let (max, mean) = difference(picture.as_raw(), &file.pixels);
+        let image = decode_image(&bytes(&file.hex), &name).unwrap();
+        assert_eq!(image.dimensions(), file.size, "{name}");
+        let (max, mean) = difference(image.as_raw(), &file.pixels);
         assert!(max <= 4 && mean < 1.0, "{name}: {max} {mean}");
     }
 }
 
 #[test]
 fn resizing_is_pillows() {
-    let picture = RgbImage::from_fn(41, 23, |x, y| {
+    let image = RgbImage::from_fn(41, 23, |x, y| {
         image::Rgb([1, 2, 3].map(|c| ((x * x * 7 + y * 13 * c + x * y) % 256) as u8))
     });
     for case in golden().resized {
-        let fit = match case.fit.as_str() {
-            "squash" => Fit::Squash,
-            _ => Fit::CenterCrop { crop_pct: 0.9 },
+        let resize_mode = match case.fit.as_str() {
+            "squash" => ResizeMode::Squash,
+            _ => ResizeMode::CenterCrop { crop_pct: 0.9 },
         };
         let what = format!("{:?} {fit:?} {}", case.filter, case.size);
         let preprocess = Preprocess {
-            fit,
+            resize_mode,
             filter: case.filter,
             ..Preprocess::new(case.size, [0.5; 3], [0.5; 3])
         };
-        let resized = preprocess.resize(&picture).unwrap();
+        let resized = preprocess.resize(&image).unwrap();
         let (max, mean) = difference(resized.as_raw(), &case.pixels);
         assert!(max <= 1 && mean < 0.02, "{what}: {max} {mean}");
     }

@@ -52,7 +52,8 @@ pub struct DenseConfig {
     /// Passes over the images. Paper: 3, for COCO 10.
     pub epochs: usize,
     /// Images a step. Authors' code: 32.
-    pub batch: usize,
+    #[serde(alias = "batch")]
+    pub batch_size: usize,
     /// What crops are cut from and compared with. Paper: the whole image.
     pub view: View,
     /// Crops of each view, `1..=8`. Authors' code: 4; eq. 1 has one.
@@ -102,7 +103,7 @@ impl Default for DenseConfig {
     fn default() -> Self {
         Self {
             epochs: 3,
-            batch: 32,
+            batch_size: 32,
             view: View::Whole,
             crops: 4,
             crop_size: 96,
@@ -175,7 +176,7 @@ impl DenseConfig {
         let at_least_one = "at least 1";
         let counts = [
             ("epochs", self.epochs),
-            ("batch", self.batch),
+            ("batch", self.batch_size),
             ("head_output", self.head_output),
             ("trained_blocks", self.trained_blocks),
         ];

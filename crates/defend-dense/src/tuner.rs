@@ -8,7 +8,7 @@ use defend_train::{
     AdamW, AdamWConfig, MovingAverage, ParameterGroup, TensorCache, Training, TrainingPlan,
     TrainingReport, TrainingStage, half_cosine, rows_of, train,
 };
-use defend_vit::{Grid, ImageSource, Prefix, Trainable};
+use defend_vit::{FrozenTokens, Grid, ImageSource, Trainable};
 
 use crate::crop::{CropSampler, extract};
 use crate::{DenseConfig, DenseObjective, Error, View};
@@ -81,7 +81,7 @@ impl DenseTuner {
         };
         let plan = TrainingPlan {
             images: images.len(),
-            batch_size: config.batch,
+            batch_size: config.batch_size,
             epochs: config.epochs,
         };
         let report = train(&mut stage, &mut optimiser, &plan, training)?;
@@ -106,7 +106,7 @@ impl TrainingStage for DenseTuning<'_> {
     type Error = Error;
 
     fn prefetch(&self, order: &[usize]) {
-        self.images.announce(order);
+        self.images.prefetch(order);
     }
 
     fn loss(&mut self, indices: &[usize], rng: &mut Rng) -> Result<Tensor, Error> {
@@ -118,7 +118,7 @@ impl TrainingStage for DenseTuning<'_> {
         let crops = extract(&pixels, &boxes, patch, config.crop_size)?;
         objective.constrain()?;
         // No gradient flows through the view: Q is a constant target.
-        let assign = || objective.assign(&backbone.features_from(&prefix)?.patches.detach());
+        let assign = || objective.assign(&backbone.features_from_frozen(&prefix)?.patches.detach());
         let assigned = match &mut self.average {
             Some(average) => average.during(|| {
                 objective.constrain()?;
@@ -126,7 +126,7 @@ impl TrainingStage for DenseTuning<'_> {
             })?,
             None => assign()?,
         };
-        let crops = backbone.features_from(&backbone.frozen_prefix(&crops)?)?;
+        let crops = backbone.features_from_frozen(&backbone.frozen_tokens(&crops)?)?;
         objective.loss(&assigned, grid, &crops.patches, crops.grid, &boxes)
     }
 
@@ -168,7 +168,7 @@ impl TrainingStage for DenseTuning<'_> {
 
 impl DenseTuning<'_> {
     /// The pixels of a batch's views and their tokens after the frozen blocks.
-    fn views(&mut self, indices: &[usize], rng: &mut Rng) -> Result<(Tensor, Prefix), Error> {
+    fn views(&mut self, indices: &[usize], rng: &mut Rng) -> Result<(Tensor, FrozenTokens), Error> {
         let backbone = self.backbone;
         let patch = backbone.spec().architecture.patch_size;
         let batch = self.images.images(indices)?;
@@ -177,15 +177,15 @@ impl DenseTuning<'_> {
             View::Whole => {
                 let [tokens] = self.views.batch(indices, |missing| {
                     let batch = rows_of(&batch, indices, missing)?;
-                    Ok::<_, Error>([backbone.frozen_prefix(&batch)?.tokens.detach()])
+                    Ok::<_, Error>([backbone.frozen_tokens(&batch)?.tokens.detach()])
                 })?;
-                Ok((batch, Prefix { tokens, grid }))
+                Ok((batch, FrozenTokens { tokens, grid }))
             }
             View::Random { count, area } => {
                 let sampler = CropSampler::new(area, self.config.crop_aspect);
                 let boxes = sampler.boxes(grid, indices.len() * count, rng);
                 let views = extract(&batch, &boxes, patch, batch.dim(2)?)?;
-                let prefix = backbone.frozen_prefix(&views)?;
+                let prefix = backbone.frozen_tokens(&views)?;
                 Ok((views, prefix))
             }
         }
@@ -235,7 +235,7 @@ mod tests {
     fn config() -> DenseConfig {
         DenseConfig {
             epochs: 6,
-            batch: 4,
+            batch_size: 4,
             crops: 2,
             crop_size: 32,
             head_hidden: vec![32],
@@ -347,7 +347,10 @@ mod tests {
                 let on_step = &mut |_| ();
                 let training = Training::new(&mut rng, on_step).with_checkpoints(checkpoints);
                 let report = tuner.tune(&vit, &objective, &images, training)?;
-                let prototypes = objective.parameters().pop().map(|(_, var)| var.to_vec2::<f32>());
+                let prototypes = objective
+                    .parameters()
+                    .pop()
+                    .map(|(_, var)| var.to_vec2::<f32>());
                 Ok((report, prototypes.transpose()?))
             };
             let whole = run(usize::MAX, None)?;

@@ -53,7 +53,7 @@ fn three_steps_match_pytorch() {
     .unwrap();
     let config = DenseConfig {
         epochs: 3,
-        batch: 4,
+        batch_size: 4,
         crops: 1,
         crop_size: 8,
         // The whole view: nothing is random.
@@ -77,7 +77,7 @@ fn three_steps_match_pytorch() {
     let losses = Tensor::new(losses, &Device::Cpu).unwrap();
     assert_close(&losses, &golden.get("losses"), 1e-5, "losses");
 
-    let state = vit.state().unwrap();
+    let state = vit.state_dict().unwrap();
     for (name, before) in &weights {
         if name.starts_with("blocks.1") || name.starts_with("blocks.2") {
             let expected = golden.get(&format!("after.{name}"));

@@ -16,7 +16,8 @@ pub struct DistillConfig {
     /// hundred images leave a random student where it began; 0 switches it off.
     pub min_steps: usize,
     /// Images a step.
-    pub batch: usize,
+    #[serde(alias = "batch")]
+    pub batch_size: usize,
     /// What the student does not see. Paper: half of the patches.
     pub mask: Mask,
     /// Layers that are compared, counted from the last, each after the final norm; their distances are
@@ -45,7 +46,7 @@ impl Default for DistillConfig {
         Self {
             epochs: 10,
             min_steps: 0,
-            batch: 32,
+            batch_size: 32,
             mask: Mask::KeepSalient {
                 ratio: 0.5,
                 selection: Selection::Sampled,
@@ -89,9 +90,9 @@ impl DistillConfig {
             "at least 1",
         )?;
         check(
-            self.batch > 0,
-            "batch",
-            self.batch.to_string(),
+            self.batch_size > 0,
+            "batch_size",
+            self.batch_size.to_string(),
             "at least 1",
         )?;
         check(
@@ -123,7 +124,7 @@ impl DistillConfig {
     /// Epochs that a set of `images` is trained for: [`DistillConfig::epochs`], or more to reach
     /// [`DistillConfig::min_steps`].
     pub fn epochs_for(&self, images: usize) -> usize {
-        let steps = images.div_ceil(self.batch.max(1)).max(1);
+        let steps = images.div_ceil(self.batch_size.max(1)).max(1);
         self.epochs.max(self.min_steps.div_ceil(steps))
     }
 }

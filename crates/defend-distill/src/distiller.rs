@@ -56,7 +56,7 @@ impl Distiller {
         let config = &self.config;
         let plan = TrainingPlan {
             images: images.len(),
-            batch_size: config.batch,
+            batch_size: config.batch_size,
             epochs: config.epochs_for(images.len()),
         };
         let mut optimiser = optimiser(roles.student, config)?;
@@ -82,7 +82,7 @@ impl TrainingStage for Distillation<'_> {
     type Error = Error;
 
     fn prefetch(&self, order: &[usize]) {
-        self.images.announce(order);
+        self.images.prefetch(order);
     }
 
     fn loss(&mut self, indices: &[usize], rng: &mut Rng) -> Result<Tensor, Error> {
@@ -97,13 +97,13 @@ impl TrainingStage for Distillation<'_> {
         let [patches, cls, attention] = self.targets.batch(indices, |missing| {
             let features = teacher.features(&rows_of(&batch, indices, missing)?)?;
             let attention = features.cls_attention.mean(1)?;
-            let layers = Layers::of(&features, layers)?;
+            let layers = Layers::from_features(&features, layers)?;
             Ok::<_, Error>([layers.patches.detach(), layers.cls.detach(), attention])
         })?;
         let grid = student_grid(student, &batch)?;
         let keep = mask.keep(&attention, grid, rng)?;
-        let predicted = student.training_features(&batch, keep.as_ref(), rng)?;
-        let predicted = Layers::of(&predicted, layers)?;
+        let predicted = student.features_train(&batch, keep.as_ref(), rng)?;
+        let predicted = Layers::from_features(&predicted, layers)?;
         let patches = match &keep {
             Some(keep) => Layers::keep(&patches, keep)?,
             None => patches,
@@ -206,7 +206,7 @@ mod tests {
         let config = DistillConfig {
             epochs: 10,
             min_steps: 60,
-            batch: 5,
+            batch_size: 5,
             cls_weight: 1.0,
             learning_rate: 3e-3,
             mask,
@@ -260,7 +260,7 @@ mod tests {
         let run = |layers: usize| -> Result<_, Error> {
             let config = DistillConfig {
                 epochs: 15,
-                batch: 5,
+                batch_size: 5,
                 layers,
                 learning_rate: 3e-3,
                 ..DistillConfig::default()

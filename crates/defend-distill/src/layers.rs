@@ -15,9 +15,9 @@ pub(crate) struct Layers {
 
 impl Layers {
     /// The last `count` layers.
-    pub(crate) fn of(features: &Features, count: usize) -> Result<Self, Error> {
+    pub(crate) fn from_features(features: &Features, count: usize) -> Result<Self, Error> {
         let last = std::iter::once((&features.patches, &features.cls));
-        let earlier = features.earlier.iter();
+        let earlier = features.intermediates.iter();
         let (patches, cls): (Vec<&Tensor>, Vec<&Tensor>) = last
             .chain(earlier.map(|layer| (&layer.patches, &layer.cls)))
             .take(count)

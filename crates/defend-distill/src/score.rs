@@ -35,9 +35,9 @@ pub fn discrepancy(
     images: &Tensor,
 ) -> Result<Discrepancy, Error> {
     let features = teacher.features(images)?;
-    let t = Layers::of(&features, layers)?;
+    let t = Layers::from_features(&features, layers)?;
     let predicted = student.features(images)?;
-    let s = Layers::of(&predicted, layers)?;
+    let s = Layers::from_features(&predicted, layers)?;
     let mean = |distances: Tensor| distances.mean(1).map(|mean| mean.detach());
     Ok(Discrepancy {
         patches: mean(objective.distances(&t.patches, &s.patches)?)?,

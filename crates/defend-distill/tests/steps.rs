@@ -45,7 +45,7 @@ fn three_steps_match_pytorch() {
     };
     let config = DistillConfig {
         epochs: 3,
-        batch: 4,
+        batch_size: 4,
         learning_rate: 1e-2,
         schedule: Schedule::Cosine {
             warmup: 1.0 / 3.0,
@@ -70,7 +70,10 @@ fn three_steps_match_pytorch() {
     let losses = Tensor::new(losses, &Device::Cpu).unwrap();
     assert_close(&losses, &golden.get("losses"), 1e-5, "losses");
 
-    let (before, after) = (golden.starting_with("student."), student.state().unwrap());
+    let (before, after) = (
+        golden.starting_with("student."),
+        student.state_dict().unwrap(),
+    );
     let expected = golden.starting_with("after.");
     assert_eq!(after.len(), expected.len());
     for (name, expected) in expected {

@@ -192,7 +192,7 @@ impl ClosedForm {
             groups,
             kept,
             posterior,
-            scale: Standard::of(&left_out),
+            scale: Standard::from_values(&left_out),
             contrast: None,
             patch_weight: patch_weight(alike, config),
             patches: None,
@@ -247,7 +247,7 @@ impl ClosedForm {
             config.width,
             config.ridge,
         )?;
-        let scale = Standard::of(&values.normal);
+        let scale = Standard::from_values(&values.normal);
         for (sum, value) in self.sums.iter_mut().zip(values.normal) {
             *sum += weight * scale.z(value);
         }

@@ -36,7 +36,7 @@ impl Known {
         Ok(Self {
             abnormal,
             contrast,
-            scale: Standard::of(&left_out.normal),
+            scale: Standard::from_values(&left_out.normal),
             normal_rows,
             left_out: left_out.normal,
         })

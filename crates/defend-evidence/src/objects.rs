@@ -143,7 +143,7 @@ impl ObjectMemory {
         };
         let values: Vec<Vec<f32>> = groups.par_iter().map(of_group).collect();
         let values: Vec<f64> = values.concat().into_iter().map(f64::from).collect();
-        Some(Standard::of(&values))
+        Some(Standard::from_values(&values))
     }
 }
 
@@ -332,7 +332,7 @@ impl ClosedForm {
     ) -> Option<Vec<f32>> {
         let share = self.patch_share();
         let broken = || {
-            let as_it_is = Standard::of(&[]);
+            let as_it_is = Standard::from_values(&[]);
             let scale = self.patches.as_ref()?.map_scale.unwrap_or(as_it_is);
             let distances = distances?.iter();
             Some(distances.map(move |d| scale.z(f64::from(*d)) as f32))
@@ -361,6 +361,6 @@ impl PatchMemory {
             .flat_map(|of_image| of_image.map.iter().copied())
             .map(f64::from)
             .collect();
-        Standard::of(&values)
+        Standard::from_values(&values)
     }
 }

@@ -62,9 +62,9 @@ impl ClosedForm {
         let values: Vec<f64> = distances.iter().map(|d| d.log_worst).collect();
         // A single group has nothing left out: its patches were compared with none.
         let scale = if self.groups.len() < 2 {
-            Standard::of(&[])
+            Standard::from_values(&[])
         } else {
-            Standard::of(&values)
+            Standard::from_values(&values)
         };
         if self.patch_weight > 0.0 {
             let images = self.patch_images();

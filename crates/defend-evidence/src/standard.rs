@@ -22,7 +22,7 @@ impl Standard {
     ///
     /// Fewer than three, or values without any spread, say nothing of a scale: they give the deviation 1, so that values stay
     /// in their own units, and none at all give the mean 0.
-    pub fn of(values: &[f64]) -> Self {
+    pub fn from_values(values: &[f64]) -> Self {
         let n = values.len();
         if n == 0 {
             return Self {
@@ -54,10 +54,10 @@ mod tests {
 
     #[test]
     fn values_without_a_spread_keep_their_units() {
-        assert_eq!(Standard::of(&[]).z(3.0), 3.0);
-        assert_eq!(Standard::of(&[1.0]).z(3.0), 2.0);
-        assert_eq!(Standard::of(&[1.0, 2.0]).z(3.5), 2.0);
-        assert_eq!(Standard::of(&[5.0; 7]).z(6.0), 1.0);
-        assert_eq!(Standard::of(&[1.0, 2.0, 3.0]).z(4.0), 2.0);
+        assert_eq!(Standard::from_values(&[]).z(3.0), 3.0);
+        assert_eq!(Standard::from_values(&[1.0]).z(3.0), 2.0);
+        assert_eq!(Standard::from_values(&[1.0, 2.0]).z(3.5), 2.0);
+        assert_eq!(Standard::from_values(&[5.0; 7]).z(6.0), 1.0);
+        assert_eq!(Standard::from_values(&[1.0, 2.0, 3.0]).z(4.0), 2.0);
     }
 }

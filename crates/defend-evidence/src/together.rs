@@ -140,7 +140,7 @@ impl ClosedForm {
             config.width,
             config.ridge,
         )?;
-        let scale = Standard::of(&left_out.normal);
+        let scale = Standard::from_values(&left_out.normal);
         let mut values = Vec::with_capacity(images.len());
         for some in images.batches() {
             values.extend(contrast.evaluate(some.features(usize::MAX).view()));

@@ -80,7 +80,7 @@ impl Heads {
     /// All rows of a head as the right side of a product over tokens.
     fn over_tokens(self, blocks: &[f32], head: usize) -> Panels<'_> {
         let values = self.blocks_of(blocks, head);
-        Panels::of(values, Columns::whole(self.tokens), self.head())
+        Panels::new(values, Columns::whole(self.tokens), self.head())
     }
 
     /// All rows of a head as the right side of a [`transposed_product`].
@@ -110,7 +110,7 @@ impl Heads {
                 }
             }
         });
-        Panels::of(out, self.head(), columns)
+        Panels::new(out, self.head(), columns)
     }
 
     /// `exp(K Q^T / sqrt(d) - m)` of one head, `[blocks of queries, T, W]`, with the largest logit m of each query, and what

@@ -55,14 +55,14 @@ pub struct Matrices {
 impl Matrices {
     /// For [`forward`]: `W^T`.
     pub fn forward(weights: &Weights<'_>, heads: usize) -> Self {
-        Self::of(weights, heads, |matrix, inputs, outputs| {
+        Self::new(weights, heads, |matrix, inputs, outputs| {
             Packed::transposed(matrix, inputs, outputs)
         })
     }
 
     /// For the gradients of the maps' inputs: `W`.
     fn backward(weights: &Weights<'_>, heads: usize) -> Self {
-        Self::of(weights, heads, |matrix, inputs, outputs| {
+        Self::new(weights, heads, |matrix, inputs, outputs| {
             Packed::new(matrix, outputs, inputs)
         })
     }
@@ -88,7 +88,7 @@ impl Matrices {
     }
 
     /// From each matrix and the columns of its map's input and output.
-    fn of(
+    fn new(
         weights: &Weights<'_>,
         heads: usize,
         pack: impl Fn(&[f32], Columns, Columns) -> Packed,
@@ -329,7 +329,7 @@ pub fn forward(
                 residual(
                     middle,
                     x,
-                    &Rows::of(&attended, rows, merged),
+                    &Rows::new(&attended, rows, merged),
                     &matrices.projection,
                     &matrices.biases[0],
                     shape.factor(0, image),
@@ -425,7 +425,7 @@ fn mlp(
             }
         }
         if factor != 0.0 {
-            let activated = Rows::of(activated, rows, columns);
+            let activated = Rows::new(activated, rows, columns);
             product(
                 Target::RowMajor(out),
                 Start::Kept,

@@ -113,7 +113,7 @@ impl<'a> Rows<'a> {
     }
 
     /// Of blocks that were written to.
-    pub fn of(blocks: &'a [&mut [f32]], count: usize, columns: Columns) -> Self {
+    pub fn new(blocks: &'a [&mut [f32]], count: usize, columns: Columns) -> Self {
         Self {
             blocks: blocks.iter().map(|block| &**block).collect(),
             count,

@@ -55,14 +55,14 @@ pub struct Panels<'a> {
 impl Packed {
     /// From a matrix `[depth, columns]`, row-major.
     pub fn new(matrix: &[f32], depth: Columns, columns: Columns) -> Self {
-        Self::of(matrix, depth, columns, |panel, i| {
+        Self::by_panel(matrix, depth, columns, |panel, i| {
             fill_block(panel, matrix, columns, i, 1.0);
         })
     }
 
     /// From the transpose `[columns, depth]`, row-major, as the weights of an affine map are kept.
     pub fn transposed(matrix: &[f32], depth: Columns, columns: Columns) -> Self {
-        Self::of(matrix, depth, columns, |panel, i| {
+        Self::by_panel(matrix, depth, columns, |panel, i| {
             let (first, filled) = columns.block(i);
             let rows = matrix[first * depth.count..].chunks_exact(depth.count);
             for (column, row) in rows.take(filled).enumerate() {
@@ -74,7 +74,7 @@ impl Packed {
         })
     }
 
-    fn of(
+    fn by_panel(
         matrix: &[f32],
         depth: Columns,
         columns: Columns,
@@ -109,14 +109,14 @@ impl Packed {
     pub fn panels(&self) -> Panels<'_> {
         Panels {
             form: self.form,
-            ..Panels::of(&self.values, self.depth, self.columns)
+            ..Panels::new(&self.values, self.depth, self.columns)
         }
     }
 }
 
 impl<'a> Panels<'a> {
     /// A whole matrix as `f32`.
-    pub fn of(values: &'a [f32], depth: Columns, columns: Columns) -> Self {
+    pub fn new(values: &'a [f32], depth: Columns, columns: Columns) -> Self {
         Self {
             values,
             form: Form::Single,
@@ -308,7 +308,7 @@ struct Heights {
 impl Heights {
     /// For so many rows, of at most `most` each.
     #[inline(always)]
-    fn of(rows: usize, most: usize) -> Self {
+    fn new(rows: usize, most: usize) -> Self {
         let tiles = rows.div_ceil(most);
         Self {
             height: rows.checked_div(tiles).unwrap_or(0),
@@ -401,7 +401,7 @@ impl Product<'_, '_, '_> {
         prepare: impl Fn(&mut [f32]),
         multiply: impl Fn(&[f32], usize, &[f32], Add<'_>, &mut [f32]),
     ) {
-        let heights = Heights::of(self.x.count, most_rows::<S>());
+        let heights = Heights::new(self.x.count, most_rows::<S>());
         self.by_tiles::<S>(
             &heights,
             #[inline(always)]
@@ -723,7 +723,7 @@ impl WithSimd for TransposedProduct<'_, '_, '_> {
                 for block in self.blocks.clone() {
                     let (first, filled) = columns.block(block);
                     let mut column = 0;
-                    let heights = Heights::of(filled, most_rows::<S>());
+                    let heights = Heights::new(filled, most_rows::<S>());
                     // What comes after this block from far away: the left side in the first round, a block of the right in each.
                     let unread = if block + 1 < self.blocks.end {
                         (to == 0).then_some((self.left, block + 1))

@@ -22,7 +22,7 @@ thread_local! {
 /// # Errors
 /// Those of candle.
 pub fn backward(loss: &Tensor) -> Result<GradStore> {
-    let outer = Restored::of(Some(Vec::new()));
+    let outer = Restored::new(Some(Vec::new()));
     let mut grads = loss.backward()?;
     let direct = DIRECT.take();
     drop(outer);
@@ -41,7 +41,7 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
 struct Restored(Direct);
 
 impl Restored {
-    fn of(direct: Direct) -> Self {
+    fn new(direct: Direct) -> Self {
         Self(DIRECT.replace(direct))
     }
 }
@@ -55,7 +55,7 @@ impl Drop for Restored {
 /// Runs a kernel as if no [`backward`] ran on this thread: one that waits for others may meanwhile take up another job of the
 /// thread pool, with a backward pass of its own.
 pub(crate) fn apart<R>(kernel: impl FnOnce() -> R) -> R {
-    let _outer = Restored::of(None);
+    let _outer = Restored::new(None);
     kernel()
 }
 

@@ -5,7 +5,7 @@ use tiny_skia::{Color, FillRule, Paint, PathBuilder, Pixmap, Rect, Stroke, Trans
 /// Red, green and blue, `0..=1`.
 pub(crate) type Rgb = [f32; 3];
 
-/// Draws on a picture in an object's own coordinates.
+/// Draws on an image in an object's own coordinates.
 pub(crate) struct Canvas<'a> {
     pub(crate) pixels: &'a mut Pixmap,
     pub(crate) transform: Transform,

@@ -1,7 +1,7 @@
-//! Rendered pictures of several everyday objects each, to try novelty detection on without any data.
+//! Rendered images of several everyday objects each, to try novelty detection on without any data.
 //!
-//! [`render`] draws one scene, [`SceneSet`] the folders of a multi-object experiment: a picture is
-//! normal when it shows a given object, whatever else it shows. Same seed, same pictures.
+//! [`render`] draws one scene, [`SceneSet`] the folders of a multi-object experiment: an image is
+//! normal when it shows a given object, whatever else it shows. Same seed, same images.
 //!
 //! ```
 //! use defend_scenes::{Object, SceneConfig, SceneSet};
@@ -38,8 +38,8 @@ pub enum Error {
         /// What the field accepts.
         expected: String,
     },
-    /// A picture could not be written.
-    #[error("{}: the picture could not be written", path.display())]
+    /// An image could not be written.
+    #[error("{}: the image could not be written", path.display())]
     Write {
         /// The file.
         path: std::path::PathBuf,

@@ -20,11 +20,11 @@ pub struct Placed {
     pub radius: f32,
 }
 
-/// A rendered picture and what it shows.
+/// A rendered image and what it shows.
 #[derive(Debug, Clone)]
 pub struct Scene {
-    /// The picture.
-    pub picture: RgbImage,
+    /// The image.
+    pub image: RgbImage,
     /// What it shows, in drawing order.
     pub objects: Vec<Placed>,
 }
@@ -32,7 +32,7 @@ pub struct Scene {
 /// Tries to find a free place before an object may overlap another.
 const ATTEMPTS: usize = 60;
 
-/// Renders the objects on a square picture of `size` pixels, each at a random place, size, tilt and
+/// Renders the objects on a square image of `size` pixels, each at a random place, size, tilt and
 /// tint, over a random background.
 ///
 /// # Errors
@@ -68,7 +68,7 @@ pub fn render(objects: &[Object], size: u32, rng: &mut Rng) -> Result<Scene, Err
     }
     // Sensor noise, so that flat areas are not exactly flat.
     let data = pixels.data();
-    let picture = RgbImage::from_fn(size, size, |x, y| {
+    let image = RgbImage::from_fn(size, size, |x, y| {
         let at = 4 * (y * size + x) as usize;
         let noise: i16 = rng.random_range(-5..=5);
         let channel = |i: usize| {
@@ -78,7 +78,7 @@ pub fn render(objects: &[Object], size: u32, rng: &mut Rng) -> Result<Scene, Err
         Rgb([channel(0), channel(1), channel(2)])
     });
     Ok(Scene {
-        picture,
+        image,
         objects: placed,
     })
 }

@@ -1,4 +1,4 @@
-//! The pictures of a whole experiment.
+//! The images of a whole experiment.
 
 use std::path::Path;
 
@@ -13,22 +13,22 @@ use crate::{Error, Object, Scene, render};
 /// What to render.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SceneConfig {
-    /// The object that makes a picture normal.
+    /// The object that makes an image normal.
     pub normal: Object,
-    /// Side of the pictures, pixels.
+    /// Side of the images, pixels.
     pub size: u32,
-    /// Fewest objects in a picture.
+    /// Fewest objects in an image.
     pub fewest: usize,
-    /// Most objects in a picture, at most 8.
+    /// Most objects in an image, at most 8.
     pub most: usize,
     /// How many other objects may stand beside the normal one; which, the seed decides. The rest never
-    /// appears in a normal picture, and every abnormal picture shows one of them.
+    /// appears in a normal image, and every abnormal image shows one of them.
     pub familiar: usize,
-    /// Normal pictures to learn from.
+    /// Normal images to learn from.
     pub train: usize,
-    /// Normal pictures to calibrate on.
+    /// Normal images to calibrate on.
     pub calibration: usize,
-    /// Test pictures, half of them normal.
+    /// Test images, half of them normal.
     pub test: usize,
     /// Seed of everything.
     pub seed: u64,
@@ -50,21 +50,21 @@ impl Default for SceneConfig {
     }
 }
 
-/// Rendered pictures, split as an experiment wants them; classes are the objects' names.
+/// Rendered images, split as an experiment wants them; classes are the objects' names.
 #[derive(Debug, Clone)]
 pub struct SceneSet {
-    /// Normal pictures to learn from.
+    /// Normal images to learn from.
     pub train: Memory,
-    /// Normal pictures to calibrate on.
+    /// Normal images to calibrate on.
     pub calibration: Memory,
-    /// Test pictures that show the normal object.
+    /// Test images that show the normal object.
     pub test_normal: Memory,
-    /// Test pictures that do not.
+    /// Test images that do not.
     pub test_abnormal: Memory,
 }
 
 impl SceneSet {
-    /// Renders all pictures; each depends on the seed, its split and its number only.
+    /// Renders all images; each depends on the seed, its split and its number only.
     ///
     /// # Errors
     /// [`Error::Config`] for a size outside `32..=4096` or a range of objects outside `1..=8`.
@@ -81,7 +81,7 @@ impl SceneSet {
                 field: "familiar",
                 value: config.familiar.to_string(),
                 expected: format!(
-                    "a number in {}..={}: enough for a full picture, and one object left over",
+                    "a number in {}..={}: enough for a full image, and one object left over",
                     config.most - 1,
                     Object::ALL.len() - 2
                 ),
@@ -91,7 +91,7 @@ impl SceneSet {
         let split = |name: &str, number: u64, count: usize, shows: bool| -> Result<Memory, Error> {
             let render_one = |i: usize| -> Result<Scene, Error> {
                 let mut rng = Rng::stream(config.seed, number << 32 | i as u64);
-                let objects = others.picture(config, shows, &mut rng);
+                let objects = others.image(config, shows, &mut rng);
                 render(&objects, config.size, &mut rng)
             };
             let scenes: Result<Vec<Scene>, Error> =
@@ -99,11 +99,7 @@ impl SceneSet {
             let mut memory = Memory::new(Object::ALL.iter().map(|o| o.name().to_owned()).collect());
             for (i, scene) in scenes?.into_iter().enumerate() {
                 let classes = scene.objects.iter().map(|placed| class_of(placed.object));
-                memory.push(
-                    format!("{name}/{i:04}.png"),
-                    scene.picture,
-                    classes.collect(),
-                );
+                memory.push(format!("{name}/{i:04}.png"), scene.image, classes.collect());
             }
             Ok(memory)
         };
@@ -115,7 +111,7 @@ impl SceneSet {
         })
     }
 
-    /// Writes all pictures under `folder`: `train/`, `calibration/`, `test/normal/`, `test/abnormal/`.
+    /// Writes all images under `folder`: `train/`, `calibration/`, `test/normal/`, `test/abnormal/`.
     ///
     /// # Errors
     /// [`Error::Folder`] and [`Error::Write`], naming the path.
@@ -135,8 +131,8 @@ impl SceneSet {
                         source,
                     })?;
                 }
-                if let Ok(picture) = memory.image(i) {
-                    picture
+                if let Ok(image) = memory.image(i) {
+                    image
                         .save(&path)
                         .map_err(|source| Error::Write { path, source })?;
                 }
@@ -171,7 +167,7 @@ impl Others {
 
     /// Different objects in random order: the normal one and familiar ones, or a novel one and any but
     /// the normal one.
-    fn picture(&self, config: &SceneConfig, shows: bool, rng: &mut Rng) -> Vec<Object> {
+    fn image(&self, config: &SceneConfig, shows: bool, rng: &mut Rng) -> Vec<Object> {
         let (mut beside, mut novel) = (self.familiar.clone(), self.novel.clone());
         novel.shuffle(rng);
         let first = if shows { None } else { novel.pop() }.unwrap_or(config.normal);
@@ -202,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn normal_pictures_show_the_object_and_abnormal_ones_do_not() {
+    fn normal_images_show_the_object_and_abnormal_ones_do_not() {
         let set = SceneSet::render(&small()).unwrap();
         let normal = class_of(small().normal);
         for i in 0..4 {
@@ -213,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn abnormal_pictures_show_what_no_normal_one_does() {
+    fn abnormal_images_show_what_no_normal_one_does() {
         let set = SceneSet::render(&SceneConfig {
             train: 60,
             size: 32,
@@ -247,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_are_saved_where_the_command_looks_for_them() {
+    fn images_are_saved_where_the_command_looks_for_them() {
         let folder = tempfile::tempdir().unwrap();
         SceneSet::render(&small())
             .unwrap()

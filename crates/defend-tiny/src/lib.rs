@@ -9,6 +9,6 @@
 /// Content of the weight file, read with `defend_vit::Pretrained::Bytes`.
 pub const WEIGHTS: &[u8] = include_bytes!("../weights.safetensors");
 
-/// Tokens of 1,000 ordinary photos by this backbone, a few KB of each and eight bits a value, of which no picture can be made:
+/// Tokens of 1,000 ordinary photos by this backbone, a few KB of each and eight bits a value, of which no image can be made:
 /// `defend background --images imagenet-sample`, a file that `defend-core` reads.
 pub const BACKGROUND: &[u8] = include_bytes!("../background.safetensors");

@@ -205,7 +205,7 @@ pub(crate) struct Progress {
     /// Sum of the losses of this epoch's images.
     pub(crate) total: f64,
     /// Batches of this epoch that are over.
-    pub(crate) batch: usize,
+    pub(crate) batches_done: usize,
     /// The generator before this epoch's order was drawn.
     pub(crate) epoch_start: Position,
     /// The generator now.
@@ -218,7 +218,7 @@ impl Progress {
         Self {
             losses: Vec::new(),
             total: 0.0,
-            batch: 0,
+            batches_done: 0,
             epoch_start: rng.position(),
             rng: rng.position(),
             last_loss: None,

@@ -188,7 +188,7 @@ pub fn train<S: TrainingStage>(
         *rng = Rng::at(progress.rng);
         at = progress;
         if let Some(loss) = at.last_loss {
-            let images = at.losses.len() * plan.images + at.batch * plan.batch_size;
+            let images = at.losses.len() * plan.images + at.batches_done * plan.batch_size;
             on_step(TrainingStep {
                 epoch: at.losses.len(),
                 step: optimiser.steps(),
@@ -200,14 +200,14 @@ pub fn train<S: TrainingStage>(
     }
     let mut due = checkpoints.map(Checkpoints::timer);
     while at.losses.len() < plan.epochs {
-        let batches = if at.batch == 0 {
+        let batches = if at.batches_done == 0 {
             at.epoch_start = rng.position();
             shuffled_batches(plan.images, plan.batch_size, rng)
         } else {
             shuffled_batches(plan.images, plan.batch_size, &mut Rng::at(at.epoch_start))
         };
-        stage.prefetch(&batches[at.batch..].concat());
-        for indices in &batches[at.batch..] {
+        stage.prefetch(&batches[at.batches_done..].concat());
+        for indices in &batches[at.batches_done..] {
             let loss = stage.loss(indices, rng)?;
             let value = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
             if !value.is_finite() {
@@ -218,7 +218,7 @@ pub fn train<S: TrainingStage>(
             optimiser.step(&backward(&loss)?, multiplier)?;
             stage.after_step()?;
             at.total += value * indices.len() as f64;
-            at.batch += 1;
+            at.batches_done += 1;
             at.last_loss = Some(value);
             on_step(TrainingStep {
                 epoch: at.losses.len(),
@@ -227,7 +227,7 @@ pub fn train<S: TrainingStage>(
                 images: indices.len(),
                 loss: value,
             });
-            let last = at.batch == batches.len();
+            let last = at.batches_done == batches.len();
             if let (Some(checkpoints), Some(due), false) = (checkpoints, &mut due, last)
                 && due.is_over()
             {
@@ -236,7 +236,7 @@ pub fn train<S: TrainingStage>(
             }
         }
         at.losses.push(at.total / plan.images as f64);
-        (at.total, at.batch) = (0.0, 0);
+        (at.total, at.batches_done) = (0.0, 0);
         let finished = at.losses.len() == plan.epochs;
         if let (Some(checkpoints), Some(due)) = (checkpoints, &mut due)
             && (finished || due.is_over())

@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-use crate::{Arithmetic, Backbone, BackboneSpec, Encoder, Error, Features, Grid, Layer, TokenSet};
+use crate::{
+    Backbone, BackboneSpec, ComputePrecision, Encoder, Error, Features, Grid, Layer, TokenSet,
+};
 
 /// Where [`Cached`] keeps features, and how exactly.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,7 +47,7 @@ pub enum Precision {
 ///
 /// An image is known by its pixels after the preprocessing, so that changed files, sizes and normalisations are other
 /// images, and a folder is known by the weights. Several detectors on one teacher, the epochs of a training run, and
-/// runs that begin again pay for the teacher once. [`Backbone::features_of`] is handed on as it is.
+/// runs that begin again pay for the teacher once. [`Backbone::features_masked`] is handed on as it is.
 pub struct Cached {
     inner: Arc<dyn Backbone>,
     spec: BackboneSpec,
@@ -135,7 +137,7 @@ impl Cached {
     fn compute(&self, images: &Tensor, missing: &[usize]) -> Result<Vec<Entry>, Error> {
         let features = self.inner.features(&rows_of(images, missing)?)?;
         let mut all = vec![&features.cls, &features.patches, &features.cls_attention];
-        for layer in &features.earlier {
+        for layer in &features.intermediates {
             all.extend([&layer.cls, &layer.patches]);
         }
         let entry = |row| {
@@ -179,7 +181,7 @@ impl Cached {
             patches: column(1)?,
             cls_attention: column(2)?,
             grid,
-            earlier,
+            intermediates: earlier,
         })
     }
 }
@@ -263,9 +265,9 @@ impl Backbone for Cached {
         self.join(&entries, images.dtype())
     }
 
-    fn features_of(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error> {
-        let mut features = self.inner.features_of(images, keep)?;
-        features.earlier.truncate(self.spec.layers - 1);
+    fn features_masked(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error> {
+        let mut features = self.inner.features_masked(images, keep)?;
+        features.intermediates.truncate(self.spec.layers - 1);
         Ok(features)
     }
 }
@@ -421,10 +423,10 @@ pub fn weights_hash(backbone: &dyn Encoder) -> Result<String, Error> {
     })?;
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{:?}", spec.architecture).as_bytes());
-    if spec.arithmetic != Arithmetic::F32 {
+    if spec.compute_precision != ComputePrecision::F32 {
         // On a CPU the tensors are `f32`, and less is rounded on the way.
         let dtypes: BTreeSet<&str> = tensors.values().map(|t| t.dtype().as_str()).collect();
-        hasher.update(format!("{:?} {dtypes:?}", spec.arithmetic).as_bytes());
+        hasher.update(format!("{:?} {dtypes:?}", spec.compute_precision).as_bytes());
     }
     let mut names: Vec<&String> = tensors.keys().collect();
     names.sort_unstable();
@@ -472,8 +474,8 @@ mod tests {
             self.vit.features(images)
         }
 
-        fn features_of(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error> {
-            self.vit.features_of(images, keep)
+        fn features_masked(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error> {
+            self.vit.features_masked(images, keep)
         }
     }
 
@@ -502,7 +504,7 @@ mod tests {
 
     fn all(features: &Features) -> Vec<Vec<f32>> {
         let mut tensors = vec![&features.cls, &features.patches, &features.cls_attention];
-        for layer in &features.earlier {
+        for layer in &features.intermediates {
             tensors.extend([&layer.cls, &layer.patches]);
         }
         let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1().unwrap();

@@ -205,7 +205,7 @@ impl Vit {
         let spec = serde_json::to_string(self.spec()).map_err(|e| config(&e))?;
         let metadata = std::collections::HashMap::from([(SPEC_KEY.to_owned(), spec)]);
         let tensors = self
-            .state()?
+            .state_dict()?
             .into_iter()
             .map(|(name, tensor)| Ok((name, tensor.to_dtype(precision)?.to_device(&Device::Cpu)?)))
             .collect::<Result<std::collections::BTreeMap<_, _>, Error>>()?;
@@ -269,7 +269,7 @@ mod tests {
         let (folder, vit) = (tempfile::tempdir().unwrap(), small());
         std::fs::write(folder.path().join("config.json"), config()).unwrap();
         let file = folder.path().join("model.safetensors");
-        candle_core::safetensors::save(&vit.state()?, &file)?;
+        candle_core::safetensors::save(&vit.state_dict()?, &file)?;
         for source in [Pretrained::local(folder.path()), Pretrained::local(&file)] {
             let loaded = source.load(TrainScope::LastBlocks(1), &Device::Cpu)?;
             assert_eq!(loaded.spec().normalization.mean, [0.1, 0.2, 0.3]);
@@ -285,7 +285,7 @@ mod tests {
         let (folder, vit) = (tempfile::tempdir().unwrap(), small());
         let file = folder.path().join("model.safetensors");
         let load = |change: &dyn Fn(&mut std::collections::HashMap<String, Tensor>)| {
-            let mut tensors = vit.state().unwrap();
+            let mut tensors = vit.state_dict().unwrap();
             change(&mut tensors);
             candle_core::safetensors::save(&tensors, &file).unwrap();
             let error = Pretrained::local(&file)

@@ -47,7 +47,7 @@ pub struct Features {
     /// Patches of the whole view.
     pub grid: Grid,
     /// The blocks before the last, nearest first; [`BackboneSpec::layers`]` - 1` of them.
-    pub earlier: Vec<Layer>,
+    pub intermediates: Vec<Layer>,
 }
 
 impl Features {
@@ -55,7 +55,7 @@ impl Features {
     ///
     /// # Errors
     /// [`Error::Candle`] when the CLS tensor is not a matrix.
-    pub fn batch(&self) -> Result<usize, Error> {
+    pub fn batch_size(&self) -> Result<usize, Error> {
         Ok(self.cls.dim(0)?)
     }
 }
@@ -214,14 +214,14 @@ pub trait Backbone: Encoder {
     ///
     /// # Errors
     /// [`Error::Input`], and [`Error::TokenSet`] when the set does not fit the images.
-    fn features_of(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error>;
+    fn features_masked(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error>;
 }
 
 /// Tokens that enter the part of a backbone that trains.
 ///
 /// They carry no gradient and do not change while that part is trained, so they may be cached.
 #[derive(Debug, Clone)]
-pub struct Prefix {
+pub struct FrozenTokens {
     /// CLS token, extra tokens where there are any, and patches: `[B, 1 + E + N, D]`.
     pub tokens: Tensor,
     /// Patches of the view.
@@ -234,19 +234,19 @@ pub trait Trainable: Backbone {
     ///
     /// # Errors
     /// [`Error::Input`] for images that do not fit.
-    fn frozen_prefix(&self, images: &Tensor) -> Result<Prefix, Error>;
+    fn frozen_tokens(&self, images: &Tensor) -> Result<FrozenTokens, Error>;
 
     /// Runs the part that trains, with gradients.
     ///
     /// # Errors
     /// [`Error::Candle`] when the tokens have another width.
-    fn features_from(&self, prefix: &Prefix) -> Result<Features, Error>;
+    fn features_from_frozen(&self, prefix: &FrozenTokens) -> Result<Features, Error>;
 
     /// A training pass with gradients and stochastic depth, over all or the kept patches.
     ///
     /// # Errors
-    /// As [`Backbone::features_of`].
-    fn training_features(
+    /// As [`Backbone::features_masked`].
+    fn features_train(
         &self,
         images: &Tensor,
         keep: Option<&TokenSet>,
@@ -275,7 +275,7 @@ pub trait ImageSource {
 
     /// A hint in which order images will be asked for next, each once, so that a source can read ahead; it replaces any earlier
     /// one. A source around another one passes it on.
-    fn announce(&self, order: &[usize]) {
+    fn prefetch(&self, order: &[usize]) {
         let _ = order;
     }
 }

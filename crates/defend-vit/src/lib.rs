@@ -38,13 +38,13 @@ mod variants;
 mod vit;
 mod weights;
 
-pub use defend_nn::ops::Arithmetic;
+pub use defend_nn::ops::ComputePrecision;
 
 pub use cached::{CacheConfig, Cached, Precision, weights_hash};
 pub use checkpoint::{Family, Pretrained};
 pub use error::Error;
 pub use features::{
-    Backbone, Encoder, Features, Grid, ImageSource, Layer, Prefix, TokenSet, Trainable,
+    Backbone, Encoder, Features, FrozenTokens, Grid, ImageSource, Layer, TokenSet, Trainable,
 };
 pub use spec::{Architecture, BackboneSpec, Interpolation, Normalization};
 pub use vit::{TrainScope, Vit};

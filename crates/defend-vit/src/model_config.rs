@@ -27,7 +27,7 @@ pub enum Family {
 impl Family {
     /// The specification of weights with timm's names.
     pub(crate) fn spec(self, name: &str, weights: &Weights) -> Result<BackboneSpec, String> {
-        let extents = Extents::of(weights)?;
+        let extents = Extents::new(weights)?;
         let positions = shape(weights, "pos_embed")?;
         let rows = positions.get(1).copied().unwrap_or(0);
         let patches = rows.saturating_sub(1 + usize::from(extents.distilled));
@@ -104,7 +104,7 @@ struct Extents {
 }
 
 impl Extents {
-    fn of(weights: &Weights) -> Result<Self, String> {
+    fn new(weights: &Weights) -> Result<Self, String> {
         let &[width, 3, patch_size, _] = shape(weights, "patch_embed.proj.weight")? else {
             return Err("\"patch_embed.proj.weight\" is not [width, 3, patch, patch]".into());
         };
@@ -203,7 +203,7 @@ impl TimmConfig {
         }
         let image_size = self.model_args.img_size.unwrap_or(height);
         let heads = self.model_args.num_heads;
-        let extents = Extents::of(weights)?;
+        let extents = Extents::new(weights)?;
         let architecture = extents.architecture(image_size, heads, 1e-6, self.num_classes)?;
         let usual = BackboneSpec::new(architecture);
         Ok(BackboneSpec {
@@ -271,7 +271,7 @@ impl HuggingFaceConfig {
                 ));
             }
         };
-        let architecture = Extents::of(weights)?.architecture(
+        let architecture = Extents::new(weights)?.architecture(
             self.image_size,
             Some(self.num_attention_heads),
             self.layer_norm_eps,

@@ -15,7 +15,7 @@ pub enum Bicubic {
 
 impl Bicubic {
     /// The filter that a kind of checkpoint was published with.
-    pub(crate) fn of(architecture: &Architecture) -> Self {
+    pub(crate) fn new(architecture: &Architecture) -> Self {
         match architecture.registers {
             0 => Self::Plain,
             _ => Self::Antialiased,

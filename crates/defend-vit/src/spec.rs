@@ -1,6 +1,6 @@
 //! What a backbone is: its architecture and the preprocessing its checkpoint was trained with.
 
-use defend_nn::ops::Arithmetic;
+use defend_nn::ops::ComputePrecision;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Grid};
@@ -78,9 +78,9 @@ impl Architecture {
         1 + usize::from(self.distilled)
     }
 
-    /// Tokens between the CLS token and the patches.
-    pub fn extra_tokens(&self) -> usize {
-        usize::from(self.distilled) + self.registers
+    /// Tokens before the patches: the CLS token, a distillation token, registers.
+    pub fn num_prefix_tokens(&self) -> usize {
+        1 + usize::from(self.distilled) + self.registers
     }
 
     /// Patches of a full view.
@@ -193,7 +193,8 @@ pub struct BackboneSpec {
     pub layers: usize,
     /// How the backbone computes while it is frozen.
     #[serde(default)]
-    pub arithmetic: Arithmetic,
+    #[serde(alias = "arithmetic")]
+    pub compute_precision: ComputePrecision,
 }
 
 fn last_layer_only() -> usize {
@@ -217,7 +218,7 @@ impl BackboneSpec {
             interpolation: Interpolation::Bicubic,
             crop_pct: 0.9,
             layers: 1,
-            arithmetic: Arithmetic::F32,
+            compute_precision: ComputePrecision::F32,
         }
     }
 

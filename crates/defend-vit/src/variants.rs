@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::pos_embed::Bicubic;
 use crate::vit::in_dtype;
-use crate::{Arithmetic, BackboneSpec, Error, TrainScope, Vit, Weights, pos_embed};
+use crate::{BackboneSpec, ComputePrecision, Error, TrainScope, Vit, Weights, pos_embed};
 
 impl Vit {
     /// The same backbone with the last `layers` layers in its features.
@@ -39,7 +39,7 @@ impl Vit {
     /// # Errors
     /// [`Error::MissingTensor`] for a block that does not exist; [`Error::Config`] without any.
     pub fn with_blocks(&self, blocks: &[usize], name: &str) -> Result<Self, Error> {
-        let state = self.state()?;
+        let state = self.state_dict()?;
         let mut spec = self.spec.clone();
         name.clone_into(&mut spec.name);
         spec.architecture.depth = blocks.len();
@@ -82,7 +82,7 @@ impl Vit {
         let first = self.spec.architecture.first_patch_position();
         let all = self.pos_embed.detach().squeeze(0)?;
         let patches = all.narrow(0, first, from.patches())?;
-        let patches = pos_embed::resize(&patches, from, to, Bicubic::of(&spec.architecture))?;
+        let patches = pos_embed::resize(&patches, from, to, Bicubic::new(&spec.architecture))?;
         let positions = Tensor::cat(&[all.narrow(0, 0, first)?, patches], 0)?.unsqueeze(0)?;
         self.changed(spec, scope, all.device(), |name, tensor| match name {
             "pos_embed" => Ok(positions.clone()),
@@ -94,24 +94,27 @@ impl Vit {
     ///
     /// # Errors
     /// As [`Vit::load`].
-    pub fn with_arithmetic(&self, arithmetic: Arithmetic) -> Result<Self, Error> {
-        self.to_dtype(match arithmetic {
-            Arithmetic::F32 => DType::F32,
-            Arithmetic::Bf16 => DType::BF16,
+    pub fn with_compute_precision(
+        &self,
+        compute_precision: ComputePrecision,
+    ) -> Result<Self, Error> {
+        self.to_dtype(match compute_precision {
+            ComputePrecision::F32 => DType::F32,
+            ComputePrecision::Bf16 => DType::BF16,
         })
     }
 
     /// A frozen copy in another floating-point type. On the CPU the tensors stay `f32`: weights are rounded to `dtype`, and
-    /// with `BF16` the blocks compute as [`Arithmetic::Bf16`] says.
+    /// with `BF16` the blocks compute as [`ComputePrecision::Bf16`] says.
     ///
     /// # Errors
     /// [`Error::Candle`] for a type that is not floating-point on this device.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self, Error> {
         let device = self.pos_embed.device();
         let mut spec = self.spec.clone();
-        spec.arithmetic = match dtype {
-            DType::BF16 => Arithmetic::Bf16,
-            _ => Arithmetic::F32,
+        spec.compute_precision = match dtype {
+            DType::BF16 => ComputePrecision::Bf16,
+            _ => ComputePrecision::F32,
         };
         self.changed(spec, TrainScope::Frozen, device, |_, tensor| {
             in_dtype(&tensor, dtype)
@@ -127,7 +130,7 @@ impl Vit {
         change: impl Fn(&str, Tensor) -> candle_core::Result<Tensor>,
     ) -> Result<Self, Error> {
         let tensors = self
-            .state()?
+            .state_dict()?
             .into_iter()
             .map(|(name, tensor)| {
                 let tensor = change(&name, tensor)?;
@@ -197,14 +200,14 @@ mod tests {
                 *rounded.spec()
             );
             let mut spec = rounded.spec().clone();
-            spec.arithmetic = Arithmetic::F32;
-            let weights = Weights::from_tensors(rounded.state().unwrap(), "rounded");
+            spec.compute_precision = ComputePrecision::F32;
+            let weights = Weights::from_tensors(rounded.state_dict().unwrap(), "rounded");
             let plain = Vit::load(spec, weights, TrainScope::Frozen, &Device::Cpu).unwrap();
             let [a, b] = [&rounded, &plain].map(|vit| crate::weights_hash(vit).unwrap());
             assert_eq!(a == b, half == DType::F16);
             // Training is in f32.
             let trained = rounded.copy(TrainScope::All).unwrap();
-            assert_eq!(trained.spec().arithmetic, Arithmetic::F32);
+            assert_eq!(trained.spec().compute_precision, ComputePrecision::F32);
         }
     }
 }

@@ -7,11 +7,13 @@ use defend_nn::ops::{self, BlockParameters, BranchFactors, Prepared};
 use defend_nn::{Rng, normal, xavier_uniform};
 
 use crate::block::{Block, Linear, Norm};
-use crate::features::{Backbone, Encoder, Features, Grid, Layer, Prefix, TokenSet, Trainable};
+use crate::features::{
+    Backbone, Encoder, Features, FrozenTokens, Grid, Layer, TokenSet, Trainable,
+};
 use crate::local::Surroundings;
 use crate::patch_embed::patchify;
 use crate::pos_embed::Bicubic;
-use crate::{Arithmetic, BackboneSpec, Error, Weights, pos_embed};
+use crate::{BackboneSpec, ComputePrecision, Error, Weights, pos_embed};
 
 /// Which parameters of a loaded backbone train.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +60,7 @@ struct Assembly<'a, 'b> {
     source: &'a mut Source<'b>,
     device: &'a Device,
     eps: f64,
-    arithmetic: Arithmetic,
+    compute_precision: ComputePrecision,
     variables: Vec<(String, Var)>,
 }
 
@@ -74,7 +76,7 @@ pub(crate) fn in_dtype(tensor: &Tensor, dtype: DType) -> candle_core::Result<Ten
 impl Assembly<'_, '_> {
     fn parameter(&mut self, name: &str, shape: &[usize], trains: bool) -> Result<Tensor, Error> {
         let mut tensor = (self.source)(name, shape)?.to_device(self.device)?;
-        if self.arithmetic == Arithmetic::Bf16 {
+        if self.compute_precision == ComputePrecision::Bf16 {
             tensor = in_dtype(&tensor, DType::BF16)?;
         }
         if !trains {
@@ -139,7 +141,7 @@ impl Assembly<'_, '_> {
             },
             heads: arch.heads,
             eps: arch.layer_norm_eps,
-            arithmetic: spec.arithmetic,
+            compute_precision: spec.compute_precision,
             prepared: Prepared::default(),
         })
     }
@@ -234,7 +236,7 @@ impl Vit {
         source: &mut Source<'_>,
     ) -> Result<Self, Error> {
         if scope != TrainScope::Frozen {
-            spec.arithmetic = Arithmetic::F32;
+            spec.compute_precision = ComputePrecision::F32;
         }
         let arch = spec.architecture.clone();
         spec.validate()?;
@@ -264,7 +266,7 @@ impl Vit {
             source,
             device,
             eps: arch.layer_norm_eps,
-            arithmetic: spec.arithmetic,
+            compute_precision: spec.compute_precision,
             variables: Vec::new(),
         };
         let cls_token = build.parameter("cls_token", &[1, 1, d], all)?;
@@ -336,7 +338,7 @@ impl Vit {
         let (tokens, _) = through(&self.blocks, &tokens, &[], false)?;
         let tokens = self.norm.forward(
             &tokens
-                .narrow(1, 0, 1 + self.spec.architecture.extra_tokens())?
+                .narrow(1, 0, self.spec.architecture.num_prefix_tokens())?
                 .contiguous()?,
         )?;
         let token = |i| tokens.narrow(1, i, 1)?.squeeze(1)?.contiguous();
@@ -400,7 +402,7 @@ impl Vit {
         let surroundings = Surroundings {
             grid,
             reach,
-            first_patch: 1 + self.spec.architecture.extra_tokens(),
+            first_patch: self.spec.architecture.num_prefix_tokens(),
         };
         let (mut layers, mut local, mut first) = (Vec::with_capacity(blocks.len()), None, 0);
         for (i, block) in self.blocks.iter().enumerate() {
@@ -453,7 +455,7 @@ impl Vit {
     ///
     /// # Errors
     /// [`Error::Candle`] when candle fails.
-    pub fn state(&self) -> Result<HashMap<String, Tensor>, Error> {
+    pub fn state_dict(&self) -> Result<HashMap<String, Tensor>, Error> {
         let mut tensors = HashMap::new();
         let mut add = |name: String, tensor: &Tensor| {
             tensors.insert(name, tensor.detach());
@@ -511,7 +513,7 @@ impl Vit {
         let cls_position = pos_embed.narrow(0, 0, 1)?;
         let patches_from = arch.first_patch_position();
         let positions = pos_embed.narrow(0, patches_from, arch.grid().patches())?;
-        let filter = Bicubic::of(arch);
+        let filter = Bicubic::new(arch);
         let positions = pos_embed::resize(&positions, arch.grid(), grid, filter)?;
         let kernel = self.patch_embed.weight.reshape((d, arch.patch_values()))?;
         let patches = ops::linear(&patches, &kernel, &self.patch_embed.bias)?;
@@ -572,7 +574,7 @@ impl Vit {
             origin: self.spec.name.clone(),
             reason: "features need at least one block after the frozen prefix".into(),
         })?;
-        let extra = self.spec.architecture.extra_tokens();
+        let extra = self.spec.architecture.num_prefix_tokens() - 1;
         let seen = cls_attention.dim(2)? - extra;
         let cls_attention = cls_attention.narrow(2, extra, seen)?.contiguous()?;
         let Layer { cls, patches } = self.layer(&tokens)?;
@@ -581,7 +583,7 @@ impl Vit {
             patches,
             cls_attention,
             grid,
-            earlier,
+            intermediates: earlier,
         })
     }
 
@@ -591,7 +593,7 @@ impl Vit {
     /// [`Error::Candle`] for tokens of another width.
     pub fn layer(&self, tokens: &Tensor) -> Result<Layer, Error> {
         let tokens = self.norm.forward(tokens)?;
-        let first_patch = 1 + self.spec.architecture.extra_tokens();
+        let first_patch = self.spec.architecture.num_prefix_tokens();
         let patches = tokens.dim(1)? - first_patch;
         Ok(Layer {
             // candle multiplies no rows with gaps on CUDA.
@@ -644,7 +646,7 @@ impl Encoder for Vit {
     }
 
     fn tensors(&self) -> Result<Option<HashMap<String, Tensor>>, Error> {
-        self.state().map(Some)
+        self.state_dict().map(Some)
     }
 }
 
@@ -654,24 +656,24 @@ impl Backbone for Vit {
         self.finish(&tokens, 0, grid, None)
     }
 
-    fn features_of(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error> {
+    fn features_masked(&self, images: &Tensor, keep: &TokenSet) -> Result<Features, Error> {
         let (tokens, grid) = self.embed(images, Some(keep))?;
         self.finish(&tokens, 0, grid, None)
     }
 }
 
 impl Trainable for Vit {
-    fn frozen_prefix(&self, images: &Tensor) -> Result<Prefix, Error> {
+    fn frozen_tokens(&self, images: &Tensor) -> Result<FrozenTokens, Error> {
         let (tokens, grid) = self.embed(images, None)?;
         let (tokens, _) = through(&self.blocks[..self.frozen_blocks()], &tokens, &[], false)?;
-        Ok(Prefix { tokens, grid })
+        Ok(FrozenTokens { tokens, grid })
     }
 
-    fn features_from(&self, prefix: &Prefix) -> Result<Features, Error> {
+    fn features_from_frozen(&self, prefix: &FrozenTokens) -> Result<Features, Error> {
         self.finish(&prefix.tokens, self.frozen_blocks(), prefix.grid, None)
     }
 
-    fn training_features(
+    fn features_train(
         &self,
         images: &Tensor,
         keep: Option<&TokenSet>,
@@ -715,8 +717,14 @@ mod tests {
         );
         let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
         for (layer, (cls, patches)) in found.iter().zip([
-            (&features.earlier[2].cls, &features.earlier[2].patches),
-            (&features.earlier[0].cls, &features.earlier[0].patches),
+            (
+                &features.intermediates[2].cls,
+                &features.intermediates[2].patches,
+            ),
+            (
+                &features.intermediates[0].cls,
+                &features.intermediates[0].patches,
+            ),
             (&features.cls, &features.patches),
         ]) {
             assert_eq!(values(&layer.cls)?, values(cls)?);
@@ -753,7 +761,7 @@ mod tests {
         let mut vit = vit;
         for layers in [1, 2, 4] {
             vit = vit.with_layers(layers)?;
-            let found = vit.training_features(&images, None, &mut Rng::seed(6))?;
+            let found = vit.features_train(&images, None, &mut Rng::seed(6))?;
             assert_eq!(apart(&found.patches, &expected)?, 0.0);
         }
         Ok(())

@@ -69,7 +69,7 @@ fn check(keep: Option<&TokenSet>) -> Result<(), Error> {
         normal(whole.cls.dims(), 1.0, &mut rng, &Device::Cpu)?,
     );
     let loss = |rng: &mut Rng| -> Result<Tensor, Error> {
-        let features = vit.training_features(&images, keep, rng)?;
+        let features = vit.features_train(&images, keep, rng)?;
         let patches = (features.patches * &patch_weights)?.sum_all()?;
         Ok((patches + (features.cls * &cls_weights)?.sum_all()?)?)
     };

@@ -52,10 +52,10 @@ fn images_of_a_batch_are_those_alone() -> Result<(), Error> {
     for layers in [1, 2, 3] {
         let vit = model(&golden, TrainScope::Frozen).with_layers(layers)?;
         let found = pool.install(|| vit.features(&batch))?;
-        assert_eq!(found.earlier.len(), layers - 1);
+        assert_eq!(found.intermediates.len(), layers - 1);
         let partly = model(&golden, TrainScope::LastBlocks(1)).with_layers(layers)?;
-        let prefix = pool.install(|| partly.frozen_prefix(&batch))?;
-        let from_prefix = partly.features_from(&prefix)?;
+        let prefix = pool.install(|| partly.frozen_tokens(&batch))?;
+        let from_prefix = partly.features_from_frozen(&prefix)?;
         for (i, image) in images.into_iter().enumerate() {
             let alone = pool.install(|| vit.features(image))?;
             let row = |tensor: &Tensor| tensor.narrow(0, i, 1);
@@ -63,7 +63,7 @@ fn images_of_a_batch_are_those_alone() -> Result<(), Error> {
                 assert_same(&row(&found.cls)?, &alone.cls);
                 assert_same(&row(&found.patches)?, &alone.patches);
                 assert_same(&row(&found.cls_attention)?, &alone.cls_attention);
-                for (found, alone) in found.earlier.iter().zip(&alone.earlier) {
+                for (found, alone) in found.intermediates.iter().zip(&alone.intermediates) {
                     assert_same(&row(&found.cls)?, &alone.cls);
                     assert_same(&row(&found.patches)?, &alone.patches);
                 }
@@ -110,7 +110,7 @@ fn kept_tokens_match_timm() -> Result<(), Error> {
         columns: 4,
     };
     let keep = TokenSet::new(golden.get("keep").to_dtype(DType::U32)?, grid)?;
-    let features = vit.features_of(&golden.get("images"), &keep)?;
+    let features = vit.features_masked(&golden.get("images"), &keep)?;
     assert_close(
         &features.patches,
         &golden.get("kept.patches"),
@@ -133,8 +133,8 @@ fn earlier_layers_are_the_blocks_outputs_after_the_final_norm() -> Result<(), Er
     let vit = model(&golden, TrainScope::Frozen).with_layers(3)?;
     let features = vit.features(&golden.get("images"))?;
     let parameter = |name: &str| golden.get(&format!("weights.norm.{name}"));
-    assert_eq!(features.earlier.len(), 2);
-    for (layer, block) in features.earlier.iter().zip([1, 0]) {
+    assert_eq!(features.intermediates.len(), 2);
+    for (layer, block) in features.intermediates.iter().zip([1, 0]) {
         let tokens = golden.get(&format!("tokens.{block}"));
         let (weight, bias) = (parameter("weight"), parameter("bias"));
         let expected = defend_nn::ops::layer_norm(&tokens, &weight, &bias, 1e-6)?;
@@ -191,12 +191,12 @@ fn positional_embeddings_resize_as_in_pytorch() -> Result<(), Error> {
 fn gradients_of_the_trained_blocks_match_pytorch() -> Result<(), Error> {
     let golden = golden();
     let vit = model(&golden, TrainScope::LastBlocks(2));
-    let prefix = vit.frozen_prefix(&golden.get("images"))?;
+    let prefix = vit.frozen_tokens(&golden.get("images"))?;
     assert!(
         !prefix.tokens.track_op(),
         "the frozen prefix must not record gradients"
     );
-    let features = vit.features_from(&prefix)?;
+    let features = vit.features_from_frozen(&prefix)?;
     let loss = (features.patches.sqr()? * &golden.get("grad_weighting"))?.sum_all()?;
     let grads = loss.backward()?;
     let parameters = vit.parameters();

@@ -1,4 +1,4 @@
-//! Pictures that several tests tell apart, and settings that are enough for them.
+//! ResizedImages that several tests tell apart, and settings that are enough for them.
 
 use defend_core::data::{Memory, RgbImage};
 use defend_core::dense::DenseConfig;
@@ -13,9 +13,9 @@ pub(crate) fn stripes(period: u32, phase: u32) -> RgbImage {
 }
 
 /// The first phases of a period.
-pub(crate) fn set(period: u32, pictures: u32) -> Memory {
+pub(crate) fn set(period: u32, images: u32) -> Memory {
     let mut memory = Memory::default();
-    for phase in 0..pictures {
+    for phase in 0..images {
         memory.push(format!("{period}/{phase}"), stripes(period, phase), vec![]);
     }
     memory
@@ -25,7 +25,7 @@ pub(crate) fn set(period: u32, pictures: u32) -> Memory {
 pub(crate) fn small_dense() -> DenseConfig {
     DenseConfig {
         epochs: 1,
-        batch: 8,
+        batch_size: 8,
         crops: 2,
         crop_size: 16,
         head_hidden: vec![16],

@@ -48,7 +48,7 @@ struct Attention {
 
 impl Attention {
     /// Of `[B T, 3 D]` before its bias.
-    fn of(heads: Heads, packed: Tensor, bias: &Tensor, scale: f64) -> Result<Self> {
+    fn new(heads: Heads, packed: Tensor, bias: &Tensor, scale: f64) -> Result<Self> {
         let [q, k, v] = heads.split(&packed, bias, scale)?;
         drop(packed);
         let probabilities = q.matmul(&k.t()?)?;
@@ -117,7 +117,7 @@ impl Block<'_> {
             let attended = heads.attend(&packed, self.qkv[1], scale)?;
             (attended, cls.transpose()?, None)
         } else {
-            let attention = Attention::of(heads, packed, self.qkv[1], scale)?;
+            let attention = Attention::new(heads, packed, self.qkv[1], scale)?;
             let cls = with_cls.then(|| attention.first_rows(heads));
             let attended = heads.merge(&attention.probabilities.matmul(&attention.v)?)?;
             (attended, cls.transpose()?, Some(attention))

@@ -12,7 +12,7 @@ use defend_kernels::block::{self as kernel, Matrices};
 /// How frozen networks compute.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Arithmetic {
+pub enum ComputePrecision {
     /// In `f32`.
     #[default]
     F32,
@@ -47,7 +47,7 @@ pub struct BlockParameters {
     /// Added to the variance in both LayerNorms.
     pub eps: f64,
     /// How calls without a backward pass multiply on the CPU, with `f32` tensors.
-    pub arithmetic: Arithmetic,
+    pub compute_precision: ComputePrecision,
     /// Frozen matrices as the kernel wants them, from the first call on.
     pub prepared: Prepared,
 }
@@ -60,18 +60,18 @@ pub struct BlockParameters {
 pub struct Prepared(Arc<OnceLock<(PreparedOf, Arc<Matrices>)>>);
 
 /// The tensors, the number of heads, and the arithmetic.
-type PreparedOf = (Vec<TensorId>, usize, Arithmetic);
+type PreparedOf = (Vec<TensorId>, usize, ComputePrecision);
 
 impl BlockParameters {
     /// The matrices for a forward pass, with LayerScale in them.
-    fn matrices(&self, arithmetic: Arithmetic) -> Result<Arc<Matrices>> {
+    fn matrices(&self, compute_precision: ComputePrecision) -> Result<Arc<Matrices>> {
         let make = || -> Result<Matrices> {
             let folded = self.folded()?;
             let matrices =
                 folded.with_weights(|weights| Matrices::forward(&weights, self.heads))?;
-            Ok(match arithmetic {
-                Arithmetic::F32 => matrices,
-                Arithmetic::Bf16 => matrices.rounded(),
+            Ok(match compute_precision {
+                ComputePrecision::F32 => matrices,
+                ComputePrecision::Bf16 => matrices.rounded(),
             })
         };
         let matrices = [&self.qkv[0], &self.fc1[0]].into_iter();
@@ -85,7 +85,7 @@ impl BlockParameters {
         }
         // The layout depends on the number of heads.
         let ids = of.iter().map(|tensor| tensor.id());
-        let key = (ids.collect(), self.heads, arithmetic);
+        let key = (ids.collect(), self.heads, compute_precision);
         match self.prepared.0.get() {
             Some((made_of, matrices)) if *made_of == key => Ok(Arc::clone(matrices)),
             Some(_) => Ok(Arc::new(make()?)),
@@ -432,7 +432,7 @@ mod tests {
             scales: None,
             heads: 3,
             eps: 1e-6,
-            arithmetic: Arithmetic::F32,
+            compute_precision: ComputePrecision::F32,
             prepared: Prepared::default(),
         }
     }
@@ -535,7 +535,7 @@ mod tests {
         assert!(distance(&found, &expected) < 1e-5);
         let [found, expected] = [attention, expected_attention].map(Option::unwrap);
         assert!(distance(&found, &expected) < 1e-6);
-        let [first, second] = [(); 2].map(|()| p.matrices(Arithmetic::F32));
+        let [first, second] = [(); 2].map(|()| p.matrices(ComputePrecision::F32));
         assert!(Arc::ptr_eq(&first?, &second?));
         // A gradient for the input alone.
         let x = candle_core::Var::from_tensor(&t[0])?;
@@ -576,7 +576,7 @@ mod tests {
         }
         let mut p = parameters(&t);
         let single = transformer_block(&t[0], &p, None, false)?.0;
-        p.arithmetic = Arithmetic::Bf16;
+        p.compute_precision = ComputePrecision::Bf16;
         p.prepared = Prepared::default();
         let found = transformer_block(&t[0], &p, None, false)?.0;
         // Step by step in double precision.
@@ -607,7 +607,7 @@ mod tests {
         scaled.scales = Some(scales);
         scaled.prepared = Prepared::default();
         let mut folded = scaled.folded()?;
-        folded.arithmetic = Arithmetic::Bf16;
+        folded.compute_precision = ComputePrecision::Bf16;
         let [a, b] = [&scaled, &folded].map(|p| transformer_block(&t[0], p, None, false));
         assert_eq!(distance(&a?.0, &b?.0), 0.0);
         // An image does not depend on its batch.
@@ -635,7 +635,7 @@ mod tests {
         let compute = || {
             let mut p = parameters(t);
             let (out, attention) = transformer_block(&t[0], &p, None, true)?;
-            p.arithmetic = Arithmetic::Bf16;
+            p.compute_precision = ComputePrecision::Bf16;
             p.prepared = Prepared::default();
             let rounded = transformer_block(&t[0], &p, None, false)?.0;
             let mut found = vec![out, attention.unwrap(), rounded];

@@ -24,7 +24,7 @@ pub use adamw::{adamw, not_finite as adamw_not_finite};
 pub use adamw_step::{AdamWOperands, AdamWStep};
 pub use attention::{attention, cls_attention};
 pub use block::chain::transformer_blocks;
-pub use block::{Arithmetic, BlockParameters, BranchFactors, Prepared, transformer_block};
+pub use block::{BlockParameters, BranchFactors, ComputePrecision, Prepared, transformer_block};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::{add_bias, linear, linear_gelu};

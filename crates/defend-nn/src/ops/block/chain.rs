@@ -8,8 +8,8 @@ use rayon::prelude::*;
 
 use super::super::{from_vec, is_fast, slice, with_slices};
 use super::{
-    Arithmetic, BlockParameters, BranchFactors, Gradients, check, kernel, lock, transformer_block,
-    with_ticket,
+    BlockParameters, BranchFactors, ComputePrecision, Gradients, check, kernel, lock,
+    transformer_block, with_ticket,
 };
 use kernel::Saved;
 
@@ -147,12 +147,12 @@ impl BlockCall {
     ) -> Result<Vec<f32>> {
         let save = self.tracked.contains(&true);
         // The backward pass is that of `f32`.
-        let arithmetic = if save {
-            Arithmetic::F32
+        let compute_precision = if save {
+            ComputePrecision::F32
         } else {
-            self.parameters.arithmetic
+            self.parameters.compute_precision
         };
-        let matrices = self.parameters.matrices(arithmetic)?;
+        let matrices = self.parameters.matrices(compute_precision)?;
         let (out, saved) = self.parameters.with_weights(|weights| {
             kernel::forward(
                 self.shape(dims),
@@ -269,7 +269,9 @@ fn image_by_image(
     }
     let (images, tokens, width) = x.dims3()?;
     let heads = blocks.last().map_or(0, |block| block.heads);
-    let matrices = blocks.iter().map(|block| block.matrices(block.arithmetic));
+    let matrices = blocks
+        .iter()
+        .map(|block| block.matrices(block.compute_precision));
     let matrices = matrices.collect::<Result<Vec<_>>>()?;
     // Tokens and attention of some images, on so many threads.
     let run = |images: usize, threads: usize, input: &[f32]| -> Result<(Vec<f32>, Vec<f32>)> {
@@ -326,7 +328,7 @@ mod tests {
         let mut blocks = [0.1, 0.2, 0.15].map(|factor| parameters(&scaled(factor)));
         blocks[1].scales = Some([t[1].clone(), t[2].clone()]);
         blocks[1].heads = 6;
-        blocks[2].arithmetic = Arithmetic::Bf16;
+        blocks[2].compute_precision = ComputePrecision::Bf16;
         (t[0].clone(), blocks)
     }
 
@@ -505,10 +507,13 @@ mod tests {
     #[test]
     fn frozen_blocks_with_layer_scale_keep_their_matrices_below_one_that_trains() -> Result<()> {
         let (x, mut blocks) = blocks(4, 20);
-        let kept = blocks[1].matrices(Arithmetic::F32)?;
+        let kept = blocks[1].matrices(ComputePrecision::F32)?;
         train(&mut blocks[2])?;
         transformer_blocks(&x, &blocks.each_ref(), &[], false)?;
-        assert!(Arc::ptr_eq(&kept, &blocks[1].matrices(Arithmetic::F32)?));
+        assert!(Arc::ptr_eq(
+            &kept,
+            &blocks[1].matrices(ComputePrecision::F32)?
+        ));
         Ok(())
     }
 

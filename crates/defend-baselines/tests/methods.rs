@@ -1,12 +1,12 @@
-//! Every system on a small random backbone: tells two textures apart, repeats bit for bit, and scores images alone as
+//! Every method on a small random backbone: tells two textures apart, repeats bit for bit, and scores images alone as
 //! in a batch.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may panic")]
 
 use std::sync::Arc;
 
-use defend_baselines::{SystemConfig, Teacher};
-use defend_core::data::{Dataset, Fit, Memory, RgbImage};
+use defend_baselines::{MethodConfig, Teacher};
+use defend_core::data::{Dataset, Memory, ResizeMode, RgbImage};
 use defend_core::metrics::auroc;
 use defend_core::nn::Rng;
 use defend_core::prelude::*;
@@ -26,39 +26,46 @@ fn teacher() -> Teacher {
     };
     let spec = BackboneSpec::new(architecture);
     let vit = Vit::random(spec, 0.0, &mut Rng::seed(3), &Device::Cpu).unwrap();
-    Teacher::new(vit, 4, Fit::Squash, &Device::Cpu, CacheConfig::default()).unwrap()
+    Teacher::new(
+        vit,
+        4,
+        ResizeMode::Squash,
+        &Device::Cpu,
+        CacheConfig::default(),
+    )
+    .unwrap()
 }
 
-/// Stripes that run one way or the other, each picture with another width and shade.
-fn pictures(count: u32, across: bool) -> Memory {
+/// Stripes that run one way or the other, each image with another width and shade.
+fn images(count: u32, across: bool) -> Memory {
     let mut set = Memory::default();
     for i in 0..count {
         let period = 4 + i % 3;
-        let picture = RgbImage::from_fn(32, 32, |x, y| {
+        let image = RgbImage::from_fn(32, 32, |x, y| {
             let at = if across { x } else { y };
             let light = (at + i) % period < period / 2;
             let shade = if light { 220 } else { 30 + 5 * (i % 8) as u8 };
             [shade, shade / 2 + 40, 128].into()
         });
-        set.push(format!("{i}"), picture, vec![]);
+        set.push(format!("{i}"), image, vec![]);
     }
     set
 }
 
 fn scores(
-    config: &SystemConfig,
+    config: &MethodConfig,
     observer: &mut dyn Observer,
 ) -> (Vec<f64>, Box<dyn NoveltyDetector>) {
-    let normal: Arc<dyn Dataset> = Arc::new(pictures(24, true));
+    let normal: Arc<dyn Dataset> = Arc::new(images(24, true));
     let detector = config
-        .system()
+        .method()
         .fit(&teacher(), normal, 5, observer)
         .unwrap();
-    let mut all = scan(&*detector, pictures(12, true), observer)
+    let mut all = scan(&*detector, images(12, true), observer)
         .unwrap()
         .scores();
     all.extend(
-        scan(&*detector, pictures(12, false), observer)
+        scan(&*detector, images(12, false), observer)
             .unwrap()
             .scores(),
     );
@@ -66,7 +73,7 @@ fn scores(
 }
 
 #[test]
-fn every_system_tells_textures_apart_and_repeats() {
+fn every_method_tells_textures_apart_and_repeats() {
     let small = r#"[
         {"kind": "defend"},
         {"kind": "defend", "settings": {
@@ -87,24 +94,24 @@ fn every_system_tells_textures_apart_and_repeats() {
         {"kind": "msad", "epochs": 2, "batch": 8},
         {"kind": "one-class-head", "hidden": 16, "output": 8, "epochs": 5}
     ]"#;
-    let systems: Vec<SystemConfig> = serde_json::from_str(small).unwrap();
+    let methods: Vec<MethodConfig> = serde_json::from_str(small).unwrap();
     let abnormal: Vec<bool> = (0..24).map(|i| i >= 12).collect();
-    for config in systems {
-        let name = config.system().name();
+    for config in methods {
+        let name = config.method().name();
         let (first, detector) = scores(&config, &mut Silent);
         let area = auroc(ArrayView1::from(&first), ArrayView1::from(&abnormal)).unwrap();
         // The mean of a random backbone's features says next to nothing of textures; the VOC test measures these two.
         let is_mean = matches!(
             config,
-            SystemConfig::MeanCls(_) | SystemConfig::ConstantStudent(_)
+            MethodConfig::MeanCls(_) | MethodConfig::ConstantStudent(_)
         );
         assert!(area > 0.7 || is_mean, "{name}: AUROC {area}");
         let (second, _) = scores(&config, &mut Silent);
         assert_eq!(first, second, "{name} with the same seed");
 
-        // One picture alone has the score that it has among others, up to rounding.
+        // One image alone has the score that it has among others, up to rounding.
         let mut alone = Memory::default();
-        alone.push("7", pictures(12, false).image(7).unwrap(), vec![]);
+        alone.push("7", images(12, false).image(7).unwrap(), vec![]);
         let alone = scan(&*detector, alone, &mut Silent).unwrap().scores()[0];
         let among = first[12 + 7];
         assert!(
@@ -116,10 +123,10 @@ fn every_system_tells_textures_apart_and_repeats() {
 
 #[test]
 fn a_fit_without_images_is_an_error() {
-    for config in SystemConfig::references() {
-        let system = config.system();
+    for config in MethodConfig::references() {
+        let method = config.method();
         let normal: Arc<dyn Dataset> = Arc::new(Memory::default());
-        let found = system.fit(&teacher(), normal, 0, &mut Silent);
-        assert!(found.is_err(), "{}", system.name());
+        let found = method.fit(&teacher(), normal, 0, &mut Silent);
+        assert!(found.is_err(), "{}", method.name());
     }
 }

@@ -1,4 +1,4 @@
-//! Resized pictures in memory, as training loops want them.
+//! Resized images in memory, as training loops want them.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,21 +17,21 @@ const READ_BATCH: usize = 64;
 /// The same while training: up to three times as many are in memory besides those that are kept.
 const AHEAD_BATCH: usize = 32;
 
-/// The readable pictures of a data set, resized and kept as bytes (150 KB at 224 pixels).
+/// The readable images of a data set, resized and kept as bytes (150 KB at 224 pixels).
 ///
-/// Pictures beyond the memory limit are decoded again whenever they are asked for, ahead of the training loop that announces
+/// ResizedImages beyond the memory limit are decoded again whenever they are asked for, ahead of the training loop that announces
 /// their order.
-pub struct Pictures {
+pub struct ResizedImages {
     dataset: Arc<dyn Dataset>,
     preprocess: Preprocess,
     device: Device,
-    /// Index in the data set, and the resized picture where it is kept.
+    /// Index in the data set, and the resized image where it is kept.
     kept: Vec<(usize, Option<RgbImage>)>,
     skipped: Vec<Skipped>,
     ahead: Mutex<Option<Ahead>>,
 }
 
-/// Pictures that do not fit into memory, by their index in the data set, on their way.
+/// ResizedImages that do not fit into memory, by their index in the data set, on their way.
 struct Ahead {
     batches: Batches,
     coming: HashSet<usize>,
@@ -39,7 +39,7 @@ struct Ahead {
 }
 
 impl Ahead {
-    /// A picture, if it is among those; waits for it, unless more than `limit` others would wait in memory meanwhile.
+    /// An image, if it is among those; waits for it, unless more than `limit` others would wait in memory meanwhile.
     fn take(&mut self, index: usize, limit: usize) -> Option<RgbImage> {
         while self.coming.contains(&index) && self.read.len() <= limit {
             let batch = self.batches.next()?;
@@ -50,13 +50,13 @@ impl Ahead {
                 self.coming.remove(&failure.index);
             }
             self.read
-                .extend(batch.indices.into_iter().zip(batch.pictures));
+                .extend(batch.indices.into_iter().zip(batch.images));
         }
         self.read.remove(&index)
     }
 }
 
-impl Pictures {
+impl ResizedImages {
     /// Reads a data set once, keeping at most `limit` bytes.
     ///
     /// # Errors
@@ -76,7 +76,7 @@ impl Pictures {
             images: total as u64,
         });
         let mut kept_bytes = 0;
-        let (mut pictures, mut skipped) = (Vec::with_capacity(total), Vec::new());
+        let (mut images, mut skipped) = (Vec::with_capacity(total), Vec::new());
         let indices = (0..total).collect();
         for batch in Batches::new(
             Arc::clone(&dataset),
@@ -85,9 +85,9 @@ impl Pictures {
             READ_BATCH,
         )? {
             let handled = batch.indices.len() + batch.failures.len();
-            for (index, picture) in batch.indices.into_iter().zip(batch.pictures) {
-                kept_bytes += picture.as_raw().len();
-                pictures.push((index, (kept_bytes <= limit).then_some(picture)));
+            for (index, image) in batch.indices.into_iter().zip(batch.images) {
+                kept_bytes += image.as_raw().len();
+                images.push((index, (kept_bytes <= limit).then_some(image)));
             }
             for failure in batch.failures {
                 observer.on(&Event::Skipped(&failure));
@@ -105,30 +105,30 @@ impl Pictures {
             });
         }
         observer.on(&Event::Finished { stage: Stage::Read });
-        if pictures.is_empty() {
+        if images.is_empty() {
             return Err(Error::no_images(total, &skipped));
         }
         Ok(Self {
             dataset,
             preprocess,
             device: device.clone(),
-            kept: pictures,
+            kept: images,
             skipped,
             ahead: Mutex::new(None),
         })
     }
 
-    /// Pictures that could not be read.
+    /// ResizedImages that could not be read.
     pub fn skipped(&self) -> &[Skipped] {
         &self.skipped
     }
 
-    /// Place of a picture in its data set.
-    pub fn index(&self, picture: usize) -> Option<usize> {
-        self.kept.get(picture).map(|(index, _)| *index)
+    /// Place of an image in its data set.
+    pub fn index(&self, image: usize) -> Option<usize> {
+        self.kept.get(image).map(|(index, _)| *index)
     }
 
-    /// Name of a picture, `""` for one that there is not.
+    /// Name of an image, `""` for one that there is not.
     pub fn name(&self, index: usize) -> String {
         let found = self.kept.get(index);
         found.map_or_else(String::new, |(index, _)| {
@@ -136,12 +136,12 @@ impl Pictures {
         })
     }
 
-    /// Reads a picture that did not fit into memory.
+    /// Reads an image that did not fit into memory.
     fn again(&self, index: usize) -> Result<RgbImage, defend_data::Error> {
         self.preprocess.resize(&self.dataset.image(index)?)
     }
 
-    /// Index in the data set of a picture that is not in memory.
+    /// Index in the data set of an image that is not in memory.
     fn not_kept(&self, i: usize) -> Option<usize> {
         match self.kept.get(i) {
             Some((index, None)) => Some(*index),
@@ -149,7 +149,7 @@ impl Pictures {
         }
     }
 
-    /// Those of the pictures that were read ahead.
+    /// Those of the images that were read ahead.
     fn read_ahead(&self, indices: &[usize]) -> HashMap<usize, RgbImage> {
         // A poisoned lock means that a data set panicked, which reaches the caller anyway.
         let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
@@ -168,7 +168,7 @@ impl Pictures {
     }
 }
 
-impl ImageSource for Pictures {
+impl ImageSource for ResizedImages {
     fn len(&self) -> usize {
         self.kept.len()
     }
@@ -182,9 +182,9 @@ impl ImageSource for Pictures {
             .par_chunks_mut(length)
             .zip(indices)
             .try_for_each(|(target, &i)| match self.kept.get(i) {
-                Some((_, Some(picture))) => self.preprocess.normalize_into(picture, target),
+                Some((_, Some(image))) => self.preprocess.normalize_into(image, target),
                 Some((index, None)) => match ahead.get(index) {
-                    Some(picture) => self.preprocess.normalize_into(picture, target),
+                    Some(image) => self.preprocess.normalize_into(image, target),
                     // Asked for out of turn, or with a fault that this names.
                     None => self.preprocess.normalize_into(&self.again(*index)?, target),
                 },
@@ -204,7 +204,7 @@ impl ImageSource for Pictures {
         )?)
     }
 
-    fn announce(&self, order: &[usize]) {
+    fn prefetch(&self, order: &[usize]) {
         let missing: Vec<usize> = order.iter().filter_map(|&i| self.not_kept(i)).collect();
         let ahead = (!missing.is_empty()).then(|| {
             let coming = missing.iter().copied().collect();
@@ -216,7 +216,7 @@ impl ImageSource for Pictures {
                 read: HashMap::new(),
             })
         });
-        // Without a thread to read ahead, pictures are read when they are asked for.
+        // Without a thread to read ahead, images are read when they are asked for.
         let ahead = ahead.and_then(Result::ok);
         *self.ahead.lock().unwrap_or_else(PoisonError::into_inner) = ahead;
     }
@@ -236,7 +236,7 @@ mod tests {
 
     const COLOURS: usize = 150;
 
-    /// Pictures of one colour.
+    /// ResizedImages of one colour.
     #[derive(Default)]
     struct Colours {
         /// How often one was read.
@@ -278,26 +278,26 @@ mod tests {
     }
 
     /// All colours, of which `limit` bytes are kept.
-    fn pictures(colours: &Arc<Colours>, limit: usize) -> Pictures {
+    fn images(colours: &Arc<Colours>, limit: usize) -> ResizedImages {
         let dataset: Arc<dyn Dataset> = colours.clone();
         let preprocess = Preprocess::new(16, [0.0; 3], [1.0; 3]);
-        Pictures::read(dataset, preprocess, &Device::Cpu, limit, true, &mut Silent).unwrap()
+        ResizedImages::read(dataset, preprocess, &Device::Cpu, limit, true, &mut Silent).unwrap()
     }
 
     #[test]
-    fn pictures_beyond_the_memory_are_read_ahead_once_an_epoch_and_are_the_same() {
+    fn images_beyond_the_memory_are_read_ahead_once_an_epoch_and_are_the_same() {
         let colours = Arc::<Colours>::default();
         let reads = || colours.reads.load(Ordering::SeqCst);
-        let kept = pictures(&colours, 1 << 20);
-        let some = pictures(&colours, 10 * 3 * 16 * 16);
+        let kept = images(&colours, 1 << 20);
+        let some = images(&colours, 10 * 3 * 16 * 16);
         let order: Vec<usize> = (0..COLOURS).rev().collect();
-        let values = |pictures: &Pictures, indices: &[usize]| {
-            let images = pictures.images(indices).unwrap();
+        let values = |images: &ResizedImages, indices: &[usize]| {
+            let images = images.images(indices).unwrap();
             images.flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };
         for _ in 0..2 {
             let before = reads();
-            some.announce(&order);
+            some.prefetch(&order);
             let start = Instant::now();
             while reads() == before {
                 assert!(start.elapsed() < Duration::from_secs(60), "not read ahead");
@@ -309,38 +309,38 @@ mod tests {
             assert_eq!(reads() - before, COLOURS - 10);
         }
         // Out of turn, and never announced.
-        some.announce(&order[..50]);
+        some.prefetch(&order[..50]);
         for indices in [[120, 60], [149, 15], [101, 40]] {
             assert_eq!(values(&some, &indices), values(&kept, &indices));
         }
         // Another order replaces it.
-        some.announce(&[]);
+        some.prefetch(&[]);
         assert!(some.ahead.lock().unwrap().is_none());
         assert_eq!(values(&some, &[30]), values(&kept, &[30]));
     }
 
     #[test]
     fn little_waits_in_memory_whatever_is_asked_for() {
-        let pictures = pictures(&Arc::default(), 0);
+        let images = images(&Arc::default(), 0);
         let order: Vec<usize> = (0..COLOURS).collect();
-        pictures.announce(&order);
+        images.prefetch(&order);
         // The last of all: all others would have to wait.
-        pictures.images(&[COLOURS - 1]).unwrap();
-        assert!(pictures.ahead.lock().unwrap().is_none());
-        pictures.images(&order[..2]).unwrap();
+        images.images(&[COLOURS - 1]).unwrap();
+        assert!(images.ahead.lock().unwrap().is_none());
+        images.images(&order[..2]).unwrap();
     }
 
     #[test]
-    fn a_picture_that_can_no_longer_be_read_is_named() {
+    fn a_image_that_can_no_longer_be_read_is_named() {
         let colours = Arc::<Colours>::default();
-        let pictures = pictures(&colours, 0);
+        let images = images(&colours, 0);
         let order: Vec<usize> = (0..COLOURS).collect();
         colours.gone.store(true, Ordering::SeqCst);
-        pictures.announce(&order);
-        assert!(pictures.images(&order[..5]).is_ok());
-        let error = pictures.images(&order[5..10]).unwrap_err();
+        images.prefetch(&order);
+        assert!(images.images(&order[..5]).is_ok());
+        let error = images.images(&order[5..10]).unwrap_err();
         let source = std::error::Error::source(&error).unwrap().to_string();
         assert!(source.contains("seven"), "{source}");
-        assert!(pictures.images(&order[10..20]).is_ok());
+        assert!(images.images(&order[10..20]).is_ok());
     }
 }

@@ -1,4 +1,4 @@
-//! The pictures that a command is given.
+//! The images that a command is given.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ pub(crate) struct Found {
 
 /// Expands folders; a file is taken whatever its extension.
 ///
-/// Files in the folders that are no pictures by their names are told on standard error, or are an error when
+/// Files in the folders that are no images by their names are told on standard error, or are an error when
 /// `strict`.
 pub(crate) fn find(arguments: &[PathBuf], strict: bool) -> Result<Found> {
     let mut found = Found {
@@ -43,10 +43,10 @@ pub(crate) fn find(arguments: &[PathBuf], strict: bool) -> Result<Found> {
         }
     }
     if let (true, Some(first)) = (strict, others.first()) {
-        bail!("{} is no picture by its name (--strict)", first.display());
+        bail!("{} is no image by its name (--strict)", first.display());
     }
     for other in &others {
-        eprintln!("passed over {}: no picture by its name", other.display());
+        eprintln!("passed over {}: no image by its name", other.display());
     }
     if !others.is_empty() {
         eprintln!("{} files passed over", others.len());
@@ -81,18 +81,18 @@ impl Found {
         let found = masks.iter().flatten().count();
         if found == 0 {
             bail!(
-                "{} holds no mask: expected NAME_mask.png or NAME.png for a picture NAME",
+                "{} holds no mask: expected NAME_mask.png or NAME.png for an image NAME",
                 folder.display()
             );
         }
-        eprintln!("{found} of {} pictures have a mask", masks.len());
+        eprintln!("{found} of {} images have a mask", masks.len());
         Ok(Arc::new(
             ImageFolder::from_paths(self.paths.clone()).with_masks(masks)?,
         ))
     }
 }
 
-/// Scores every picture and hands over what was found; unreadable ones are named on standard error and
+/// Scores every image and hands over what was found; unreadable ones are named on standard error and
 /// counted at the end, or end the run when `strict`.
 pub(crate) fn scan_all(
     detector: &dyn NoveltyDetector,
@@ -116,18 +116,18 @@ pub(crate) fn scan_all(
     count(unreadable, total)
 }
 
-/// Says how many pictures could not be read; an error when all of them.
+/// Says how many images could not be read; an error when all of them.
 pub(crate) fn count(unreadable: usize, total: usize) -> Result<()> {
     if unreadable > 0 {
-        eprintln!("{unreadable} of {total} pictures could not be read");
+        eprintln!("{unreadable} of {total} images could not be read");
     }
     if unreadable == total {
-        bail!("none of the {total} pictures could be read");
+        bail!("none of the {total} images could be read");
     }
     Ok(())
 }
 
-/// The error that an unreadable picture is where they are not passed over.
+/// The error that an unreadable image is where they are not passed over.
 pub(crate) fn refusal(failure: &Failure) -> anyhow::Error {
     anyhow::anyhow!("{}: {} (--strict)", failure.name, failure.error)
 }

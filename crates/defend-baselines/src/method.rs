@@ -1,23 +1,25 @@
-//! What every system of the benchmark is: something that learns from normal images.
+//! What every method of the benchmark is: something that learns from normal images.
 
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use defend_core::data::{Dataset, Fit, Preprocess};
+use defend_core::data::{Dataset, Preprocess, ResizeMode};
 use defend_core::vit::{
     Backbone, CacheConfig, Cached, Encoder, Features, ImageSource, TrainScope, Vit,
 };
-use defend_core::{BackgroundSource, Error, NoveltyDetector, Observer, Pictures, preprocess_of};
+use defend_core::{
+    BackgroundSource, Error, NoveltyDetector, Observer, ResizedImages, preprocess_of,
+};
 
 /// Images a forward pass.
 pub(crate) const BATCH: usize = 32;
 
 /// Role: a way to make a detector from normal images.
-pub trait System: Send + Sync {
+pub trait Method: Send + Sync {
     /// Learns what is normal; the same seed gives the same detector.
     ///
     /// # Errors
-    /// [`Error::NoImages`], [`Error::Unreadable`] for an image that cannot be read, and what the system's stages return.
+    /// [`Error::NoImages`], [`Error::Unreadable`] for an image that cannot be read, and what the method's stages return.
     fn fit(
         &self,
         teacher: &Teacher,
@@ -26,7 +28,7 @@ pub trait System: Send + Sync {
         observer: &mut dyn Observer,
     ) -> Result<Box<dyn NoveltyDetector>, Error>;
 
-    /// Last layers of a backbone of `depth` blocks that the system looks at.
+    /// Last layers of a backbone of `depth` blocks that the method looks at.
     fn layers(&self, _depth: usize) -> usize {
         1
     }
@@ -34,13 +36,13 @@ pub trait System: Send + Sync {
     /// Name for tables.
     fn name(&self) -> String;
 
-    /// What differs from the system's paper; empty for a paper's own method.
+    /// What differs from the method's paper; empty for a paper's own method.
     fn deviations(&self) -> &'static str;
 }
 
-/// The pretrained backbone that systems start from, and how pictures are prepared for it.
+/// The pretrained backbone that methods start from, and how images are prepared for it.
 ///
-/// Its untouched features are computed once an image, whichever systems ask for them.
+/// Its untouched features are computed once an image, whichever methods ask for them.
 #[derive(Clone)]
 pub struct Teacher {
     vit: Arc<Vit>,
@@ -51,22 +53,22 @@ pub struct Teacher {
 }
 
 impl Teacher {
-    /// A frozen backbone whose last `layers` layers are cached as `cache` says: as many as the systems' largest
-    /// [`System::layers`].
+    /// A frozen backbone whose last `layers` layers are cached as `cache` says: as many as the methods' largest
+    /// [`Method::layers`].
     ///
     /// # Errors
     /// What [`Cached::new`] and [`Vit::with_layers`] return.
     pub fn new(
         vit: Vit,
         layers: usize,
-        fit: Fit,
+        resize_mode: ResizeMode,
         device: &Device,
         cache: CacheConfig,
     ) -> Result<Self, Error> {
         let vit = Arc::new(vit.with_layers(1)?);
         let whole = vit.copy(TrainScope::Frozen)?.with_layers(layers)?;
         Ok(Self {
-            preprocess: preprocess_of(vit.spec(), fit),
+            preprocess: preprocess_of(vit.spec(), resize_mode),
             cached: Arc::new(Cached::new(Arc::new(whole), cache)?),
             vit,
             device: device.clone(),
@@ -86,7 +88,7 @@ impl Teacher {
         &self.background
     }
 
-    /// The backbone, to be copied by systems that train it.
+    /// The backbone, to be copied by methods that train it.
     pub fn vit(&self) -> &Arc<Vit> {
         &self.vit
     }
@@ -104,7 +106,7 @@ impl Teacher {
         Ok(Arc::new(self.cached.with_layers(layers)?))
     }
 
-    /// Preparation of the pictures.
+    /// Preparation of the images.
     pub fn preprocess(&self) -> &Preprocess {
         &self.preprocess
     }
@@ -117,12 +119,12 @@ impl Teacher {
     /// Reads normal images for a fit.
     ///
     /// # Errors
-    /// As [`Pictures::read`] when strict: a benchmark's images are all readable.
+    /// As [`ResizedImages::read`] when strict: a benchmark's images are all readable.
     pub fn read(
         &self,
         images: Arc<dyn Dataset>,
         observer: &mut dyn Observer,
-    ) -> Result<Pictures, Error> {
+    ) -> Result<ResizedImages, Error> {
         self.read_as(images, &self.preprocess, observer)
     }
 
@@ -132,21 +134,21 @@ impl Teacher {
         images: Arc<dyn Dataset>,
         preprocess: &Preprocess,
         observer: &mut dyn Observer,
-    ) -> Result<Pictures, Error> {
+    ) -> Result<ResizedImages, Error> {
         let preprocess = preprocess.clone();
-        Pictures::read(
+        ResizedImages::read(
             images,
             preprocess,
             &self.device,
-            PICTURE_BYTES,
+            IMAGE_BYTES,
             true,
             observer,
         )
     }
 }
 
-/// Limit of the memory for resized pictures: 14,000 at 224 pixels.
-const PICTURE_BYTES: usize = 2 << 30;
+/// Limit of the memory for resized images: 14,000 at 224 pixels.
+const IMAGE_BYTES: usize = 2 << 30;
 
 /// Hands over the features of all images, batch by batch.
 pub(crate) fn each_batch(
