@@ -62,7 +62,7 @@ def formats():
 
 
 def synthetic():
-    """A picture with a formula, resized: no decoder in between."""
+    """An image with a formula, resized: no decoder in between."""
     y, x, c = np.meshgrid(np.arange(23), np.arange(41), np.arange(3), indexing="ij")
     image = Image.fromarray(((x * x * 7 + y * 13 * (c + 1) + x * y) % 256).astype(np.uint8))
     return [

@@ -1,9 +1,9 @@
-"""Whether brightness alone tells a MVTec AD category's test pictures apart, and a copy of it without that difference.
+"""Whether brightness alone tells a MVTec AD category's test images apart, and a copy of it without that difference.
 
   python tools/mvtec_brightness.py mvtec/screw [--equalise screw-equal]
 
 Prints mean grey levels (0..255) and the AUROC of the grey level itself (above 0.5: defects are brighter) and of its distance
-to the training pictures' mean. With --equalise, writes the category again with every picture scaled to the training pictures'
+to the training images' mean. With --equalise, writes the category again with every image scaled to the training images'
 mean of medians, which on a uniform background is its level.
 """
 
@@ -32,12 +32,12 @@ def main():
     folders = [arguments.category / "train" / "good", *sorted((arguments.category / "test").iterdir())]
     levels, medians = {}, []
     for folder in folders:
-        pictures = [pixels(path) for path in sorted(folder.iterdir())]
-        levels[folder] = [float(picture.mean()) for picture in pictures]
+        images = [pixels(path) for path in sorted(folder.iterdir())]
+        levels[folder] = [float(image.mean()) for image in images]
         if folder == folders[0]:
-            medians = [float(np.median(picture)) for picture in pictures]
+            medians = [float(np.median(image)) for image in images]
         name = folder.relative_to(arguments.category)
-        print(f"{name}: {len(pictures)} pictures, grey level {np.mean(levels[folder]):.1f}")
+        print(f"{name}: {len(images)} images, grey level {np.mean(levels[folder]):.1f}")
     train = np.mean(levels[folders[0]])
     good = levels[arguments.category / "test" / "good"]
     bad = [level for folder in folders[1:] if folder.name != "good" for level in levels[folder]]
@@ -50,8 +50,8 @@ def main():
             out = arguments.equalise / folder.relative_to(arguments.category)
             out.mkdir(parents=True)
             for path in sorted(folder.iterdir()):
-                picture = pixels(path)
-                scaled = (picture * (target / np.median(picture))).clip(0, 255).round().astype(np.uint8)
+                image = pixels(path)
+                scaled = (image * (target / np.median(image))).clip(0, 255).round().astype(np.uint8)
                 Image.fromarray(scaled).save(out / path.name, quality=95)
 
 

@@ -26,7 +26,7 @@ SIDE, WIDTH, PLACES = 14, 6.0, 1000
 unit = lambda x: F.normalize(x.float(), dim=-1)
 
 
-def picture(path):
+def image(path):
     pixels = np.asarray(Image.open(path).convert("RGB").resize((224, 224), Image.BICUBIC)).copy()
     return (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
 
@@ -92,7 +92,7 @@ def main():
     for group, paths in groups.items():
         parts = {v: [] for v in VARIANTS}
         for i in range(0, len(paths), 16):
-            model.forward_features(torch.stack([picture(p) for p in paths[i : i + 16]]))
+            model.forward_features(torch.stack([image(p) for p in paths[i : i + 16]]))
             out = [model.norm(x)[:, 1:] for x in left[10:]]
             for name, of in VARIANTS.items():
                 parts[name].append(unit(of(model, entering, out)).half())

@@ -113,7 +113,7 @@ def shows(voc, name):
     return {o.findtext("name").strip() for o in objects}
 
 
-class Pictures:
+class Photos:
     """Images squashed to the backbone's size, kept as bytes."""
 
     def __init__(self, voc, names, weights):
@@ -309,7 +309,7 @@ def dense_loss(head, prototypes, view, crops, boxes, dense, grid):
     return -(targets * log_p).sum(-1).mean()
 
 
-def tune(vit, pictures, dense, recompute):
+def tune(vit, photos, dense, recompute):
     """Fine-tunes the last blocks of `vit` in place; mean loss of each epoch."""
     grid, patch = vit.patch_embed.grid_size, vit.patch_embed.patch_size[0]
     first = len(vit.blocks) - dense.trained_blocks
@@ -322,10 +322,10 @@ def tune(vit, pictures, dense, recompute):
     ]
     optimiser = torch.optim.AdamW(groups, weight_decay=dense.weight_decay)
     prefix = lambda images: vit.blocks[:first](embed(vit, images))
-    views = Frozen(lambda indices: [prefix(pictures[indices])], recompute)
+    views = Frozen(lambda indices: [prefix(photos[indices])], recompute)
 
     def loss_of(indices):
-        images = pictures[indices]
+        images = photos[indices]
         boxes = random_boxes(len(images) * dense.crops, *grid, dense)
         prototypes.data = F.normalize(prototypes.data, dim=-1)
         with torch.no_grad():
@@ -333,7 +333,7 @@ def tune(vit, pictures, dense, recompute):
             tokens = prefix(cut(images, boxes, patch, dense.crop_size))
         return dense_loss(head, prototypes, view, finish(vit, tokens, first)[0], boxes, dense, grid)
 
-    losses = train(optimiser, lambda step: 1.0, dense.epochs, dense.batch_size, len(pictures), loss_of)
+    losses = train(optimiser, lambda step: 1.0, dense.epochs, dense.batch_size, len(photos), loss_of)
     vit.requires_grad_(False)
     return losses
 
@@ -375,7 +375,7 @@ def multiplier(schedule, step, steps):
     return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * progress))
 
 
-def distill(teacher, student, pictures, config, recompute):
+def distill(teacher, student, photos, config, recompute):
     """Trains `student` in place; mean loss of each epoch."""
     trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     decays = lambda name, p: p.ndim > 1 and name != "cls_token"
@@ -384,22 +384,22 @@ def distill(teacher, student, pictures, config, recompute):
         {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0},
     ]
     optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
-    steps_per_epoch = math.ceil(len(pictures) / config.batch_size)
+    steps_per_epoch = math.ceil(len(photos) / config.batch_size)
     epochs = max(config.epochs, math.ceil(config.min_steps / steps_per_epoch))
     rate = lambda step: multiplier(config.schedule, step, epochs * steps_per_epoch)
-    targets = Frozen(lambda indices: guided_features(teacher, pictures[indices]), recompute)
+    targets = Frozen(lambda indices: guided_features(teacher, photos[indices]), recompute)
 
     def loss_of(indices):
         patches, cls, attention = targets(indices)
         keep = kept_patches(attention, config.mask)
         seen = patches if keep is None else gather(patches, keep)
-        student_patches, student_cls = finish(student, embed(student, pictures[indices], keep))
+        student_patches, student_cls = finish(student, embed(student, photos[indices], keep))
         loss = distances(seen, student_patches).mean()
         if config.cls_weight > 0:
             loss = loss + config.cls_weight * distances(cls, student_cls).mean()
         return loss
 
-    losses = train(optimiser, rate, epochs, config.batch_size, len(pictures), loss_of)
+    losses = train(optimiser, rate, epochs, config.batch_size, len(photos), loss_of)
     student.eval()
     return losses
 
@@ -408,11 +408,11 @@ def distill(teacher, student, pictures, config, recompute):
 
 
 @torch.no_grad()
-def discrepancy(teacher, student, pictures, batch):
+def discrepancy(teacher, student, photos, batch):
     """Distances of all patches [I, N] and CLS tokens [I] without a mask, and the teacher's attention [I, N]."""
     found = []
-    for indices in torch.arange(len(pictures)).split(batch):
-        images = pictures[indices]
+    for indices in torch.arange(len(photos)).split(batch):
+        images = photos[indices]
         patches, cls, attention = guided_features(teacher, images)
         student_patches, student_cls = finish(student, embed(student, images))
         found.append((distances(patches, student_patches), distances(cls, student_cls), attention))
@@ -514,7 +514,7 @@ def main():
     weights = Weights(args.weights)
     train_split, test_names = split(args.voc, "train"), split(args.voc, "val")[:: args.test_stride]
     start = time.perf_counter()
-    test = Pictures(args.voc, test_names, weights)
+    test = Photos(args.voc, test_names, weights)
     test_seconds = time.perf_counter() - start
     print(f"{len(test)} test images read in {test_seconds:.1f} s, {torch.get_num_threads()} threads", flush=True)
     runs = []
@@ -524,7 +524,7 @@ def main():
             raise SystemExit(f"no training image shows the class {name!r}")
         abnormal = np.array([name not in shows(args.voc, n) for n in test_names])
         start = time.perf_counter()
-        normal = Pictures(args.voc, train_names, weights)
+        normal = Photos(args.voc, train_names, weights)
         read_seconds = time.perf_counter() - start
         normals = (~abnormal).sum()
         print(f"{name}: {len(normal)} training images, {normals} normal and {abnormal.sum()} abnormal test images")

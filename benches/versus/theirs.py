@@ -135,7 +135,7 @@ def sinkhorn(row, engine):
     return run, lambda: run()[0, :8].tolist()
 
 
-def pictures(row, engine):
+def images(row, engine):
     paths = [Path(p) for p in row["paths"]]
     pool = ThreadPoolExecutor(THREADS)
 
@@ -151,7 +151,7 @@ def pictures(row, engine):
 
     one = pillow if engine == "pillow" else tensors
     if engine == "torchvision":
-        torch.set_num_threads(1)  # one picture a thread
+        torch.set_num_threads(1)  # one image a thread
     run = lambda: list(pool.map(one, paths))
     check = lambda: [float(np.asarray(one(p)).astype(np.float64).mean() / 255) for p in paths[:8]]
     return run, check
@@ -163,14 +163,14 @@ def fit(row, engine):
 
     def run():
         weights = reference.Weights(row["weights"])
-        normal = reference.Pictures(Path(row["voc"]), row["names"], weights)
+        normal = reference.Photos(Path(row["voc"]), row["names"], weights)
         reference.fit(weights, config, 0, normal, recompute=engine.endswith("teacher each epoch"))
 
     return run, lambda: []
 
 
 def score(row, engine):
-    """From the files to a score for each picture, with the student of a model file."""
+    """From the files to a score for each image, with the student of a model file."""
     config, weights = reference.settings(reference.masked(row["config"])), reference.Weights(row["weights"])
     student = timm.create_model(weights.architecture, num_classes=0)
     tensors = load_file(row["detector"]).items()
@@ -178,14 +178,14 @@ def score(row, engine):
     student.eval().requires_grad_(False)
 
     def run():
-        pictures = reference.Pictures(Path(row["voc"]), row["names"], weights)
-        found = reference.discrepancy(weights.teacher, student, pictures, config.batch_size)
+        photos = reference.Photos(Path(row["voc"]), row["names"], weights)
+        found = reference.discrepancy(weights.teacher, student, photos, config.batch_size)
         return reference.aggregate(config.aggregation, *found)
 
     return run, lambda: run().tolist()
 
 
-ROWS = {f.__name__: f for f in (forward, student_step, dense_step, sinkhorn, pictures, fit, score)}
+ROWS = {f.__name__: f for f in (forward, student_step, dense_step, sinkhorn, images, fit, score)}
 
 
 def main():

@@ -178,14 +178,14 @@ fn reference_scores(
 ) -> Result<Vec<(String, Vec<f32>)>> {
     let mut all = Vec::new();
     for reference in MethodConfig::references() {
-        let system = reference.system();
-        let detector = system.fit(teacher, normal.clone(), 0, bar)?;
+        let method = reference.method();
+        let detector = method.fit(teacher, normal.clone(), 0, bar)?;
         let mut scores = Vec::new();
         for batch in batches(test.images.len()) {
             let found = detector.score(&test.images.images(&batch)?)?;
             scores.extend(found.into_iter().map(|novelty| novelty.score as f32));
         }
-        all.push((system.name(), scores));
+        all.push((method.name(), scores));
     }
     Ok(all)
 }
