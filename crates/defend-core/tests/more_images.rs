@@ -320,9 +320,9 @@ fn one_pass_scores_against_many_models() -> Result<(), Error> {
     let queries = || images(&[(0, 50..55), (3, 50..57)]);
     let profiles = defend_core::ProfileSet::new(models())?;
     assert_eq!(profiles.names(), ["a", "b"]);
-    let images = std::sync::Arc::new(queries()) as std::sync::Arc<dyn Dataset>;
+    let shown = std::sync::Arc::new(queries()) as std::sync::Arc<dyn Dataset>;
     let mut found: Vec<(String, Vec<defend_core::Novelty>)> = Vec::new();
-    profiles.scan_each(&images, &mut Silent, &mut |outcome| {
+    profiles.scan_each(&shown, &mut Silent, &mut |outcome| {
         found.extend(outcome.ok());
         Ok::<(), Error>(())
     })?;

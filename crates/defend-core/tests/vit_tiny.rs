@@ -32,8 +32,8 @@ fn model() -> Vit {
 
 /// The made-up images of the script.
 fn waves(batch_size: usize, side: usize) -> Tensor {
-    let mut values = Vec::with_capacity(batch * 3 * side * side);
-    for b in 0..batch {
+    let mut values = Vec::with_capacity(batch_size * 3 * side * side);
+    for b in 0..batch_size {
         for c in 0..3 {
             for y in 0..side {
                 for x in 0..side {
@@ -46,7 +46,7 @@ fn waves(batch_size: usize, side: usize) -> Tensor {
             }
         }
     }
-    Tensor::from_vec(values, (batch, 3, side, side), &Device::Cpu).unwrap()
+    Tensor::from_vec(values, (batch_size, 3, side, side), &Device::Cpu).unwrap()
 }
 
 /// Patch tokens 0, 7, 14, ... of `[B, N, D]`.
@@ -99,7 +99,7 @@ fn kept_tokens_equal_timms() {
 
 fn images(folder: &str, resize_mode: ResizeMode, vit: &Vit) -> ResizedImages {
     let set = Arc::new(ImageFolder::open(assets().join(folder)).unwrap());
-    let preprocess = preprocess_of(vit.spec(), fit);
+    let preprocess = preprocess_of(vit.spec(), resize_mode);
     ResizedImages::read(set, preprocess, &Device::Cpu, usize::MAX, true, &mut Silent).unwrap()
 }
 

@@ -170,7 +170,7 @@ fn photos_come_out_as_in_pillow() {
         ];
         for (fit, sampled) in fits {
             let preprocess = Preprocess {
-                fit,
+                resize_mode: fit,
                 ..Preprocess::new(224, [0.5; 3], [0.5; 3])
             };
             let resized = preprocess.resize(&image).unwrap();

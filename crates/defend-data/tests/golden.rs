@@ -72,7 +72,7 @@ fn resizing_is_pillows() {
             "squash" => ResizeMode::Squash,
             _ => ResizeMode::CenterCrop { crop_pct: 0.9 },
         };
-        let what = format!("{:?} {fit:?} {}", case.filter, case.size);
+        let what = format!("{:?} {resize_mode:?} {}", case.filter, case.size);
         let preprocess = Preprocess {
             resize_mode,
             filter: case.filter,

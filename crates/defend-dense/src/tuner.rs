@@ -303,7 +303,7 @@ mod tests {
             "{:?}",
             report.losses
         );
-        let (before, after) = (backbone().state()?, vit.state()?);
+        let (before, after) = (backbone().state_dict()?, vit.state_dict()?);
         for (name, tensor) in &before {
             let moved = (tensor - &after[name])?
                 .abs()?
