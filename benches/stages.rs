@@ -13,7 +13,7 @@ use defend_benches::{StudentStep, frozen_vit, noise, parameter_group, random_vit
 use defend_data::{Preprocess, RgbImage, decode_image};
 use defend_dense::{CropBox, DenseConfig, DenseObjective, PrototypeObjective};
 use defend_distill::{DistillObjective, FeatureDistance};
-use defend_kernels::block::timed::Timed;
+use defend_kernels::transformer_block::timed::Timed;
 use defend_nn::Rng;
 use defend_ot::{Assigner, SinkhornKnopp};
 use defend_train::{AdamW, AdamWConfig};

@@ -1,6 +1,5 @@
 //! What is kept of a run: one JSON file.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use defend_baselines::MethodConfig;
@@ -281,7 +280,7 @@ impl RunKey {
 
 /// A name as a file's, without what file systems or shells mind.
 ///
-/// Long names, such as a normal set of forty classes, are cut and told apart by a hash.
+/// Long names, such as a normal set of forty classes, are cut and distinguished by a hash.
 pub(crate) fn file_name(name: &str) -> String {
     const LONGEST: usize = 60;
     let safe = |c: char| {
@@ -303,19 +302,9 @@ pub(crate) fn file_name(name: &str) -> String {
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
     let folder = path.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).map_err(Error::io(folder, "making the folder"))?;
-    let file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(path, "writing"))?;
-    let mut writer = std::io::BufWriter::new(&file);
-    serde_json::to_writer(&mut writer, value).map_err(|e| Error::Record {
+    let bytes = serde_json::to_vec(value).map_err(|e| Error::Record {
         path: path.into(),
         reason: e.to_string(),
     })?;
-    // A full disk shows here, not when the writer is dropped.
-    writer.flush().map_err(Error::io(path, "writing"))?;
-    drop(writer);
-    file.as_file()
-        .sync_all()
-        .map_err(Error::io(path, "writing"))?;
-    file.persist(path)
-        .map_err(|e| Error::io(path, "writing")(e.error))?;
-    Ok(())
+    defend_files::write(path, &bytes).map_err(Error::io(path, "writing"))
 }

@@ -82,7 +82,7 @@ impl DefendBuilder {
         self
     }
 
-    /// A teacher of one's own. It stays as it is, so [`DefendConfig::dense`] has to be `None`, and without
+    /// A teacher supplied by the user. It stays as it is, so [`DefendConfig::dense`] has to be `None`, and without
     /// [`Encoder::tensors`] such a detector cannot be saved.
     #[must_use]
     pub fn own_teacher(mut self, teacher: Arc<dyn Backbone>) -> Self {
@@ -90,7 +90,7 @@ impl DefendBuilder {
         self
     }
 
-    /// A network of one's own that gives tokens of its blocks but no CLS attention, for the closed form. Without
+    /// A network supplied by the user that gives tokens of its blocks but no CLS attention, for the closed form. Without
     /// [`Encoder::tensors`] such a detector cannot be saved.
     #[must_use]
     pub fn own_encoder(mut self, teacher: Arc<dyn Encoder>) -> Self {
@@ -122,7 +122,7 @@ impl DefendBuilder {
         self
     }
 
-    /// A student of one's own for the masked student stage, in place of a random copy of the teacher's architecture; it is trained in
+    /// A student supplied by the user for the masked student stage, in place of a random copy of the teacher's architecture; it is trained in
     /// place. Its features have the teacher's width and grid.
     #[must_use]
     pub fn own_student(mut self, student: Arc<dyn Trainable>) -> Self {

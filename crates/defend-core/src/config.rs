@@ -41,7 +41,7 @@ pub struct DefendConfig {
     #[serde(alias = "batch")]
     pub batch_size: usize,
     /// How the frozen teacher computes, and the student once it is trained. `bf16` is faster on GPUs and on processors with AMX,
-    /// meant to be on those with AVX-512 BF16 (docs/PERFORMANCE.md), and model files take half the space. Networks of one's own stay as they are.
+    /// meant to be on those with AVX-512 BF16 (docs/PERFORMANCE.md), and model files take half the space. Networks supplied by the user stay as they are.
     #[serde(alias = "arithmetic")]
     pub compute_precision: ComputePrecision,
 }

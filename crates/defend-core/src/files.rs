@@ -1,6 +1,5 @@
 //! Files that are read whole, and written whole or not at all.
 
-use std::io::Write;
 use std::path::Path;
 
 use safetensors::SafeTensors;
@@ -19,7 +18,7 @@ pub(crate) fn read(path: &Path, action: &'static str) -> Result<Vec<u8>, Error> 
 
 /// Writes a file that appears whole or not at all; `action` is named in the error.
 pub(crate) fn write(path: &Path, bytes: &[u8], action: &'static str) -> Result<(), Error> {
-    write_atomically(path, bytes).map_err(|source| Error::Io {
+    defend_files::write(path, bytes).map_err(|source| Error::Io {
         path: path.to_owned(),
         action,
         source,
@@ -41,27 +40,4 @@ pub(crate) fn with_header<'a, H: DeserializeOwned>(
         json.ok_or_else(|| format!("no {kind} of this library: no \"{key}\" in its metadata"))?;
     let header = serde_json::from_str(json).map_err(|e| format!("{key}: {e}"))?;
     Ok((tensors, header))
-}
-
-/// Writes beside the target and renames: a reader never sees half a file, and a failure leaves the old
-/// one.
-fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let mut file = tempfile::Builder::new()
-        .prefix(".defend-")
-        .tempfile_in(folder)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        // Temporary files are private; a model is as readable as any file.
-        file.as_file()
-            .set_permissions(std::fs::Permissions::from_mode(0o644))?;
-    }
-    file.persist(path)?;
-    Ok(())
 }

@@ -49,7 +49,7 @@ pub enum Event<'a> {
     },
 }
 
-/// Role: hears of a run's progress.
+/// Role: is notified of a run's progress.
 pub trait Observer {
     /// Called for every event, on the thread that runs the stage.
     fn on(&mut self, event: &Event<'_>);

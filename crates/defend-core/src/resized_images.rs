@@ -149,7 +149,7 @@ impl ResizedImages {
         }
     }
 
-    /// Those of the images that were read ahead.
+    /// Those of the images that were prefetched.
     fn read_ahead(&self, indices: &[usize]) -> HashMap<usize, RgbImage> {
         // A poisoned lock means that a data set panicked, which reaches the caller anyway.
         let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
@@ -216,7 +216,7 @@ impl ImageSource for ResizedImages {
                 read: HashMap::new(),
             })
         });
-        // Without a thread to read ahead, images are read when they are asked for.
+        // Without a thread to prefetch with, images are read when they are asked for.
         let ahead = ahead.and_then(Result::ok);
         *self.ahead.lock().unwrap_or_else(PoisonError::into_inner) = ahead;
     }
@@ -300,7 +300,7 @@ mod tests {
             some.prefetch(&order);
             let start = Instant::now();
             while reads() == before {
-                assert!(start.elapsed() < Duration::from_secs(60), "not read ahead");
+                assert!(start.elapsed() < Duration::from_secs(60), "not prefetched");
                 thread::sleep(Duration::from_millis(1));
             }
             for indices in order.chunks(9) {

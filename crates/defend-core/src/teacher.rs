@@ -96,14 +96,16 @@ pub(crate) fn load_teacher(
             return Err(Error::Config {
                 field: "dense",
                 value: "set".into(),
-                expected: "null with a teacher of one's own, which cannot be fine-tuned".into(),
+                expected: "null with a teacher supplied by the user, which cannot be fine-tuned"
+                    .into(),
             });
         }
         Some(Source::Own(_) | Source::Encoder(_)) if config.image_size.is_some() => {
             return Err(Error::Config {
                 field: "image_size",
                 value: "set".into(),
-                expected: "null with a teacher of one's own, whose spec says its size".into(),
+                expected: "null with a teacher supplied by the user, whose spec says its size"
+                    .into(),
             });
         }
         Some(Source::Own(own)) => return Ok(Teacher::Own(own)),

@@ -2,10 +2,13 @@
 
 use std::ops::Range;
 
-use super::blocked::{Columns, Rows, Stack, split};
 use super::math;
-use super::packed::{Panels, Start, Target, product, transposed_product};
+use super::microkernel::{Accumulate, Target};
+use super::pack::PackedView;
+use super::panel_layout::{PanelLayout, Rows, Stack, split};
 use super::pool::Buffer;
+use super::product::product;
+use super::weight_gradient::transposed_product;
 use crate::vectorised;
 
 /// Extents of an image's attention.
@@ -31,29 +34,29 @@ pub struct Scratch {
 
 impl Heads {
     /// How queries, keys and values of all heads, 3 D columns, are cut into blocks.
-    pub fn qkv_columns(self) -> Columns {
-        Columns::grouped(3 * self.width, 3 * self.count)
+    pub fn qkv_columns(self) -> PanelLayout {
+        PanelLayout::grouped(3 * self.width, 3 * self.count)
     }
 
     /// The same for the D columns of the output.
-    pub fn output_columns(self) -> Columns {
-        Columns::grouped(self.width, self.count)
+    pub fn output_columns(self) -> PanelLayout {
+        PanelLayout::grouped(self.width, self.count)
     }
 
     /// For so many queries at a time, and for [`Heads::backward`] if need be.
     pub fn scratch(self, queries: usize, backward: bool) -> Scratch {
-        let queries = Columns::whole(queries);
+        let queries = PanelLayout::whole(queries);
         let probabilities = queries.values(self.tokens);
         Scratch {
-            probabilities: Buffer::stale(probabilities),
-            gradient: Buffer::stale(if backward { probabilities } else { 0 }),
-            transposed: Buffer::stale(queries.values(self.head().count)),
+            probabilities: Buffer::recycled(probabilities),
+            gradient: Buffer::recycled(if backward { probabilities } else { 0 }),
+            transposed: Buffer::recycled(queries.values(self.head().count)),
         }
     }
 
     /// Channels of a head.
-    fn head(self) -> Columns {
-        Columns::whole(self.width / self.count)
+    fn head(self) -> PanelLayout {
+        PanelLayout::whole(self.width / self.count)
     }
 
     fn scale(self) -> f32 {
@@ -78,9 +81,9 @@ impl Heads {
     }
 
     /// All rows of a head as the right side of a product over tokens.
-    fn over_tokens(self, blocks: &[f32], head: usize) -> Panels<'_> {
+    fn over_tokens(self, blocks: &[f32], head: usize) -> PackedView<'_> {
         let values = self.blocks_of(blocks, head);
-        Panels::new(values, Columns::whole(self.tokens), self.head())
+        PackedView::new(values, PanelLayout::whole(self.tokens), self.head())
     }
 
     /// All rows of a head as the right side of a [`transposed_product`].
@@ -95,9 +98,9 @@ impl Heads {
         blocks: &[f32],
         head: usize,
         (first, count): (usize, usize),
-    ) -> Panels<'a> {
+    ) -> PackedView<'a> {
         let (width, d, n) = (self.head().width, self.head().count, self.tokens);
-        let columns = Columns::whole(count);
+        let columns = PanelLayout::whole(count);
         let out = &mut out[..columns.values(d)];
         let blocks = self.blocks_of(blocks, head);
         vectorised!(|| {
@@ -110,17 +113,17 @@ impl Heads {
                 }
             }
         });
-        Panels::new(out, self.head(), columns)
+        PackedView::new(out, self.head(), columns)
     }
 
     /// `exp(K Q^T / sqrt(d) - m)` of one head, `[blocks of queries, T, W]`, with the largest logit m of each query, and what
     /// makes probabilities of a query's values: the inverse of their sum, `[blocks of queries, W]`.
     ///
     /// Queries are columns, so that softmax goes on for a whole vector of them at a time.
-    fn exponentials(self, out: &mut [f32], k: &Rows<'_>, q: Panels<'_>) -> Vec<f32> {
+    fn exponentials(self, out: &mut [f32], k: &Rows<'_>, q: PackedView<'_>) -> Vec<f32> {
         let (n, width) = (self.tokens, q.columns.width);
-        let target = Target::Blocks(&mut split(out, n));
-        product(target, Start::Zero, k, q, self.scale());
+        let target = Target::Panels(&mut split(out, n));
+        product(target, Accumulate::Replace, k, q, self.scale());
         let mut factors = vec![0f32; q.columns.blocks() * width];
         vectorised!(|| {
             let blocks = out.chunks_exact_mut(n * width);
@@ -142,7 +145,7 @@ impl Heads {
         mut first_row: Option<&mut [f32]>,
     ) {
         let (n, width) = (self.tokens, self.head().width);
-        let columns = Columns::whole(queries);
+        let columns = PanelLayout::whole(queries);
         let p = &mut scratch.probabilities[..columns.values(n)];
         for head in 0..self.count {
             let q = self.transposed(&mut scratch.transposed, qkv, head, (first, queries));
@@ -157,7 +160,7 @@ impl Heads {
             let v = self.stack(qkv, 2 * self.count + head);
             let out = &mut out[self.blocks(head)];
             let p = Stack::one(p, n, columns);
-            transposed_product(Target::Blocks(out), p, 0..columns.blocks(), v, 1.0);
+            transposed_product(Target::Panels(out), p, 0..columns.blocks(), v, 1.0);
             vectorised!(|| {
                 for block in out.iter_mut() {
                     for (line, factor) in block.chunks_exact_mut(width).zip(&factors) {
@@ -174,7 +177,7 @@ impl Heads {
     pub fn backward(self, dqkv: &mut [f32], qkv: &[f32], g: &[f32], scratch: &mut Scratch) {
         let (n, width, scale) = (self.tokens, self.head().width, self.scale());
         let dqkv = &mut split(dqkv, n)[..];
-        let columns = Columns::whole(n);
+        let columns = PanelLayout::whole(n);
         let Scratch {
             probabilities: p,
             gradient: dp,
@@ -185,8 +188,8 @@ impl Heads {
             let panels = self.transposed(transposed, qkv, q, (0, n));
             let factors = self.exponentials(p, &self.rows(qkv, k), panels);
             let panels = self.transposed(transposed, g, head, (0, n));
-            let target = Target::Blocks(&mut split(dp, n));
-            product(target, Start::Zero, &self.rows(qkv, v), panels, 1.0);
+            let target = Target::Panels(&mut split(dp, n));
+            product(target, Accumulate::Replace, &self.rows(qkv, v), panels, 1.0);
             vectorised!(|| {
                 let blocks = p.chunks_exact_mut(n * width);
                 let blocks = blocks.zip(dp.chunks_exact_mut(n * width));
@@ -196,13 +199,13 @@ impl Heads {
             });
             // Over the queries.
             let mut to_keys = |which: usize, left: &mut [f32], right, factor| {
-                let out = Target::Blocks(&mut dqkv[self.blocks(which)]);
+                let out = Target::Panels(&mut dqkv[self.blocks(which)]);
                 let left = Rows::all(left, n, columns);
-                product(out, Start::Zero, &left, right, factor);
+                product(out, Accumulate::Replace, &left, right, factor);
             };
             to_keys(v, p, self.over_tokens(g, head), 1.0);
             to_keys(k, dp, self.over_tokens(qkv, q), scale);
-            let out = Target::Blocks(&mut dqkv[self.blocks(q)]);
+            let out = Target::Panels(&mut dqkv[self.blocks(q)]);
             let left = Stack::one(dp, n, columns);
             transposed_product(out, left, 0..columns.blocks(), self.stack(qkv, k), scale);
         }

@@ -1,24 +1,32 @@
 //! CPU kernels on slices of `f32`, in safe code but for the instructions of [`bf16`], `prefetch` and `square`: what the differentiable
 //! operations of `defend-nn` run on. Use that crate unless you write operations of your own.
 //!
-//! Products ([`packed`]) and what lies between them work on activations in blocks of columns ([`blocked`]). Results depend neither
+//! Products ([`product`]) and what lies between them work on activations in blocks of columns ([`panel_layout`]). Results depend neither
 //! on the number of threads nor on the width of the processor's vectors.
 
 use rayon::prelude::*;
 
 pub mod attention;
 pub mod bf16;
-pub mod block;
-pub mod blocked;
+pub mod format;
+mod gemm;
 pub mod local;
 pub mod math;
+pub mod microkernel;
 pub mod norm;
-pub mod packed;
+pub mod pack;
+pub mod panel_layout;
 pub mod pool;
 #[allow(unsafe_code)]
 mod prefetch;
 #[allow(unsafe_code)]
+mod processor;
+pub mod product;
+pub mod rounding;
+#[allow(unsafe_code)]
 mod square;
+pub mod transformer_block;
+pub mod weight_gradient;
 
 /// Building blocks of `f32` loops that the compiler turns into vector instructions.
 pub mod vector {

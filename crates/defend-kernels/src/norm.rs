@@ -1,7 +1,7 @@
 //! LayerNorm of rows.
 
-use super::blocked::{self, scatter};
 use super::math;
+use super::panel_layout::{self, scatter};
 use crate::vectorised;
 
 /// Mean and reciprocal standard deviation of a row, in two passes.
@@ -35,7 +35,7 @@ pub fn forward(out: &mut [f32], x: &[f32], [weight, bias]: [&[f32]; 2], eps: f32
 /// Normalises the rows of `x` into blocks, one slice `[rows, W]` for each.
 pub fn forward_blocks(out: &mut [&mut [f32]], x: &[f32], [weight, bias]: [&[f32]; 2], eps: f32) {
     let d = weight.len();
-    let width = blocked::width();
+    let width = panel_layout::width();
     let mut line = vec![0f32; d];
     vectorised!(|| {
         for (row, x) in x.chunks_exact(d).enumerate() {
@@ -59,14 +59,14 @@ pub fn backward(
     mut out: Option<(&mut [&mut [f32]], &[f32])>,
 ) {
     let d = weight.len();
-    let width = blocked::width();
+    let width = panel_layout::width();
     let (dw, db) = sums.split_at_mut(d);
     let (mut line, mut scaled) = (vec![0f32; d], vec![0f32; d]);
     vectorised!(|| {
         let rows = x.chunks_exact(d).zip(g.chunks_exact(d));
         for (row, (dx, (x, g))) in dx.chunks_exact_mut(d).zip(rows).enumerate() {
             let (mean, scale) = moments(x, eps);
-            // One row stays in the nearest cache, and loops over few slices become vector instructions.
+            // One row stays in the L1 cache, and loops over few slices become vector instructions.
             for (n, x) in line.iter_mut().zip(x) {
                 *n = (x - mean) * scale;
             }

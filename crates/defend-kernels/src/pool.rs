@@ -36,7 +36,7 @@ enum Home {
 
 impl Buffer {
     /// `len` values; what they hold is left over from earlier use.
-    pub fn stale(len: usize) -> Self {
+    pub fn recycled(len: usize) -> Self {
         let mut idle = idle();
         let fitting = (0..idle.len()).filter(|&i| (len..=2 * len).contains(&idle[i].len()));
         let smallest = fitting.min_by_key(|&i| idle[i].len());
@@ -121,18 +121,18 @@ mod tests {
     fn buffers_come_back_in_a_size_that_fits() {
         // A size that no other test asks for.
         const LEN: usize = 1_234_567;
-        let buffer = Buffer::stale(LEN);
+        let buffer = Buffer::recycled(LEN);
         let memory = buffer.as_ptr();
         drop(buffer);
-        assert_ne!(Buffer::stale(LEN / 4).as_ptr(), memory);
-        let smaller = Buffer::stale(LEN - 1);
+        assert_ne!(Buffer::recycled(LEN / 4).as_ptr(), memory);
+        let smaller = Buffer::recycled(LEN - 1);
         assert_eq!((smaller.len(), smaller.as_ptr()), (LEN - 1, memory));
         let mut kept = smaller;
         kept.keep();
         let memory = kept.as_ptr();
-        let another = Buffer::stale(LEN - 1);
+        let another = Buffer::recycled(LEN - 1);
         drop(kept);
         assert_ne!(another.as_ptr(), memory);
-        assert_ne!(Buffer::stale(LEN - 1).as_ptr(), memory);
+        assert_ne!(Buffer::recycled(LEN - 1).as_ptr(), memory);
     }
 }

@@ -3,7 +3,7 @@
 /// Values of a cache line.
 pub(super) const LINE: usize = 16;
 
-/// Brings values into the nearest cache, on x86; elsewhere nothing happens.
+/// Brings values into the L1 cache, on x86; elsewhere nothing happens.
 #[inline(always)]
 pub(super) fn prefetch(values: &[f32]) {
     #[cfg(target_arch = "x86_64")]

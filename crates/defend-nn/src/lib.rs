@@ -5,15 +5,15 @@
 //! differences, and run at the speed of the processor's matrix units on `f32` CPU tensors. On CUDA most have kernels too; on any
 //! other device or type the same functions compose candle's differentiable primitives.
 
-mod backward;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod gradient_routing;
 mod init;
 pub mod ops;
 
-pub use backward::backward;
 pub use defend_kernels::pool::release_memory;
 pub use defend_random::{Position, Rng};
+pub use gradient_routing::backward;
 pub use init::{normal, truncated_normal, xavier_uniform};
 
 /// The README's example runs.

@@ -273,7 +273,7 @@ pub trait ImageSource {
     /// [`Error::ImageSource`] when an image cannot be had, [`Error::Candle`] when the tensor cannot be made.
     fn images(&self, indices: &[usize]) -> Result<Tensor, Error>;
 
-    /// A hint in which order images will be asked for next, each once, so that a source can read ahead; it replaces any earlier
+    /// A hint in which order images will be asked for next, each once, so that a source can prefetch; it replaces any earlier
     /// one. A source around another one passes it on.
     fn prefetch(&self, order: &[usize]) {
         let _ = order;

@@ -21,10 +21,12 @@
 //! # Ok::<(), defend_vit::Error>(())
 //! ```
 
+mod assembly;
 mod block;
 mod cached;
 mod checkpoint;
 mod error;
+mod feature_store;
 mod features;
 #[cfg(feature = "hub")]
 mod hub;
@@ -40,9 +42,10 @@ mod weights;
 
 pub use defend_nn::ops::ComputePrecision;
 
-pub use cached::{CacheConfig, Cached, Precision, weights_hash};
+pub use cached::{CacheConfig, Cached, Precision};
 pub use checkpoint::{Family, Pretrained};
 pub use error::Error;
+pub use feature_store::weights_hash;
 pub use features::{
     Backbone, Encoder, Features, FrozenTokens, Grid, ImageSource, Layer, TokenSet, Trainable,
 };

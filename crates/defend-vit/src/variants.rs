@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::assembly::in_dtype;
 use crate::pos_embed::Bicubic;
-use crate::vit::in_dtype;
 use crate::{BackboneSpec, ComputePrecision, Error, TrainScope, Vit, Weights, pos_embed};
 
 impl Vit {

@@ -8,35 +8,24 @@ use std::arch::x86_64::{
 use pulp::x86::V4;
 use pulp::{Simd, f32x16, u32x16};
 
-use super::super::blocked::VECTORS;
-use super::super::packed::{Add, Product, UNROLL, every_height};
-use super::rounded_pair;
+use super::super::gemm::Product;
+use super::super::microkernel::{Epilogue, UNROLL, every_height};
+use super::super::panel_layout::VECTORS;
+use super::super::processor::PairProcessor;
+use super::super::rounding::rounded_pair;
 
 /// Pairs of columns that a tile's loop takes at a time.
 const PAIRS: usize = UNROLL / 2;
 /// Values of a vector.
 const LANES: usize = 16;
 
-/// A processor with AVX-512 BF16: there is none without it.
-#[derive(Debug, Clone, Copy)]
-pub struct Processor {
-    pub(super) v4: V4,
-}
-
-impl Processor {
-    pub(super) fn detect() -> Option<Self> {
-        let v4 = V4::try_new()?;
-        std::is_x86_feature_detected!("avx512bf16").then_some(Self { v4 })
-    }
-
-    pub(crate) fn run(self, product: Product<'_, '_, '_>) {
-        // SAFETY: `detect`, which alone makes a `Processor`, found all features that the function asks for.
-        unsafe { run(self.v4, product) }
-    }
+pub(crate) fn run(processor: PairProcessor, product: Product<'_, '_, '_>) {
+    // SAFETY: `detect`, which alone makes a `PairProcessor`, found all features that the function asks for.
+    unsafe { by_pairs(processor.v4, product) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
-fn run(v4: V4, product: Product<'_, '_, '_>) {
+fn by_pairs(v4: V4, product: Product<'_, '_, '_>) {
     product.by_tiles_of_values::<V4>(
         |tiles| round_to_pairs(tiles),
         |x, rows, panel, add, out| {
@@ -90,7 +79,7 @@ macro_rules! tiles {
     ($($height:literal $by_row:ident $by_column:ident: $($i:literal $x:ident $low:ident $high:ident),*;)*) => {
         /// A few rows, `[depth / UNROLL, rows, UNROLL]` in pairs, times a part of a panel.
         #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
-        fn multiply(v4: V4, x: &[u32], rows: usize, panel: &[u32x16], add: Add<'_>, out: &mut [f32]) {
+        fn multiply(v4: V4, x: &[u32], rows: usize, panel: &[u32x16], add: Epilogue<'_>, out: &mut [f32]) {
             match rows {
                 $($height => $by_row(v4, x, panel, add, out),)*
                 _ => unreachable!("a tile of {rows} rows"),
@@ -99,7 +88,7 @@ macro_rules! tiles {
 
         $(
             #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
-            fn $by_row(v4: V4, x: &[u32], panel: &[u32x16], add: Add<'_>, out: &mut [f32]) {
+            fn $by_row(v4: V4, x: &[u32], panel: &[u32x16], add: Epilogue<'_>, out: &mut [f32]) {
                 $(
                     let mut $low = _mm512_setzero_ps();
                     let mut $high = _mm512_setzero_ps();

@@ -1,79 +1,32 @@
 //! Products of whole tiles by the matrix unit of a processor with AMX.
 //!
 //! The unit has eight registers of 16 rows of 64 bytes. One instruction multiplies 16 rows of 32 `bf16` with a matrix of 32
-//! rows and 16 columns, in pairs of rows as `Form::Pairs` has them, and adds the product to 16 x 16 `f32`. std has no stable
+//! rows and 16 columns, in pairs of rows as `PackedFormat::Pairs` has them, and adds the product to 16 x 16 `f32`. std has no stable
 //! intrinsics for it, but the assembler knows the instructions.
 
 use std::arch::asm;
-use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::ops::Range;
-use std::sync::LazyLock;
 
 use pulp::Simd;
 use pulp::x86::V4;
 
-use super::super::blocked::Rows;
-use super::super::packed::{Product, ROWS_FILLED};
-use super::pairs::{self, pairs_of};
+use super::super::gemm::{Product, ROWS_FILLED};
+use super::super::panel_layout::Rows;
+use super::super::processor::{TILE_DEPTH as DEPTH, TileProcessor};
+use super::pairs::pairs_of;
 
-/// Columns of the left side that an instruction takes: a block's.
-pub(super) const DEPTH: usize = 32;
 /// Rows of a register.
 const ROWS: usize = ROWS_FILLED;
 /// Bytes of a register's row.
 const LINE: usize = 64;
 /// Rows of a tile of the product: two registers.
 const TILE: usize = 2 * ROWS;
-/// Columns of a tile of the product, a block's: two registers.
+/// PanelLayout of a tile of the product, a block's: two registers.
 const WIDTH: usize = 32;
 
-/// A processor with AMX for `bf16`, whose use the operating system has granted: there is none without it.
-#[derive(Debug, Clone, Copy)]
-pub struct Processor {
-    /// There is no processor with AMX but without the instructions for pairs.
-    pairs: pairs::Processor,
-}
-
-impl Processor {
-    pub(super) fn detect() -> Option<Self> {
-        static FOUND: LazyLock<bool> = LazyLock::new(|| has_unit() && is_granted());
-        let pairs = pairs::Processor::detect()?;
-        FOUND.then_some(Self { pairs })
-    }
-
-    pub(crate) fn run(self, product: Product<'_, '_, '_>) {
-        // SAFETY: `detect`, which alone makes a `Processor`, found all features that the function asks for, and the unit.
-        unsafe { run(self.pairs.v4, product) }
-    }
-}
-
-/// Whether the processor has AMX with `bf16`.
-fn has_unit() -> bool {
-    const BF16_PRODUCTS: u32 = 1 << 22;
-    const REGISTERS: u32 = 1 << 24;
-    // SAFETY: every x86-64 processor has this instruction. The calls are safe functions from Rust 1.94 on.
-    #[allow(unused_unsafe)]
-    let (leaves, features) = unsafe { (__cpuid(0).eax, __cpuid_count(7, 0).edx) };
-    let both = BF16_PRODUCTS | REGISTERS;
-    leaves >= 7 && features & both == both
-}
-
-/// Asks Linux for the unit's registers, which a process has only after it did; no where it knows no such registers.
-///
-/// This holds for the whole process: from then on Linux refuses a signal stack that is too small to save them. std's own are
-/// large enough.
-fn is_granted() -> bool {
-    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
-    const XFEATURE_XTILE_DATA: libc::c_long = 18;
-    // SAFETY: a call without pointers. It enlarges what the kernel saves of a thread, and is refused where a thread's signal
-    // stack is too small for that.
-    unsafe {
-        libc::syscall(
-            libc::SYS_arch_prctl,
-            ARCH_REQ_XCOMP_PERM,
-            XFEATURE_XTILE_DATA,
-        ) == 0
-    }
+pub(crate) fn run(processor: TileProcessor, product: Product<'_, '_, '_>) {
+    // SAFETY: `detect`, which alone makes a `TileProcessor`, found all features that the function asks for, and the unit.
+    unsafe { by_tiles(processor.pairs.v4, product) }
 }
 
 /// The unit's registers in the shape that [`multiply`] wants, until this is dropped.
@@ -122,7 +75,7 @@ impl Drop for Configured {
 ///
 /// Beside the features named, the processor has the unit, and the operating system has granted its use.
 #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
-unsafe fn run(v4: V4, product: Product<'_, '_, '_>) {
+unsafe fn by_tiles(v4: V4, product: Product<'_, '_, '_>) {
     // SAFETY: what it asks for is what this function asks for.
     let _configured = unsafe { Configured::new() };
     let rows = product.x.count;

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
 use defend_kernels::attention::Heads;
-use defend_kernels::blocked::{fill, fill_pieces, read, split};
+use defend_kernels::panel_layout::{fill, fill_pieces, read, split};
 use defend_kernels::pool::Buffer;
 
 /// Queries a parallel task handles: fixed, so that a result does not depend on batch or threads.
@@ -120,7 +120,7 @@ impl CustomOp1 for Attention {
             || {
                 (
                     heads.scratch(most, false),
-                    Buffer::stale(merged.values(most)),
+                    Buffer::recycled(merged.values(most)),
                 )
             },
             |(scratch, attended), (image, first, out)| {
@@ -147,8 +147,8 @@ impl CustomOp1 for Attention {
                 .zip(gs.par_chunks(n * width));
             images.for_each_init(
                 || {
-                    let [dqkv, qkv] = [(); 2].map(|()| Buffer::stale(columns.values(n)));
-                    let g = Buffer::stale(heads.output_columns().values(n));
+                    let [dqkv, qkv] = [(); 2].map(|()| Buffer::recycled(columns.values(n)));
+                    let g = Buffer::recycled(heads.output_columns().values(n));
                     (heads.scratch(n, true), dqkv, qkv, g)
                 },
                 |(scratch, dqkv, qkv, blocks), ((dx, x), g)| {

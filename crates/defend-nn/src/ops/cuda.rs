@@ -8,8 +8,8 @@ use candle_core::{
     Tensor, bail,
 };
 
-use crate::backward::unless_taken;
 use crate::cuda::{aligned, rows};
+use crate::gradient_routing::route;
 
 /// How gradients pass an operation of N operands.
 pub(super) trait Backward<const N: usize>: Send + Sync + 'static {
@@ -153,11 +153,7 @@ impl<G: Backward<3>> CustomOp3 for Precomputed<G> {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let [da, db, dc] = self.gradients.backward([a, b, c], out, grad)?;
-        Ok((
-            unless_taken(a, da),
-            unless_taken(b, db),
-            unless_taken(c, dc),
-        ))
+        Ok((route(a, da), route(b, db), route(c, dc)))
     }
 }
 

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
-use crate::backward::unless_taken;
+use crate::gradient_routing::route;
 use defend_kernels::{ROWS_PER_TASK, column_sums, norm};
 
 /// LayerNorm of the last dimension with a two-pass variance (stable for any mean).
@@ -134,7 +134,7 @@ impl CustomOp3 for LayerNorm {
                 needs_b.then(|| from_vec(db, d)).transpose()?,
             ])
         })?;
-        Ok((dx, unless_taken(weight, dw), unless_taken(bias, db)))
+        Ok((dx, route(weight, dw), route(bias, db)))
     }
 }
 

@@ -4,11 +4,14 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{from_vec, is_fast, slice, with_slices};
-use crate::backward::unless_taken;
-use defend_kernels::blocked::{Columns, Rows, Stack, fill, fill_pieces};
-use defend_kernels::packed::{Packed, Panels, Start, Target, product, weight_gradient};
+use crate::gradient_routing::route;
+use defend_kernels::microkernel::{Accumulate, Target};
+use defend_kernels::pack::{Packed, PackedView};
+use defend_kernels::panel_layout::{PanelLayout, Rows, Stack, fill, fill_pieces};
 use defend_kernels::pool::Buffer;
+use defend_kernels::product::product;
 use defend_kernels::vectorised;
+use defend_kernels::weight_gradient::weight_gradient;
 use defend_kernels::{ROWS_PER_TASK, column_sums, math};
 
 /// Affine map of the last dimension: `x W^T + b`.
@@ -146,8 +149,9 @@ impl CustomOp3 for Linear {
             *last = outputs;
         }
         let mut out = vec![0f32; xs.len() / inputs * outputs];
-        let weight = Packed::transposed(ws, Columns::whole(inputs), Columns::whole(outputs));
-        map_rows(&mut out, Start::Bias(bs), xs, &weight, |out| {
+        let weight =
+            Packed::transposed(ws, PanelLayout::whole(inputs), PanelLayout::whole(outputs));
+        map_rows(&mut out, Accumulate::Bias(bs), xs, &weight, |out| {
             if self.activation == Activation::Gelu {
                 vectorised!(|| out.iter_mut().for_each(|v| *v = math::gelu(*v)));
             }
@@ -165,12 +169,12 @@ impl CustomOp3 for Linear {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (outputs, inputs) = weight.dims2()?;
         let rows = grad.elem_count() / outputs;
-        let [inner, outer] = [inputs, outputs].map(Columns::whole);
+        let [inner, outer] = [inputs, outputs].map(PanelLayout::whole);
         let [dx, dw, db] = with_slices("linear", [x, weight, grad], |[xs, ws, gs]| {
             let dx = self.needs[0].then(|| {
                 let mut dx = vec![0f32; rows * inputs];
                 let weight = Packed::new(ws, outer, inner);
-                map_rows(&mut dx, Start::Zero, gs, &weight, |_| ());
+                map_rows(&mut dx, Accumulate::Replace, gs, &weight, |_| ());
                 from_vec(dx, x.dims())
             });
             let dw = self.needs[1].then(|| {
@@ -187,26 +191,26 @@ impl CustomOp3 for Linear {
             let db = self.needs[2].then(|| from_vec(column_sums(gs, outputs), outputs));
             Ok([dx.transpose()?, dw.transpose()?, db.transpose()?])
         })?;
-        Ok((dx, unless_taken(weight, dw), unless_taken(bias, db)))
+        Ok((dx, route(weight, dw), route(bias, db)))
     }
 }
 
 /// `out = start + x M` for row-major rows, and `finish` for each task's rows.
 fn map_rows(
     out: &mut [f32],
-    start: Start<'_>,
+    start: Accumulate<'_>,
     x: &[f32],
     matrix: &Packed,
     finish: impl Fn(&mut [f32]) + Sync,
 ) {
-    let Panels { depth, columns, .. } = matrix.panels();
+    let PackedView { depth, columns, .. } = matrix.panels();
     // A row's result depends on no other row, so few rows may be spread over all threads.
     let rows = x.len() / depth.count;
     let task = rows.div_ceil(rayon::current_num_threads());
     let task = task.clamp(1, ROWS_PER_TASK);
     let tasks = out.par_chunks_mut(task * columns.count);
     tasks.zip(x.par_chunks(task * depth.count)).for_each_init(
-        || Buffer::stale(depth.values(task)),
+        || Buffer::recycled(depth.values(task)),
         |blocks, (out, x)| {
             let rows = x.len() / depth.count;
             let blocks = &mut blocks[..depth.values(rows)];

@@ -9,7 +9,6 @@
 mod adamw;
 mod adamw_step;
 mod attention;
-mod block;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod gelu;
@@ -19,12 +18,11 @@ mod local_attention;
 mod normalize;
 mod patches;
 mod pick;
+mod transformer_block;
 
 pub use adamw::{adamw, not_finite as adamw_not_finite};
 pub use adamw_step::{AdamWOperands, AdamWStep};
 pub use attention::{attention, cls_attention};
-pub use block::chain::transformer_blocks;
-pub use block::{BlockParameters, BranchFactors, ComputePrecision, Prepared, transformer_block};
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::{add_bias, linear, linear_gelu};
@@ -32,10 +30,14 @@ pub use local_attention::local_attention;
 pub use normalize::l2_normalize;
 pub use patches::patches;
 pub use pick::{pick_of_each, pick_rows};
+pub use transformer_block::{
+    BlockParameters, BranchFactors, ComputePrecision, Prepared, transformer_block,
+    transformer_blocks,
+};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Tensor, bail};
 
-use crate::backward::apart;
+use crate::gradient_routing::without_sink;
 
 /// Whether the fused CPU kernels apply to all of these tensors: none is empty.
 pub(crate) fn is_fast(tensors: &[&Tensor]) -> bool {
@@ -76,7 +78,7 @@ pub fn with_slices<const N: usize, R>(
         };
         *target = slice(op, storage, layout)?;
     }
-    apart(|| f(slices))
+    without_sink(|| f(slices))
 }
 
 /// A CPU tensor around freshly computed values.

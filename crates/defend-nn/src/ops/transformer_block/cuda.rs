@@ -3,9 +3,11 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::super::cuda::{Backward, Precomputed};
-use super::{BlockParameters, BranchFactors, Gradients, check, lock, with_ticket};
+use super::parameters::check;
+use super::{BlockParameters, BranchFactors};
 use crate::cuda::block::{Block, Saved, takes_heads};
 use crate::cuda::{aligned, is_aligned, takes};
+use crate::gradient_routing::{ParameterGradients, anchored, lock};
 
 /// The block by the kernels, where they take its tensors; LayerScale only without a backward pass.
 pub(super) fn block(
@@ -48,16 +50,16 @@ pub(super) fn block(
     let Some(saved) = passed.saved else {
         return Ok(Some((passed.out, passed.cls_attention)));
     };
-    let gradients = Gradients::default();
-    let ticket = Tensor::zeros(1, DType::F32, x.device())?;
-    let ticket = with_ticket(ticket, &tensors, &gradients)?;
+    let gradients = ParameterGradients::default();
+    let anchor = Tensor::zeros(1, DType::F32, x.device())?;
+    let anchor = anchored(anchor, &tensors, &gradients)?;
     let pass = BlockGradients {
         call,
         saved,
         gradients,
     };
     let node = Precomputed::new("transformer-block", passed.out, pass);
-    Ok(Some((x.apply_op2(&ticket, node)?, passed.cls_attention)))
+    Ok(Some((x.apply_op2(&anchor, node)?, passed.cls_attention)))
 }
 
 /// What forward and backward pass share.
@@ -89,17 +91,17 @@ impl Call {
     }
 }
 
-/// The backward pass: of the input, and of the ticket for the parameters' gradients, which it leaves in `gradients`.
+/// The backward pass: of the input, and of the anchor for the parameters' gradients, which it leaves in `gradients`.
 struct BlockGradients {
     call: Call,
     saved: Saved,
-    gradients: Gradients,
+    gradients: ParameterGradients,
 }
 
 impl Backward<2> for BlockGradients {
     fn backward(
         &self,
-        [_, ticket]: [&Tensor; 2],
+        [_, anchor]: [&Tensor; 2],
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<[Option<Tensor>; 2]> {
@@ -109,7 +111,7 @@ impl Backward<2> for BlockGradients {
         if gradients.is_some() {
             *lock(&self.gradients) = gradients;
         }
-        let ticket = needs_parameters.then(|| ticket.zeros_like()).transpose()?;
-        Ok([needs_x.then_some(dx), ticket])
+        let anchor = needs_parameters.then(|| anchor.zeros_like()).transpose()?;
+        Ok([needs_x.then_some(dx), anchor])
     }
 }

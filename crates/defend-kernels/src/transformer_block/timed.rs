@@ -3,9 +3,11 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::super::attention::Heads;
-use super::super::blocked::{Columns, Rows, Stack, split};
-use super::super::packed::{Packed, Start, Target, product};
+use super::super::microkernel::{Accumulate, Target};
+use super::super::pack::Packed;
+use super::super::panel_layout::{PanelLayout, Rows, Stack, split};
 use super::super::pool::Buffer;
+use super::super::product::product;
 use super::{Matrices, Weights};
 
 /// The products of a block with its four matrices, and its attention, each thread for a piece of its own.
@@ -74,10 +76,10 @@ impl Timed {
         } else {
             matrices
         };
-        let matrices = matrices.kept();
-        let [whole, inner] = [d, hidden].map(Columns::whole);
+        let matrices = matrices.cached();
+        let [whole, inner] = [d, hidden].map(PanelLayout::whole);
         let (packed, merged) = (self.heads().qkv_columns(), self.heads().output_columns());
-        let filled = |columns: Columns| noise(columns.values(rows));
+        let filled = |columns: PanelLayout| noise(columns.values(rows));
         let pieces: Vec<_> = (0..rayon::current_num_threads())
             .map(|_| {
                 let operands = [whole, merged, inner].map(filled);
@@ -92,14 +94,14 @@ impl Timed {
                 let mut piece = piece.unwrap_or_else(PoisonError::into_inner);
                 let ([z, attended, activated], [qkv, hidden], out) = &mut *piece;
                 let to_blocks = |out: &mut [f32], matrix: &Packed| {
-                    let target = Target::Blocks(&mut split(out, rows));
+                    let target = Target::Panels(&mut split(out, rows));
                     let x = Rows::all(z, rows, whole);
-                    product(target, Start::Zero, &x, matrix.panels(), 1.0);
+                    product(target, Accumulate::Replace, &x, matrix.panels(), 1.0);
                 };
                 let mut to_rows = |x: Rows<'_>, matrix: &Packed| {
                     product(
                         Target::RowMajor(out),
-                        Start::Kept,
+                        Accumulate::Add,
                         &x,
                         matrix.panels(),
                         1e-3,
@@ -122,7 +124,7 @@ impl Timed {
         move || {
             rayon::broadcast(|_| {
                 let mut scratch = heads.scratch(self.rows, false);
-                let mut out = Buffer::stale(heads.output_columns().values(self.rows));
+                let mut out = Buffer::recycled(heads.output_columns().values(self.rows));
                 let out = &mut split(&mut out, self.rows)[..];
                 for _ in 0..TIMES {
                     heads.attend(out, &qkv, (0, self.rows), &mut scratch, None);
@@ -139,7 +141,7 @@ impl Timed {
 
     /// Gradients of the four matrices from so many images, all threads together.
     pub fn weight_gradients(self, images: usize) -> impl FnMut() {
-        let [whole, inner] = [self.width, self.hidden].map(Columns::whole);
+        let [whole, inner] = [self.width, self.hidden].map(PanelLayout::whole);
         let (packed, merged) = (self.heads().qkv_columns(), self.heads().output_columns());
         let columns = [
             [packed, whole],
@@ -149,7 +151,7 @@ impl Timed {
         ];
         let sides = columns
             .map(|map| map.map(|columns| (noise(images * columns.values(self.tokens)), columns)));
-        let vectors = super::VectorLengths {
+        let vectors = super::backward::VectorLengths {
             width: self.width,
             hidden: self.hidden,
         };
@@ -163,7 +165,7 @@ impl Timed {
                     columns: *columns,
                 })
             });
-            std::hint::black_box(super::parameter_gradients(&sums, vectors, &maps));
+            std::hint::black_box(super::backward::parameter_gradients(&sums, vectors, &maps));
         }
     }
 }

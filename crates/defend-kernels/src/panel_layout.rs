@@ -16,7 +16,7 @@ use crate::vectorised;
 /// Vectors side by side in a block.
 pub const VECTORS: usize = 2;
 
-/// Columns of a block, W: two vector registers of this processor.
+/// PanelLayout of a block, W: two vector registers of this processor.
 pub fn width() -> usize {
     struct Width;
     impl WithSimd for Width {
@@ -31,15 +31,15 @@ pub fn width() -> usize {
 /// How columns are cut into blocks: no block crosses the border of a group (a head), so a group's last one may be
 /// partly filled. What its other columns hold means nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Columns {
+pub struct PanelLayout {
     /// All columns.
     pub count: usize,
     group: usize,
-    /// Columns of a block.
+    /// PanelLayout of a block.
     pub width: usize,
 }
 
-impl Columns {
+impl PanelLayout {
     /// `groups` of equal size; divides `count`.
     pub fn grouped(count: usize, groups: usize) -> Self {
         debug_assert!(count > 0 && count.is_multiple_of(groups));
@@ -98,12 +98,12 @@ pub struct Rows<'a> {
     /// Their number.
     pub count: usize,
     /// How the columns are cut into blocks.
-    pub columns: Columns,
+    pub columns: PanelLayout,
 }
 
 impl<'a> Rows<'a> {
     /// All rows of a matrix.
-    pub fn all(values: &'a [f32], rows: usize, columns: Columns) -> Self {
+    pub fn all(values: &'a [f32], rows: usize, columns: PanelLayout) -> Self {
         let blocks = values.chunks_exact(rows * columns.width);
         Self {
             blocks: blocks.take(columns.blocks()).collect(),
@@ -113,7 +113,7 @@ impl<'a> Rows<'a> {
     }
 
     /// Of blocks that were written to.
-    pub fn new(blocks: &'a [&mut [f32]], count: usize, columns: Columns) -> Self {
+    pub fn new(blocks: &'a [&mut [f32]], count: usize, columns: PanelLayout) -> Self {
         Self {
             blocks: blocks.iter().map(|block| &**block).collect(),
             count,
@@ -154,7 +154,7 @@ pub fn split(values: &mut [f32], rows: usize) -> Vec<&mut [f32]> {
 /// The blocks of pieces of `piece` rows, for each of the images of `rows` rows in `values`, piece after piece.
 pub fn split_pieces(
     values: &mut [f32],
-    columns: Columns,
+    columns: PanelLayout,
     rows: usize,
     piece: usize,
 ) -> Vec<Vec<&mut [f32]>> {
@@ -179,7 +179,7 @@ pub fn split_pieces(
 }
 
 /// Brings row-major rows into blocks, multiplied by `factor`.
-pub fn fill(out: &mut [f32], x: &[f32], columns: Columns, factor: f32) {
+pub fn fill(out: &mut [f32], x: &[f32], columns: PanelLayout, factor: f32) {
     let rows = x.len() / columns.count;
     for (i, block) in out.chunks_exact_mut(rows * columns.width).enumerate() {
         fill_block(block, x, columns, i, factor);
@@ -187,7 +187,7 @@ pub fn fill(out: &mut [f32], x: &[f32], columns: Columns, factor: f32) {
 }
 
 /// One block of [`fill`].
-pub fn fill_block(block: &mut [f32], x: &[f32], columns: Columns, i: usize, factor: f32) {
+pub fn fill_block(block: &mut [f32], x: &[f32], columns: PanelLayout, i: usize, factor: f32) {
     let (first, filled) = columns.block(i);
     vectorised!(|| {
         let rows = x.chunks_exact(columns.count);
@@ -198,8 +198,8 @@ pub fn fill_block(block: &mut [f32], x: &[f32], columns: Columns, i: usize, fact
 }
 
 /// Brings row-major rows into blocks, piece by piece of `piece` rows, on all threads.
-pub fn fill_pieces(x: &[f32], columns: Columns, piece: usize) -> Buffer {
-    let mut out = Buffer::stale(columns.values(x.len() / columns.count));
+pub fn fill_pieces(x: &[f32], columns: PanelLayout, piece: usize) -> Buffer {
+    let mut out = Buffer::recycled(columns.values(x.len() / columns.count));
     let pieces = out.par_chunks_mut(columns.values(piece));
     pieces
         .zip(x.par_chunks(piece * columns.count))
@@ -208,7 +208,7 @@ pub fn fill_pieces(x: &[f32], columns: Columns, piece: usize) -> Buffer {
 }
 
 /// Brings blocks into row-major rows: the reverse of [`fill`].
-pub fn read(out: &mut [f32], blocks: &[f32], columns: Columns) {
+pub fn read(out: &mut [f32], blocks: &[f32], columns: PanelLayout) {
     let rows = out.len() / columns.count;
     let w = columns.width;
     vectorised!(|| {
@@ -232,12 +232,12 @@ pub struct Stack<'a> {
     /// Rows of a piece; the last may have fewer.
     pub piece: usize,
     /// How the columns are cut into blocks.
-    pub columns: Columns,
+    pub columns: PanelLayout,
 }
 
 impl<'a> Stack<'a> {
     /// Of one piece.
-    pub fn one(values: &'a [f32], rows: usize, columns: Columns) -> Self {
+    pub fn one(values: &'a [f32], rows: usize, columns: PanelLayout) -> Self {
         Self {
             values,
             rows,
@@ -261,7 +261,7 @@ impl<'a> Stack<'a> {
 }
 
 /// Sums over the rows of a matrix in blocks.
-pub fn column_sums(sums: &mut [f32], values: &[f32], columns: Columns) {
+pub fn column_sums(sums: &mut [f32], values: &[f32], columns: PanelLayout) {
     let blocks = values.chunks_exact(values.len() / columns.blocks());
     vectorised!(|| {
         for (i, block) in blocks.enumerate() {
@@ -278,16 +278,16 @@ mod tests {
     #[test]
     fn groups_have_blocks_of_their_own() {
         let w = width();
-        let columns = Columns::grouped(3 * (w + 1), 3);
+        let columns = PanelLayout::grouped(3 * (w + 1), 3);
         assert_eq!(columns.blocks(), 6);
         assert_eq!(columns.block(2), (w + 1, w));
         assert_eq!(columns.block(3), (2 * w + 1, 1));
-        assert_eq!(Columns::whole(2 * w).blocks(), 2);
+        assert_eq!(PanelLayout::whole(2 * w).blocks(), 2);
     }
 
     #[test]
     fn filled_rows_come_back() {
-        let columns = Columns::grouped(10, 2);
+        let columns = PanelLayout::grouped(10, 2);
         let x: Vec<f32> = (0..30).map(|i| i as f32).collect();
         let mut blocks = vec![f32::NAN; columns.values(3)];
         fill(&mut blocks, &x, columns, 2.0);
