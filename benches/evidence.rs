@@ -31,7 +31,7 @@ fn teacher() -> Vit {
     frozen_vit(&Architecture::vit_tiny())
 }
 
-/// ResizedImages of noise.
+/// Images of noise.
 fn photos(count: usize) -> Memory {
     let mut rng = Rng::seed(1);
     let mut memory = Memory::default();
@@ -44,7 +44,7 @@ fn photos(count: usize) -> Memory {
     memory
 }
 
-/// ResizedImages of noise look like any other noise: the contrast counts, in scores and in maps.
+/// Images of noise look like any other noise: the contrast counts, in scores and in maps.
 fn background() -> Background {
     static READY: OnceLock<Background> = OnceLock::new();
     let ready = READY.get_or_init(|| {

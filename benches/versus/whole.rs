@@ -13,7 +13,7 @@ use crate::rows::{Row, Work};
 
 /// Of the whole method without dense tuning.
 const CONFIG: &str = include_str!("../../examples/voc/alone.json");
-/// ResizedImages that a repetition scores.
+/// Images that a repetition scores.
 const SCORED: usize = 256;
 
 /// Where the images and the teacher are.
@@ -63,7 +63,7 @@ impl Files {
 
     fn fitted(&self, config: DefendConfig, images: Subset) -> Detector {
         Defend::builder()
-            .backbone(Pretrained::local(&self.weights))
+            .teacher(Pretrained::local(&self.weights))
             .config(config)
             .fit(images, &mut Silent)
             .expect("a detector")

@@ -198,7 +198,7 @@ impl Experiment {
     /// Fits once; the AUROC of each of [`SCORES`].
     fn run(&self, arguments: &Arguments, config: &DefendConfig) -> Result<[f64; SCORES.len()]> {
         let fitted = Defend::builder()
-            .backbone(Pretrained::local(&arguments.weights))
+            .teacher(Pretrained::local(&arguments.weights))
             .device(best_device())
             .config(config.clone())
             .fit(self.normal.clone(), &mut ProgressBar::hidden())?;

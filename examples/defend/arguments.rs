@@ -121,6 +121,15 @@ pub(crate) struct Fit {
     /// --no-dense.
     #[arg(long)]
     pub(crate) feature_folder: Option<PathBuf>,
+    /// For recipes that train: folder that keeps the run while it trains, so that one that was stopped can go on.
+    #[arg(long)]
+    pub(crate) checkpoints: Option<PathBuf>,
+    /// Seconds between checkpoints.
+    #[arg(long, requires = "checkpoints", default_value_t = 600)]
+    pub(crate) checkpoint_every: u64,
+    /// Goes on from the checkpoints, to the same model as without a stop.
+    #[arg(long, requires = "checkpoints")]
+    pub(crate) resume: bool,
     #[command(flatten)]
     pub(crate) common: Common,
 }
@@ -226,7 +235,7 @@ pub(crate) struct Embed {
     /// hashes.
     #[arg(long)]
     pub(crate) out: PathBuf,
-    /// ResizedImages and folders of images.
+    /// Images and folders of images.
     #[arg(required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -257,7 +266,7 @@ impl Look {
             .device(self.common.device())
             .strict(self.common.strict);
         match pretrained(self.backbone.as_deref()) {
-            Some(weights) => builder.backbone(weights),
+            Some(weights) => builder.teacher(weights),
             None => builder,
         }
     }
@@ -330,7 +339,7 @@ pub(crate) struct Sort {
     /// How the lines look.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub(crate) format: Format,
-    /// ResizedImages and folders of images.
+    /// Images and folders of images.
     #[arg(required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -405,7 +414,7 @@ pub(crate) struct Score {
     /// Folder for images with the novelty laid over them as a heat map.
     #[arg(long)]
     pub(crate) maps: Option<PathBuf>,
-    /// ResizedImages and folders of images.
+    /// Images and folders of images.
     #[arg(required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]

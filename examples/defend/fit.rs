@@ -1,11 +1,11 @@
 //! `defend fit`
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use defend_core::evidence::ClosedForm;
 use defend_core::vit::Precision;
-use defend_core::{ClosedFormReport, Defend, Fitted, ProgressBar, StudentReport};
+use defend_core::{ClosedFormReport, Defend, FitCheckpoints, Fitted, ProgressBar, StudentReport};
 
 use crate::arguments::{Fit, pretrained};
 use crate::background;
@@ -21,7 +21,7 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
         .device(arguments.common.device())
         .strict(arguments.common.strict);
     if let Some(weights) = pretrained(arguments.backbone.as_deref()) {
-        builder = builder.backbone(weights);
+        builder = builder.teacher(weights);
     }
     if let Some(path) = &arguments.background {
         builder = builder.background(background::source(path, arguments.common.strict)?);
@@ -36,6 +36,13 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
     builder = builder.drop_suspects(arguments.drop_suspects);
     if let Some(folder) = &arguments.feature_folder {
         builder = builder.feature_folder(folder, Precision::Full);
+    }
+    if let Some(folder) = &arguments.checkpoints {
+        builder = builder.checkpoints(
+            FitCheckpoints::new(folder)
+                .every(Duration::from_secs(arguments.checkpoint_every))
+                .resuming(arguments.resume),
+        );
     }
     let fitted = if let Some(table) = &arguments.features {
         builder.fit_features(&embed::read(table)?, &mut ProgressBar::new())?

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 /// Column that holds the marks.
 const MARK: &str = "mark";
 
-/// ResizedImages by what they were marked as.
+/// Images by what they were marked as.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Marked {
     pub(crate) normal: Vec<PathBuf>,

@@ -35,7 +35,7 @@ fn of_folder(arguments: &Suspects) -> Result<Detector> {
         .device(arguments.common.device())
         .strict(arguments.common.strict);
     if let Some(weights) = pretrained(arguments.backbone.as_deref()) {
-        builder = builder.backbone(weights);
+        builder = builder.teacher(weights);
     }
     Ok(builder.fit(normal, &mut ProgressBar::new())?.detector)
 }

@@ -35,7 +35,7 @@ pub(crate) fn measure(assets: &Assets, count: usize) -> Result<()> {
     let fit = |paths: Vec<std::path::PathBuf>| -> Result<(Detector, f64)> {
         let start = Instant::now();
         let fitted = Defend::builder()
-            .backbone(Pretrained::local(&weights))
+            .teacher(Pretrained::local(&weights))
             .config(DefendConfig {
                 student: Student::ClosedForm(without_patches()),
                 ..DefendConfig::default()

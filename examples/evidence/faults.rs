@@ -23,7 +23,7 @@ pub(crate) fn measure(assets: &Assets, known: &[usize], trials: usize, seed: u64
     let weights = assets.folder.join("weights/vit_tiny_patch16_224");
     let builder = || {
         Defend::builder()
-            .backbone(Pretrained::local(&weights))
+            .teacher(Pretrained::local(&weights))
             .device(assets.device.clone())
     };
     let normal = || MvtecAd::open(&root, Split::Train);

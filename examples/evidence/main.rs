@@ -43,7 +43,7 @@ const CIFAR: [&str; 10] = [
     "ship",
     "truck",
 ];
-/// ResizedImages in memory at a time.
+/// Images in memory at a time.
 const READ: usize = 512;
 /// Images of one pass through the teacher, and queries that are judged together.
 const BATCH: usize = 32;

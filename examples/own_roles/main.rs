@@ -231,8 +231,10 @@ fn main() -> Result<()> {
     // Teacher and student.
     let student = Vit::random(spec, 0.1, &mut rng, &Device::Cpu)?;
     let fitted = Defend::builder()
-        .own_teacher(Arc::new(Mirrored(teacher)))
-        .own_student(Arc::new(student))
+        .teacher(defend_core::TeacherSource::Backbone(Arc::new(Mirrored(
+            teacher,
+        ))))
+        .student(Arc::new(student))
         .config(DefendConfig {
             student: masked,
             ..DefendConfig::default()

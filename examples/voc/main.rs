@@ -201,7 +201,7 @@ fn method_scores(
 ) -> Result<Vec<(Aggregation, Vec<f32>)>> {
     let start = Instant::now();
     let fitted = Defend::builder()
-        .backbone(Pretrained::local(&arguments.weights))
+        .teacher(Pretrained::local(&arguments.weights))
         .device(best_device())
         .config(config.clone())
         .fit(normal.clone(), bar)?;

@@ -91,7 +91,7 @@ impl Method for Kdad {
         let fitted = Defend::builder()
             .device(teacher.device().clone())
             .strict(true)
-            .own_teacher(teacher.backbone(self.layers)?)
+            .teacher(teacher.backbone(self.layers)?)
             .objective(Arc::new(ValuesAndDirections {
                 direction_weight: self.direction_weight,
             }))

@@ -72,7 +72,7 @@ impl Method for Ours {
                 && settings.image_size.is_none()
                 && settings.tiles.is_none() =>
             {
-                builder.own_teacher(teacher.backbone(layers)?)
+                builder.teacher(teacher.backbone(layers)?)
             }
             _ => builder.teacher(teacher.vit().copy(TrainScope::Frozen)?),
         };

@@ -85,7 +85,7 @@ fn table_html(table: &Table) -> String {
     )
 }
 
-/// ResizedImages with their maps: false alarms, then misses.
+/// Images with their maps: false alarms, then misses.
 fn worst_errors(folder: &Path, record: &Record, set: &Arc<dyn Dataset>) -> Result<String, Error> {
     let images = folder.join("images");
     std::fs::create_dir_all(&images).map_err(Error::io(&images, "making the folder"))?;

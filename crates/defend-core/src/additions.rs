@@ -7,7 +7,7 @@ use defend_data::{Preprocess, RgbImage};
 use defend_evidence::Embeddings;
 use defend_vit::Encoder;
 
-use crate::scan::to_tensor;
+use crate::input::to_tensor;
 use crate::tokens::{TokenBlocks, Wanted};
 use crate::{Detector, Error, Learnt};
 

@@ -15,9 +15,9 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::files::{read, with_header, write};
+use crate::input::preprocess_of;
 use crate::normals::Normals;
 use crate::observer::{Observer, Stage};
-use crate::scan::preprocess_of;
 use crate::teacher::load_teacher;
 use crate::tokens::{TokenBlocks, Wanted};
 use crate::{DefendBuilder, Error, ResizedImages};
@@ -535,7 +535,7 @@ impl DefendBuilder {
             "a background file is for teachers that stay as they are; give a fit that tunes its teacher the photos \
              themselves",
         )?;
-        let teacher = load_teacher(self.backbone, &config, &self.device)?;
+        let teacher = load_teacher(self.teacher, &config, &self.device)?;
         let identity = TeacherIdentity::new(teacher.encoder(), config.resize_mode)?;
         let teacher = teacher.frozen_encoder(config.compute_precision)?;
         let photos: Arc<dyn Dataset> = Arc::new(photos);

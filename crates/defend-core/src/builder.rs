@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use candle_core::Device;
 use defend_data::Dataset;
@@ -22,15 +23,12 @@ impl Defend {
         DefendBuilder {
             config: DefendConfig::default(),
             device: Device::Cpu,
-            backbone: None,
+            teacher: None,
             strict: false,
             memory: 2 << 30,
-            student: None,
-            dense: None,
-            mask: None,
-            objective: None,
-            score: None,
+            roles: Roles::default(),
             features: None,
+            checkpoints: None,
             background: BackgroundSource::default(),
             abnormal: None,
             drop_suspects: 0,
@@ -38,13 +36,98 @@ impl Defend {
     }
 }
 
-/// Where the teacher comes from.
-pub(crate) enum Source {
+/// Where the teacher comes from: made from a [`Pretrained`], a [`Vit`], an `Arc<dyn Backbone>` or an `Arc<dyn Encoder>`.
+pub enum TeacherSource {
+    /// Weights from the hub, a file, a folder or memory.
     Pretrained(Pretrained),
+    /// A network that is loaded already. It computes in its own type where neither the dense stage tunes it nor
+    /// [`DefendConfig::compute_precision`] is `bf16`.
     Vit(Box<Vit>),
-    Own(Arc<dyn Backbone>),
-    /// Without CLS attention: for the closed form.
+    /// A custom network. It stays as it is, so [`DefendConfig::dense`] has to be `None`, and without [`Encoder::tensors`] such a
+    /// detector cannot be saved.
+    Backbone(Arc<dyn Backbone>),
+    /// The same without CLS attention, for the closed form.
     Encoder(Arc<dyn Encoder>),
+}
+
+impl From<Pretrained> for TeacherSource {
+    fn from(weights: Pretrained) -> Self {
+        Self::Pretrained(weights)
+    }
+}
+
+impl From<Vit> for TeacherSource {
+    fn from(vit: Vit) -> Self {
+        Self::Vit(Box::new(vit))
+    }
+}
+
+impl From<Arc<dyn Backbone>> for TeacherSource {
+    fn from(backbone: Arc<dyn Backbone>) -> Self {
+        Self::Backbone(backbone)
+    }
+}
+
+impl From<Arc<dyn Encoder>> for TeacherSource {
+    fn from(encoder: Arc<dyn Encoder>) -> Self {
+        Self::Encoder(encoder)
+    }
+}
+
+/// Custom parts of the trained stages; the library's own where there is none.
+#[derive(Default)]
+pub(crate) struct Roles {
+    pub(crate) student: Option<Arc<dyn Trainable>>,
+    pub(crate) dense_objective: Option<Box<dyn DenseObjective>>,
+    pub(crate) mask: Option<Box<dyn MaskPolicy>>,
+    pub(crate) objective: Option<Arc<dyn DistillObjective>>,
+    pub(crate) score: Option<Arc<dyn Score>>,
+}
+
+impl Roles {
+    /// Each role and whether it is taken.
+    pub(crate) fn taken(&self) -> [(&'static str, bool); 5] {
+        [
+            ("student", self.student.is_some()),
+            ("dense_objective", self.dense_objective.is_some()),
+            ("mask", self.mask.is_some()),
+            ("objective", self.objective.is_some()),
+            ("score", self.score.is_some()),
+        ]
+    }
+}
+
+/// Where the training stages of a fit are saved while they run, and how often.
+#[derive(Debug, Clone)]
+pub struct FitCheckpoints {
+    pub(crate) folder: PathBuf,
+    pub(crate) every: Duration,
+    pub(crate) resume: bool,
+}
+
+impl FitCheckpoints {
+    /// Checkpoints in a folder, which is made if need be; every ten minutes.
+    pub fn new(folder: impl Into<PathBuf>) -> Self {
+        Self {
+            folder: folder.into(),
+            every: Duration::from_mins(10),
+            resume: false,
+        }
+    }
+
+    /// Time between two of them; zero saves after every step.
+    #[must_use]
+    pub fn every(mut self, interval: Duration) -> Self {
+        self.every = interval;
+        self
+    }
+
+    /// Goes on from those that are in the folder. Without it a fit refuses to start over them.
+    #[must_use]
+    pub fn resuming(mut self, resume: bool) -> Self {
+        self.resume = resume;
+        self
+    }
 }
 
 /// Settings and roles of a fit. Every role has the method's implementation as its default and can be
@@ -52,49 +135,23 @@ pub(crate) enum Source {
 pub struct DefendBuilder {
     pub(crate) config: DefendConfig,
     pub(crate) device: Device,
-    pub(crate) backbone: Option<Source>,
+    pub(crate) teacher: Option<TeacherSource>,
     pub(crate) strict: bool,
     pub(crate) memory: usize,
-    pub(crate) student: Option<Arc<dyn Trainable>>,
-    pub(crate) dense: Option<Box<dyn DenseObjective>>,
-    pub(crate) mask: Option<Box<dyn MaskPolicy>>,
-    pub(crate) objective: Option<Arc<dyn DistillObjective>>,
-    pub(crate) score: Option<Arc<dyn Score>>,
+    pub(crate) roles: Roles,
     pub(crate) background: BackgroundSource,
     pub(crate) abnormal: Option<Arc<dyn Dataset>>,
     pub(crate) drop_suspects: usize,
     pub(crate) features: Option<(PathBuf, Precision)>,
+    pub(crate) checkpoints: Option<FitCheckpoints>,
 }
 
 impl DefendBuilder {
-    /// Where the teacher's weights come from. Without it, the embedded backbone is used.
+    /// The network whose features are learnt: weights ([`Pretrained`]), a [`Vit`], or a custom network. Without it, the embedded
+    /// backbone.
     #[must_use]
-    pub fn backbone(mut self, source: Pretrained) -> Self {
-        self.backbone = Some(Source::Pretrained(source));
-        self
-    }
-
-    /// A teacher that is loaded already. It computes in its own type where neither the dense stage tunes it nor
-    /// [`DefendConfig::compute_precision`] is `bf16`.
-    #[must_use]
-    pub fn teacher(mut self, teacher: Vit) -> Self {
-        self.backbone = Some(Source::Vit(Box::new(teacher)));
-        self
-    }
-
-    /// A teacher supplied by the user. It stays as it is, so [`DefendConfig::dense`] has to be `None`, and without
-    /// [`Encoder::tensors`] such a detector cannot be saved.
-    #[must_use]
-    pub fn own_teacher(mut self, teacher: Arc<dyn Backbone>) -> Self {
-        self.backbone = Some(Source::Own(teacher));
-        self
-    }
-
-    /// A network supplied by the user that gives tokens of its blocks but no CLS attention, for the closed form. Without
-    /// [`Encoder::tensors`] such a detector cannot be saved.
-    #[must_use]
-    pub fn own_encoder(mut self, teacher: Arc<dyn Encoder>) -> Self {
-        self.backbone = Some(Source::Encoder(teacher));
+    pub fn teacher(mut self, teacher: impl Into<TeacherSource>) -> Self {
+        self.teacher = Some(teacher.into());
         self
     }
 
@@ -122,11 +179,19 @@ impl DefendBuilder {
         self
     }
 
-    /// A student supplied by the user for the masked student stage, in place of a random copy of the teacher's architecture; it is trained in
+    /// A custom student for the masked student stage, in place of a random copy of the teacher's architecture; it is trained in
     /// place. Its features have the teacher's width and grid.
     #[must_use]
-    pub fn own_student(mut self, student: Arc<dyn Trainable>) -> Self {
-        self.student = Some(student);
+    pub fn student(mut self, student: Arc<dyn Trainable>) -> Self {
+        self.roles.student = Some(student);
+        self
+    }
+
+    /// Saves the training stages while they run: the dense stage and the masked student's. A fit that was killed goes on and ends with
+    /// the same bits, on the same images (known by their names), teacher and settings.
+    #[must_use]
+    pub fn checkpoints(mut self, checkpoints: FitCheckpoints) -> Self {
+        self.checkpoints = Some(checkpoints);
         self
     }
 
@@ -174,28 +239,28 @@ impl DefendBuilder {
     /// Another objective for the dense stage.
     #[must_use]
     pub fn dense_objective(mut self, objective: Box<dyn DenseObjective>) -> Self {
-        self.dense = Some(objective);
+        self.roles.dense_objective = Some(objective);
         self
     }
 
     /// Another choice of the patches that the masked student sees.
     #[must_use]
     pub fn mask(mut self, mask: Box<dyn MaskPolicy>) -> Self {
-        self.mask = Some(mask);
+        self.roles.mask = Some(mask);
         self
     }
 
     /// Another distance between teacher and masked student; such a detector cannot be saved.
     #[must_use]
     pub fn objective(mut self, objective: Arc<dyn DistillObjective>) -> Self {
-        self.objective = Some(objective);
+        self.roles.objective = Some(objective);
         self
     }
 
     /// Another step from the masked student's patch distances to a score; such a detector cannot be saved.
     #[must_use]
     pub fn score(mut self, score: Arc<dyn Score>) -> Self {
-        self.score = Some(score);
+        self.roles.score = Some(score);
         self
     }
 

@@ -8,10 +8,11 @@ use defend_vit::Encoder;
 
 use crate::closed_form::ClosedFormStudent;
 use crate::faults::Faulty;
-use crate::fit::{ClosedFormReport, Stages, stream};
+use crate::fit::{Stages, stream};
+use crate::fit_report::ClosedFormReport;
+use crate::input::tiling_of;
 use crate::normals::Normals;
 use crate::observer::Observer;
-use crate::scan::tiling_of;
 use crate::tokens::TokenBlocks;
 use crate::{Background, Error, MapScale, PatchMap};
 

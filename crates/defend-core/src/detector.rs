@@ -1,74 +1,18 @@
-//! The detector: teacher, student stage and threshold.
+//! The detector: teacher and student stage.
 
-use candle_core::{Device, Tensor};
-use defend_data::{Dataset, Preprocess};
-use defend_distill::{Aggregation, Score};
-use defend_evidence::{ClosedForm, Embeddings};
-use defend_metrics::Error::{Empty, TooFewForRate};
-use defend_metrics::{FalseAlarmRate, Threshold, threshold_for};
-use defend_vit::{Backbone, Encoder};
-use ndarray::ArrayView1;
-use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
+use candle_core::{Device, Tensor};
+use defend_data::Preprocess;
+use defend_distill::{Aggregation, Score};
+use defend_evidence::{ClosedForm, Embeddings};
+use defend_vit::{Backbone, Encoder};
+
+use crate::calibration::Calibration;
 use crate::closed_form::ClosedFormStudent;
 use crate::masked::MaskedStudent;
-use crate::{DefendConfig, Error, MapScale, Novelty, Observer, Scan, Student, Verdict, scan};
-
-/// Role: anything that scores images, larger for more novel.
-pub trait NoveltyDetector: Send + Sync {
-    /// How images are prepared for [`NoveltyDetector::score`].
-    fn preprocess(&self) -> &Preprocess;
-
-    /// Where the images have to be.
-    fn device(&self) -> &Device;
-
-    /// Images a forward pass.
-    fn batch_size(&self) -> usize {
-        32
-    }
-
-    /// One result an image; `images`: `[B, 3, H, W]`, prepared as [`NoveltyDetector::preprocess`] says. Maps are among the
-    /// results where they cost nothing.
-    ///
-    /// # Errors
-    /// When the images do not fit.
-    fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, Error>;
-
-    /// As [`NoveltyDetector::score`], with maps where the detector has them at all.
-    ///
-    /// # Errors
-    /// When the images do not fit.
-    fn score_with_maps(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {
-        self.score(images)
-    }
-}
-
-/// The threshold of a detector and where it comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Calibration {
-    /// Images with a larger score are novel.
-    pub threshold: f64,
-    /// The share of normal images that may be called novel.
-    pub false_alarm_rate: f64,
-    /// Normal images that the threshold was taken from; near copies that were fitted on count once.
-    pub images: usize,
-    /// Where their scores come from.
-    #[serde(default)]
-    pub source: CalibrationSource,
-}
-
-/// Where the scores behind a threshold come from.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum CalibrationSource {
-    /// Held-out normal images. On average over such images the rate is kept.
-    #[default]
-    HeldOut,
-    /// The normal images of the fit, each scored as if it had been left out. About the rate, without a guarantee.
-    LeftOut,
-}
+use crate::novelty_detector::NoveltyDetector;
+use crate::{DefendConfig, Error, MapScale, Novelty, Student};
 
 pub(crate) enum StudentStage {
     ClosedForm(Box<ClosedFormStudent>),
@@ -83,77 +27,14 @@ pub struct Detector {
     pub(crate) device: Device,
     pub(crate) calibration: Option<Calibration>,
     pub(crate) map_scale: MapScale,
+    /// Roles of custom parts that the fit used and that a score does not need any more.
+    pub(crate) custom_roles: Vec<String>,
 }
 
+/// The role whose custom part [`Detector::with_score`] sets.
+pub(crate) const SCORE: &str = "score";
+
 impl Detector {
-    /// Chooses the threshold from held-out normal images such that at most the given share of normal
-    /// images is called novel, on average over such samples.
-    ///
-    /// An earlier calibration stays when this one fails.
-    ///
-    /// # Errors
-    /// [`Error::NoImages`] when nothing is readable; [`Error::Metrics`] when there are too few images for
-    /// the rate, naming the number that is needed.
-    pub fn calibrate(
-        &mut self,
-        held_out: impl Dataset + 'static,
-        rate: FalseAlarmRate,
-        observer: &mut dyn Observer,
-    ) -> Result<Scan, Error> {
-        let tried = held_out.len();
-        let scan = scan(self, held_out, observer)?;
-        let scores = scan.scores();
-        if scores.is_empty() {
-            return Err(Error::no_images(tried, &scan.skipped));
-        }
-        let threshold = threshold_for(ArrayView1::from(&scores), rate)?;
-        self.calibration = Some(Calibration {
-            threshold: threshold.get(),
-            false_alarm_rate: rate.get(),
-            images: scores.len(),
-            source: CalibrationSource::HeldOut,
-        });
-        Ok(scan)
-    }
-
-    /// Chooses the threshold from the left-out scores of the normal images that were fitted on, near copies counted once.
-    /// The share of normal images above it is about `rate`; [`Detector::calibrate`] is for a guarantee.
-    ///
-    /// An earlier calibration stays when this one fails.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for a masked student, which has no such scores; [`Error::Metrics`] when there are too few
-    /// images for the rate, naming the number that is needed.
-    pub fn calibrate_on_left_out(&mut self, rate: FalseAlarmRate) -> Result<&Calibration, Error> {
-        let Some(evidence) = self.evidence() else {
-            return Err(Error::Config {
-                field: "student",
-                value: "masked".into(),
-                expected: "closed-form, whose normal images can be left out without a refit; calibrate a masked student \
-                           on held-out images"
-                    .into(),
-            });
-        };
-        let scores = evidence.left_out();
-        let threshold = threshold_for(ArrayView1::from(scores), rate)?;
-        let calibration = Calibration {
-            threshold: threshold.get(),
-            false_alarm_rate: rate.get(),
-            images: scores.len(),
-            source: CalibrationSource::LeftOut,
-        };
-        Ok(self.calibration.insert(calibration))
-    }
-
-    /// As [`Detector::calibrate_on_left_out`]; whether there were enough images for the rate. If not, the calibration stays.
-    pub(crate) fn calibrate_if_enough(&mut self, rate: FalseAlarmRate) -> Result<bool, Error> {
-        match self.calibrate_on_left_out(rate) {
-            Ok(_) => Ok(true),
-            Err(Error::Metrics(TooFewForRate { .. } | Empty { .. })) => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
     /// The student in closed form.
     ///
     /// # Errors
@@ -173,14 +54,14 @@ impl Detector {
         }
     }
 
-    /// The threshold, where there is one.
-    pub fn calibration(&self) -> Option<&Calibration> {
-        self.calibration.as_ref()
-    }
-
     /// Settings of the fit.
     pub fn config(&self) -> &DefendConfig {
         &self.config
+    }
+
+    /// Roles of the fit that custom parts had, for which the settings do not speak: `mask`, `dense_objective`, `student`.
+    pub fn custom_roles(&self) -> &[String] {
+        &self.custom_roles
     }
 
     /// How patch values become the colours of a heat map.
@@ -221,7 +102,8 @@ impl Detector {
             return Err(not_masked("score"));
         };
         masked.score = score;
-        masked.custom = Some("score");
+        masked.custom.retain(|role| *role != SCORE);
+        masked.custom.push(SCORE);
         self.calibration = None;
         Ok(self)
     }
@@ -244,6 +126,7 @@ impl Detector {
         };
         config.validate()?;
         masked.score = Arc::new(aggregation);
+        masked.custom.retain(|role| *role != SCORE);
         self.config = config;
         self.calibration = None;
         Ok(self)
@@ -280,21 +163,6 @@ impl Detector {
                 width,
                 height,
             });
-        }
-        Ok(())
-    }
-
-    /// Adds the verdicts, where there is a threshold.
-    pub(crate) fn decide(&self, novelties: &mut [Novelty]) -> Result<(), Error> {
-        if let Some(calibration) = self.calibration {
-            let threshold = Threshold::new(calibration.threshold)?;
-            for novelty in novelties {
-                novelty.verdict = Some(if threshold.is_novel(novelty.score) {
-                    Verdict::Novel
-                } else {
-                    Verdict::Normal
-                });
-            }
         }
         Ok(())
     }

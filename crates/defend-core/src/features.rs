@@ -18,9 +18,9 @@ use crate::closed_fit::Fit;
 use crate::detector::StudentStage;
 use crate::files::{read, with_header, write};
 use crate::fit::finish;
+use crate::input::{preprocess_for, preprocess_of};
 use crate::normals::Normals;
 use crate::observer::Observer;
-use crate::scan::{preprocess_for, preprocess_of};
 use crate::teacher::load_teacher;
 use crate::tokens::TokenBlocks;
 use crate::{
@@ -296,7 +296,7 @@ impl DefendBuilder {
         observer: &mut dyn Observer,
     ) -> Result<(FeatureTable, Vec<Skipped>), Error> {
         let config = self.untuned("features are those of a teacher that stays as it is")?;
-        let teacher = load_teacher(self.backbone, &config, &self.device)?;
+        let teacher = load_teacher(self.teacher, &config, &self.device)?;
         let identity = TeacherIdentity::new(teacher.encoder(), config.resize_mode)?;
         let teacher = teacher.frozen_encoder(config.compute_precision)?;
         FeatureTable::collect(
@@ -328,8 +328,8 @@ impl DefendBuilder {
             });
         };
         let (device, strict) = (self.device.clone(), self.strict);
-        let (embedded, abnormal) = (self.backbone.is_none(), self.abnormal.take());
-        let teacher = load_teacher(self.backbone.take(), &config, &device)?;
+        let (embedded, abnormal) = (self.teacher.is_none(), self.abnormal.take());
+        let teacher = load_teacher(self.teacher.take(), &config, &device)?;
         let identity = TeacherIdentity::new(teacher.encoder(), config.resize_mode)?;
         table.check(&identity, teacher.encoder().spec().architecture.width)?;
         let background = Checked::new(
@@ -362,6 +362,7 @@ impl DefendBuilder {
             device,
             calibration: None,
             map_scale,
+            custom_roles: Vec::new(),
         };
         let skipped = finish(&mut detector, abnormal, strict, observer)?;
         Ok(Fitted {

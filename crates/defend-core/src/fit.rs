@@ -1,27 +1,31 @@
 //! From normal images to a detector.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::Device;
-use defend_data::Dataset;
+use defend_data::{Dataset, Preprocess};
 use defend_dense::{DenseObjective, DenseTuner, PrototypeObjective};
 use defend_distill::{DistillRoles, Distiller, MaskPolicy};
-use defend_evidence::Summary;
+use defend_evidence::EvidenceConfig;
 use defend_metrics::FalseAlarmRate;
 use defend_nn::Rng;
 use defend_train::{Training, TrainingReport, TrainingStep};
-use defend_vit::{Backbone, Encoder, ImageSource, Trainable};
+use defend_vit::{Backbone, Encoder, ImageSource, Precision, Trainable};
 
 use crate::background::Checked;
-use crate::detector::StudentStage;
+use crate::builder::Roles;
+use crate::detector::{SCORE, StudentStage};
 use crate::faults::Faulty;
+use crate::input::preprocess_for;
 use crate::masked::MaskedStudent;
 use crate::observer::{Event, Observer, Stage};
-use crate::scan::{Skipped, preprocess_for};
+use crate::saving::Saving;
+use crate::scan::Skipped;
 use crate::teacher::{Teacher, frozen, kept, load_teacher, student};
 use crate::{
-    BackgroundSource, DefendBuilder, DefendConfig, Detector, Error, MapScale, MaskedConfig,
-    NoveltyDetector, PatchMap, ResizedImages, Student, TeacherIdentity,
+    DefendBuilder, DefendConfig, Detector, Error, Fitted, MapScale, MaskedConfig, NoveltyDetector,
+    PatchMap, ResizedImages, Student, StudentReport, TeacherIdentity,
 };
 
 /// Images a pass of the teacher over the normal images and the background.
@@ -36,70 +40,20 @@ pub(crate) mod stream {
     pub(crate) const PLACES: u64 = 6;
 }
 
-/// A fitted detector and how the fit went.
-pub struct Fitted {
-    /// The detector. In closed form it has a threshold already, where there are enough images for one.
-    pub detector: Detector,
-    /// The dense stage, where it ran.
-    pub dense: Option<TrainingReport>,
-    /// The student stage.
-    pub student: StudentReport,
-    /// Images that were used.
-    pub images: usize,
-    /// Images that could not be read.
-    pub skipped: Vec<Skipped>,
-}
-
-/// How the student stage went.
-#[derive(Debug, Clone, PartialEq)]
-pub enum StudentReport {
-    /// In closed form.
-    ClosedForm(ClosedFormReport),
-    /// By masked distillation.
-    Masked(TrainingReport),
-}
-
-/// What the closed form found in the normal images.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ClosedFormReport {
-    /// Images, groups of near copies, and what the weights come from.
-    pub summary: Summary,
-    /// Weight of the contrast with ordinary photos, 0 where it is off.
-    pub contrast_weight: f64,
-    /// Weight of the patches, 0 where normal images are too various for them.
-    pub patch_weight: f64,
-    /// Where the ordinary photos are from; `None` without any: the contrast is off, and a background would switch it on.
-    pub background: Option<String>,
-    /// Images that were left out as suspects.
-    pub dropped: Vec<String>,
-}
-
-impl Fitted {
-    /// The distillation of a masked student.
-    pub fn distill(&self) -> Option<&TrainingReport> {
-        match &self.student {
-            StudentReport::Masked(report) => Some(report),
-            StudentReport::ClosedForm(_) => None,
-        }
-    }
-
-    /// What the closed form found.
-    pub fn closed_form(&self) -> Option<&ClosedFormReport> {
-        match &self.student {
-            StudentReport::ClosedForm(report) => Some(report),
-            StudentReport::Masked(_) => None,
-        }
-    }
-}
-
-/// What both student stages work with.
+/// What the stages of a fit work with.
 pub(crate) struct Stages<'a> {
     pub(crate) config: DefendConfig,
     device: Device,
+    strict: bool,
+    preprocess: Preprocess,
     pub(crate) images: ResizedImages,
     pub(crate) drop_suspects: usize,
+    saving: Option<Saving>,
     pub(crate) observer: &'a mut dyn Observer,
 }
+
+/// A student stage that has learnt, how that went, and the scale of its maps where that is known already.
+type Learnt = (StudentStage, StudentReport, Option<MapScale>);
 
 impl DefendBuilder {
     /// Runs all stages on normal images.
@@ -114,163 +68,89 @@ impl DefendBuilder {
     ) -> Result<Fitted, Error> {
         self.config.validate()?;
         self.check_roles()?;
-        let (config, device, strict) = (self.config.clone(), self.device.clone(), self.strict);
-        let (embedded, abnormal) = (self.backbone.is_none(), self.abnormal.take());
-        let teacher = load_teacher(self.backbone.take(), &config, &device)?;
-        if let Student::Masked(masked) = &config.student {
+        let embedded = self.teacher.is_none();
+        let teacher = load_teacher(self.teacher.take(), &self.config, &self.device)?;
+        if let Student::Masked(masked) = &self.config.student {
             teacher.check_layers(masked.distill.layers)?;
         }
         let background = Checked::new(
             std::mem::take(&mut self.background),
-            || TeacherIdentity::new(teacher.encoder(), config.resize_mode),
-            config.dense.is_some(),
+            || TeacherIdentity::new(teacher.encoder(), self.config.resize_mode),
+            self.config.dense.is_some(),
             embedded,
         )?;
-        let preprocess = preprocess_for(teacher.encoder().spec(), &config)?;
-        let images = ResizedImages::read(
-            Arc::new(normal),
-            preprocess.clone(),
-            &device,
-            self.memory,
-            strict,
-            observer,
-        )?;
-        let (count, mut skipped) = (images.len(), images.skipped().to_vec());
-        let mut stages = Stages {
-            config: config.clone(),
-            device: device.clone(),
-            images,
-            drop_suspects: self.drop_suspects,
-            observer,
-        };
-        let dense = stages.tune(&teacher, self.dense.take())?;
-        let (student, report, map_scale) = match &config.student {
+        let abnormal = self.abnormal.take();
+        let mut stages = self.stages(Arc::new(normal), &teacher, observer)?;
+        let custom = self.roles.taken().into_iter().filter(|(_, taken)| *taken);
+        let custom = custom.map(|(role, _)| role.to_owned()).collect();
+        let dense = stages.tune(&teacher, self.roles.dense_objective.take())?;
+        let (student, report, map_scale) = match stages.config.student.clone() {
             Student::ClosedForm(evidence) => {
-                let teacher = teacher.frozen_encoder(config.compute_precision)?;
-                let background = background.ready(
-                    &*teacher,
-                    config.resize_mode,
-                    (&device, strict),
-                    stages.observer,
-                )?;
-                let faulty = abnormal.as_ref().map(|images| Faulty {
-                    images,
-                    preprocess: &preprocess,
-                    device: &device,
-                    strict,
-                });
-                let (student, report, scale) =
-                    stages.closed_form(&teacher, background.as_ref(), evidence, faulty.as_ref())?;
-                (
-                    StudentStage::ClosedForm(Box::new(student)),
-                    StudentReport::ClosedForm(report),
-                    Some(scale),
-                )
+                stages.closed_form_stage(teacher, background, abnormal.as_ref(), &evidence)?
             }
             Student::Masked(masked) => {
-                let teacher =
-                    teacher.frozen_backbone(config.compute_precision, masked.distill.layers)?;
-                let (student, report) = stages.masked(teacher, masked, self)?;
-                (
-                    StudentStage::Masked(student),
-                    StudentReport::Masked(report),
-                    None,
-                )
+                stages.masked_stage(teacher, &masked, self.roles, self.features)?
             }
         };
         let mut detector = Detector {
             student,
-            config,
-            preprocess,
-            device,
+            config: stages.config.clone(),
+            preprocess: stages.preprocess.clone(),
+            device: stages.device.clone(),
             calibration: None,
-            map_scale: MapScale {
+            map_scale: map_scale.unwrap_or(MapScale {
                 usual: Vec::new(),
                 span: 0.0,
-            },
+            }),
+            custom_roles: custom,
         };
-        detector.map_scale = match map_scale {
-            Some(scale) => scale,
-            None => map_scale_of(&detector, &stages.images)?,
-        };
-        skipped.extend(finish(&mut detector, abnormal, strict, stages.observer)?);
+        if detector.map_scale.usual.is_empty() {
+            detector.map_scale = map_scale_of(&detector, &stages.images)?;
+        }
+        let mut skipped = stages.images.skipped().to_vec();
+        skipped.extend(finish(
+            &mut detector,
+            abnormal,
+            stages.strict,
+            stages.observer,
+        )?);
         Ok(Fitted {
             detector,
             dense,
             student: report,
-            images: count,
+            images: stages.images.len(),
             skipped,
         })
     }
 
-    /// Checked settings without a dense stage.
-    pub(crate) fn untuned(&self, expected: &str) -> Result<DefendConfig, Error> {
-        self.config.validate()?;
-        if self.config.dense.is_some() {
-            return Err(Error::Config {
-                field: "dense",
-                value: "set".into(),
-                expected: format!("null: {expected}"),
-            });
-        }
-        let of_parts = [
-            ("region", self.config.region.is_some()),
-            ("tiles", self.config.tiles.is_some()),
-        ];
-        if let Some((field, _)) = of_parts.into_iter().find(|(_, given)| *given) {
-            return Err(Error::Config {
-                field,
-                value: "set".into(),
-                expected: "null: backgrounds and tables of features are of whole images".into(),
-            });
-        }
-        Ok(self.config.clone())
-    }
-
-    /// Refuses roles that the settings have no use for.
-    pub(crate) fn check_roles(&self) -> Result<(), Error> {
-        let masked = [
-            ("own_student", self.student.is_some()),
-            ("mask", self.mask.is_some()),
-            ("objective", self.objective.is_some()),
-            ("score", self.score.is_some()),
-            ("feature_folder", self.features.is_some()),
-        ];
-        let unused = |roles: &[(&'static str, bool)]| {
-            roles
-                .iter()
-                .find(|(_, given)| *given)
-                .map(|(role, _)| *role)
-        };
-        let (field, expected) = match &self.config.student {
-            Student::ClosedForm(_) => (unused(&masked), "a masked student, which it is a role of"),
-            Student::Masked(_) => {
-                let given = matches!(
-                    self.background,
-                    BackgroundSource::Ready(_) | BackgroundSource::Photos(..)
-                );
-                let closed = [
-                    ("background", given),
-                    ("abnormal", self.abnormal.is_some()),
-                    ("drop_suspects", self.drop_suspects > 0),
-                ];
-                (unused(&closed), "the closed form, which works with it")
-            }
-        };
-        let (field, expected) = match field {
-            None if self.dense.is_some() && self.config.dense.is_none() => {
-                (Some("dense_objective"), "settings with a dense stage")
-            }
-            _ => (field, expected),
-        };
-        match field {
-            None => Ok(()),
-            Some(field) => Err(Error::Config {
-                field,
-                value: "set".into(),
-                expected: expected.into(),
-            }),
-        }
+    /// Reads the images, and finds out where the run is saved.
+    fn stages<'a>(
+        &self,
+        normal: Arc<dyn Dataset>,
+        teacher: &Teacher,
+        observer: &'a mut dyn Observer,
+    ) -> Result<Stages<'a>, Error> {
+        let preprocess = preprocess_for(teacher.encoder().spec(), &self.config)?;
+        let images = ResizedImages::read(
+            normal,
+            preprocess.clone(),
+            &self.device,
+            self.memory,
+            self.strict,
+            observer,
+        )?;
+        let saving = self.checkpoints.clone();
+        let saving = saving.map(|place| Saving::new(place, &self.config, teacher, &images));
+        Ok(Stages {
+            config: self.config.clone(),
+            device: self.device.clone(),
+            strict: self.strict,
+            preprocess,
+            images,
+            drop_suspects: self.drop_suspects,
+            saving: saving.transpose()?,
+            observer,
+        })
     }
 }
 
@@ -295,36 +175,72 @@ impl Stages<'_> {
             )?),
         };
         let (seen, images) = (dense.epochs * self.images.len(), &self.images);
+        let checkpoints = self.saving.as_ref().map(|saving| saving.stage("dense"));
         let report = observed(self.observer, Stage::Dense, seen, |on_step| {
             let tuner = DenseTuner::new(dense.clone())?;
-            let training = Training::new(&mut rng, on_step);
+            let training = Training::new(&mut rng, on_step).with_checkpoints(checkpoints.as_ref());
             tuner.tune(&**teacher, &*objective, images, training)
         })?;
         Ok(Some(report))
     }
 
-    fn masked(
+    /// The student in closed form.
+    fn closed_form_stage(
         &mut self,
-        teacher: Arc<dyn Backbone>,
+        teacher: Teacher,
+        background: Checked,
+        abnormal: Option<&Arc<dyn Dataset>>,
+        evidence: &EvidenceConfig,
+    ) -> Result<Learnt, Error> {
+        let teacher = teacher.frozen_encoder(self.config.compute_precision)?;
+        let place = (&self.device, self.strict);
+        let background =
+            background.ready(&*teacher, self.config.resize_mode, place, self.observer)?;
+        let (preprocess, device) = (self.preprocess.clone(), self.device.clone());
+        let faulty = abnormal.map(|images| Faulty {
+            images,
+            preprocess: &preprocess,
+            device: &device,
+            strict: self.strict,
+        });
+        let (student, report, scale) =
+            self.closed_form(&teacher, background.as_ref(), evidence, faulty.as_ref())?;
+        Ok((
+            StudentStage::ClosedForm(Box::new(student)),
+            StudentReport::ClosedForm(report),
+            Some(scale),
+        ))
+    }
+
+    /// The student by masked distillation.
+    fn masked_stage(
+        &mut self,
+        teacher: Teacher,
         settings: &MaskedConfig,
-        roles: DefendBuilder,
-    ) -> Result<(MaskedStudent, TrainingReport), Error> {
+        roles: Roles,
+        features: Option<(PathBuf, Precision)>,
+    ) -> Result<Learnt, Error> {
+        let layers = settings.distill.layers;
+        let teacher = teacher.frozen_backbone(self.config.compute_precision, layers)?;
         let mask: Box<dyn MaskPolicy> = match roles.mask {
             Some(mask) => mask,
             None => Box::new(settings.distill.mask),
         };
-        let custom = match (&roles.objective, &roles.score) {
-            (Some(_), _) => Some("distance"),
-            (_, Some(_)) => Some("score"),
-            _ => None,
-        };
+        let mut custom = Vec::new();
+        if roles.objective.is_some() {
+            custom.push("distance");
+        }
+        if roles.score.is_some() {
+            custom.push(SCORE);
+        }
         let objective = roles
             .objective
             .unwrap_or_else(|| Arc::new(settings.distill.distance));
-        let targets = kept(&teacher, roles.features)?;
-        let (config, images) = (&self.config, &self.images);
+        let targets = kept(&teacher, features)?;
+        let (config, images, saving) = (&self.config, &self.images, &self.saving);
         let distill = |student: &dyn Trainable, observer: &mut dyn Observer| {
             let seen = settings.distill.epochs_for(images.len()) * images.len();
+            let checkpoints = saving.as_ref().map(|saving| saving.stage("distill"));
             observed(observer, Stage::Distill, seen, |on_step| {
                 let mut rng = Rng::stream(config.seed, stream::DISTILL);
                 let roles = DistillRoles {
@@ -333,7 +249,8 @@ impl Stages<'_> {
                     mask: &*mask,
                     objective: &*objective,
                 };
-                let training = Training::new(&mut rng, on_step);
+                let training =
+                    Training::new(&mut rng, on_step).with_checkpoints(checkpoints.as_ref());
                 Distiller::new(settings.distill.clone())?.distill(roles, images, training)
             })
         };
@@ -351,7 +268,11 @@ impl Stages<'_> {
         if let Some(score) = roles.score {
             masked.score = score;
         }
-        Ok((masked, report))
+        Ok((
+            StudentStage::Masked(masked),
+            StudentReport::Masked(report),
+            None,
+        ))
     }
 }
 

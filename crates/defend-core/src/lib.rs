@@ -11,7 +11,7 @@
 //!
 //! let mut bar = ProgressBar::new();
 //! let detector = Defend::builder()
-//!     .backbone(Pretrained::hub("timm/vit_small_patch16_224.augreg_in21k_ft_in1k"))
+//!     .teacher(Pretrained::hub("timm/vit_small_patch16_224.augreg_in21k_ft_in1k"))
 //!     .device(best_device())
 //!     .fit(ImageFolder::open("normal/")?, &mut bar)?
 //!     .detector;
@@ -32,6 +32,8 @@
 mod additions;
 mod background;
 mod builder;
+mod calibrate;
+mod calibration;
 mod closed_fit;
 mod closed_form;
 mod config;
@@ -42,11 +44,15 @@ mod faults;
 mod features;
 mod files;
 mod fit;
+mod fit_checks;
+mod fit_report;
+mod input;
 mod known;
 mod map;
 mod masked;
 mod normals;
 mod novelty;
+mod novelty_detector;
 mod observer;
 mod overlay;
 mod persist;
@@ -54,6 +60,7 @@ mod profiles;
 #[cfg(feature = "progress")]
 mod progress;
 mod resized_images;
+mod saving;
 mod scan;
 mod sort;
 mod suspects;
@@ -63,25 +70,26 @@ mod tokens;
 
 pub use additions::Additions;
 pub use background::{Background, BackgroundSource, TeacherIdentity};
-pub use builder::{Defend, DefendBuilder};
+pub use builder::{Defend, DefendBuilder, FitCheckpoints, TeacherSource};
+pub use calibration::{Calibration, CalibrationSource};
 pub use config::{DefendConfig, MaskedConfig, Recipe, Student};
-pub use detector::{Calibration, CalibrationSource, Detector, NoveltyDetector};
+pub use detector::Detector;
 pub use device::best_device;
 pub use error::Error;
 pub use features::FeatureTable;
-pub use fit::{ClosedFormReport, Fitted, StudentReport};
+pub use fit_report::{ClosedFormReport, Fitted, StudentReport};
+pub use input::preprocess_of;
 pub use known::Learnt;
 pub use map::{MapScale, PatchMap};
 pub use novelty::{Explanation, NearestNormal, Novelty, Verdict};
+pub use novelty_detector::NoveltyDetector;
 pub use observer::{Event, Observer, Silent, Stage};
 pub use overlay::overlay;
 pub use profiles::{ProfileOutcome, ProfileSet};
 #[cfg(feature = "progress")]
 pub use progress::ProgressBar;
 pub use resized_images::ResizedImages;
-pub use scan::{
-    Finding, Maps, Outcome, Scan, Skipped, preprocess_of, scan, scan_each, scan_with_maps,
-};
+pub use scan::{Finding, Maps, Outcome, Scan, Skipped, scan, scan_each, scan_with_maps};
 
 pub use sort::{Place, Sorted, SortedFinding, sort};
 pub use suspects::SuspectImage;

@@ -14,8 +14,8 @@ pub(crate) struct MaskedStudent {
     pub(crate) student: Arc<dyn Backbone>,
     pub(crate) objective: Arc<dyn DistillObjective>,
     pub(crate) score: Arc<dyn Score>,
-    /// A custom objective or score, which a model file cannot hold.
-    pub(crate) custom: Option<&'static str>,
+    /// Roles of custom parts that a model file cannot hold: objective, score.
+    pub(crate) custom: Vec<&'static str>,
 }
 
 impl MaskedStudent {
@@ -30,7 +30,7 @@ impl MaskedStudent {
             student,
             objective: Arc::new(config.distill.distance),
             score: Arc::new(config.aggregation),
-            custom: None,
+            custom: Vec::new(),
         }
     }
 

@@ -17,8 +17,8 @@ use crate::closed_form::ClosedFormStudent;
 use crate::config::ConfigOfFormat1;
 use crate::detector::StudentStage;
 use crate::files::{read, write};
+use crate::input::tiling_of;
 use crate::masked::MaskedStudent;
-use crate::scan::tiling_of;
 use crate::tokens::TokenBlocks;
 use crate::{Calibration, DefendConfig, Detector, Error, MapScale, Student};
 
@@ -62,6 +62,9 @@ struct Header {
     preprocess: Preprocess,
     calibration: Option<Calibration>,
     map_scale: MapScale,
+    /// Roles that custom parts had in the fit.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    custom_roles: Vec<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -98,6 +101,7 @@ impl From<HeaderOfFormat1> for Header {
             preprocess: old.preprocess,
             calibration: old.calibration,
             map_scale: old.map_scale,
+            custom_roles: Vec::new(),
         }
     }
 }
@@ -120,7 +124,7 @@ impl Detector {
         };
         let student = match &self.student {
             StudentStage::Masked(masked) => {
-                if let Some(role) = masked.custom {
+                if let Some(&role) = masked.custom.first() {
                     return Err(Error::NotSavable { role });
                 }
                 add("teacher", &*masked.teacher)?;
@@ -148,6 +152,7 @@ impl Detector {
             preprocess: self.preprocess.clone(),
             calibration: self.calibration,
             map_scale: self.map_scale.clone(),
+            custom_roles: self.custom_roles.clone(),
         };
         let bytes = serialize(&header, &tensors).map_err(|reason| Error::Model {
             path: path.to_owned(),
@@ -251,6 +256,7 @@ impl Detector {
             device: device.clone(),
             calibration: header.calibration,
             map_scale: header.map_scale,
+            custom_roles: header.custom_roles,
         })
     }
 }

@@ -19,7 +19,7 @@ const AHEAD_BATCH: usize = 32;
 
 /// The readable images of a data set, resized and kept as bytes (150 KB at 224 pixels).
 ///
-/// ResizedImages beyond the memory limit are decoded again whenever they are asked for, ahead of the training loop that announces
+/// Images beyond the memory limit are decoded again whenever they are asked for, ahead of the training loop that announces
 /// their order.
 pub struct ResizedImages {
     dataset: Arc<dyn Dataset>,
@@ -31,7 +31,7 @@ pub struct ResizedImages {
     ahead: Mutex<Option<Ahead>>,
 }
 
-/// ResizedImages that do not fit into memory, by their index in the data set, on their way.
+/// Images that do not fit into memory, by their index in the data set, on their way.
 struct Ahead {
     batches: Batches,
     coming: HashSet<usize>,
@@ -118,7 +118,7 @@ impl ResizedImages {
         })
     }
 
-    /// ResizedImages that could not be read.
+    /// Images that could not be read.
     pub fn skipped(&self) -> &[Skipped] {
         &self.skipped
     }
@@ -236,7 +236,7 @@ mod tests {
 
     const COLOURS: usize = 150;
 
-    /// ResizedImages of one colour.
+    /// Images of one colour.
     #[derive(Default)]
     struct Colours {
         /// How often one was read.

@@ -8,7 +8,7 @@ use defend_vit::{
     Backbone, BackboneSpec, CacheConfig, Cached, ComputePrecision, Encoder, TrainScope, Vit,
 };
 
-use crate::builder::Source;
+use crate::builder::TeacherSource;
 use crate::fit::stream;
 use crate::{DefendConfig, Error, MaskedConfig};
 
@@ -85,14 +85,14 @@ pub(crate) fn needs_backbone() -> Error {
 
 /// The teacher as it enters the dense stage, with the blocks trainable that this stage trains.
 pub(crate) fn load_teacher(
-    source: Option<Source>,
+    source: Option<TeacherSource>,
     config: &DefendConfig,
     device: &Device,
 ) -> Result<Teacher, Error> {
     let dense_blocks = config.dense.as_ref().map(|d| d.trained_blocks);
     let scope = dense_blocks.map_or(TrainScope::Frozen, TrainScope::LastBlocks);
     let vit = match source {
-        Some(Source::Own(_) | Source::Encoder(_)) if config.dense.is_some() => {
+        Some(TeacherSource::Backbone(_) | TeacherSource::Encoder(_)) if config.dense.is_some() => {
             return Err(Error::Config {
                 field: "dense",
                 value: "set".into(),
@@ -100,7 +100,9 @@ pub(crate) fn load_teacher(
                     .into(),
             });
         }
-        Some(Source::Own(_) | Source::Encoder(_)) if config.image_size.is_some() => {
+        Some(TeacherSource::Backbone(_) | TeacherSource::Encoder(_))
+            if config.image_size.is_some() =>
+        {
             return Err(Error::Config {
                 field: "image_size",
                 value: "set".into(),
@@ -108,18 +110,18 @@ pub(crate) fn load_teacher(
                     .into(),
             });
         }
-        Some(Source::Own(own)) => return Ok(Teacher::Own(own)),
-        Some(Source::Encoder(own)) => return Ok(Teacher::Encoder(own)),
-        Some(Source::Vit(vit)) => vit.copy_to(scope, device)?,
-        Some(Source::Pretrained(source)) => source.load(scope, device)?,
+        Some(TeacherSource::Backbone(own)) => return Ok(Teacher::Own(own)),
+        Some(TeacherSource::Encoder(own)) => return Ok(Teacher::Encoder(own)),
+        Some(TeacherSource::Vit(vit)) => vit.copy_to(scope, device)?,
+        Some(TeacherSource::Pretrained(source)) => source.load(scope, device)?,
         #[cfg(feature = "embedded")]
         None => crate::embedded_backbone().load(scope, device)?,
         #[cfg(not(feature = "embedded"))]
         None => {
             return Err(Error::Config {
-                field: "backbone",
+                field: "teacher",
                 value: "not set".into(),
-                expected: "a pretrained backbone, or the feature \"embedded\"".into(),
+                expected: "a teacher, or the feature \"embedded\"".into(),
             });
         }
     };

@@ -224,7 +224,7 @@ fn few_images_fit_without_a_threshold() -> Result<(), Error> {
     Ok(())
 }
 
-/// ResizedImages of eight kinds, some like the normal ones.
+/// Images of eight kinds, some like the normal ones.
 fn ordinary() -> Memory {
     let mut all = images(0, 60..100, 0);
     for kind in 1..8 {
@@ -409,7 +409,11 @@ impl Encoder for Plain {
 
 #[test]
 fn an_encoder_is_enough() -> Result<(), Error> {
-    let builder = || Defend::builder().own_encoder(Arc::new(Plain(teacher(7))));
+    let builder = || {
+        Defend::builder().teacher(defend_core::TeacherSource::Encoder(Arc::new(Plain(
+            teacher(7),
+        ))))
+    };
     let detector = builder().fit(images(0, 0..30, 0), &mut Silent)?.detector;
     let expected = scores(&fit(images(0, 0..30, 0)).detector, images(3, 0..4, 0));
     assert_eq!(scores(&detector, images(3, 0..4, 0)), expected);
@@ -464,7 +468,11 @@ fn features_that_are_not_finite_name_the_image() -> Result<(), Error> {
         set.push(String::from("dark"), RgbImage::new(32, 32), vec![]);
         set
     };
-    let builder = || Defend::builder().own_encoder(Arc::new(Blind(teacher(7))));
+    let builder = || {
+        Defend::builder().teacher(defend_core::TeacherSource::Encoder(Arc::new(Blind(
+            teacher(7),
+        ))))
+    };
     let error = builder()
         .fit(dark(images(0, 0..5, 0)), &mut Silent)
         .err()
@@ -492,7 +500,7 @@ fn roles_of_the_other_student_are_refused() {
         );
     };
     let builder = || Defend::builder().teacher(teacher(7));
-    refused(builder().own_student(Arc::new(teacher(1))), "own_student");
+    refused(builder().student(Arc::new(teacher(1))), "student");
     refused(
         builder().feature_folder("features", defend_core::vit::Precision::Full),
         "feature_folder",

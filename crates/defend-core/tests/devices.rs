@@ -634,7 +634,7 @@ fn a_whole_fit_and_its_file() {
         let fitted = Defend::builder()
             .device(place.device.clone())
             .teacher(place.vit(1, TrainScope::Frozen))
-            .own_student(Arc::new(place.vit(4, TrainScope::All)))
+            .student(Arc::new(place.vit(4, TrainScope::All)))
             .config(short())
             .fit(set(3, 8), &mut Silent)
             .unwrap();

@@ -118,7 +118,7 @@ fn the_same_seed_gives_the_same_bits_and_the_batch_size_none() -> Result<(), Err
         batch_size: 2,
         ..config()
     });
-    // ResizedImages that are read again in each epoch change nothing either.
+    // Images that are read again in each epoch change nothing either.
     let builder = builder.image_memory(0);
     let small = builder.fit(set(3, 21), &mut Silent)?.detector;
     assert_eq!(scores(&a, set(5, 7)), scores(&small, set(5, 7)));
@@ -394,7 +394,7 @@ fn scores_that_need_the_cls_token_are_refused_without_it() {
 #[test]
 fn a_teacher_of_ones_own_cannot_be_tuned_but_used() -> Result<(), Error> {
     let own = std::sync::Arc::new(teacher());
-    let builder = || Defend::builder().own_teacher(own.clone());
+    let builder = || Defend::builder().teacher(defend_core::TeacherSource::Backbone(own.clone()));
     let refused = builder().config(config()).fit(set(3, 4), &mut Silent);
     assert!(matches!(
         refused.err(),
@@ -479,7 +479,7 @@ fn networks_of_ones_own_keep_their_arithmetic_in_the_file() -> Result<(), Error>
     for dense in [None, config().dense] {
         let builder = Defend::builder()
             .teacher(rounded.copy(TrainScope::Frozen)?)
-            .own_student(Arc::new(rounded.copy(TrainScope::All)?))
+            .student(Arc::new(rounded.copy(TrainScope::All)?))
             .config(DefendConfig { dense, ..config() });
         let detector = builder.fit(set(3, 9), &mut Silent)?.detector;
         detector.save(&path)?;
@@ -618,7 +618,7 @@ fn kept_features_are_not_computed_again_and_change_nothing() -> Result<(), Error
     let fit = |kept: bool| -> Result<(Vec<f64>, usize), Error> {
         let counting = Arc::new(Counting(teacher(), 0.into()));
         let mut builder = Defend::builder()
-            .own_teacher(counting.clone())
+            .teacher(defend_core::TeacherSource::Backbone(counting.clone()))
             .config(DefendConfig {
                 dense: None,
                 ..config()

@@ -20,7 +20,7 @@ static POOL: LazyLock<Option<ThreadPool>> = LazyLock::new(|| {
         .ok()
 });
 
-/// ResizedImages that were read and resized together.
+/// Images that were read and resized together.
 #[derive(Debug, Default)]
 pub struct Batch {
     /// Position of each image in the data set.

@@ -29,7 +29,7 @@ pub enum Crowd {
 
 /// One split of MS COCO with the classes of all annotated objects.
 ///
-/// ResizedImages stand in the order of the file; those without annotations have no class. The classes are the
+/// Images stand in the order of the file; those without annotations have no class. The classes are the
 /// categories in the order of their ids, so that 1 to 90 with gaps become 0 to 79.
 #[derive(Debug, Clone)]
 pub struct Coco {

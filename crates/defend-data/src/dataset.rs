@@ -64,7 +64,7 @@ pub enum Split {
     Test,
 }
 
-/// ResizedImages in a fixed order, with the classes of the objects they show where these are known.
+/// Images in a fixed order, with the classes of the objects they show where these are known.
 pub trait Dataset: Send + Sync {
     /// Number of images.
     fn len(&self) -> usize;

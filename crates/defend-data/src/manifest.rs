@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::{ClassId, Dataset, Error, dataset::sample, read_image};
 
-/// ResizedImages that a list names, with the classes of the objects they show.
+/// Images that a list names, with the classes of the objects they show.
 ///
 /// A CSV has the header `path,labels` or `path,labels,split`, labels apart by `;` or `|`; a JSON file is a list of
 /// `{"path": .., "labels": [..], "split": ..}`. Relative paths are relative to the list's own folder.

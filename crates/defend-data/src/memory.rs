@@ -1,4 +1,4 @@
-//! ResizedImages held in memory.
+//! Images held in memory.
 
 use std::borrow::Cow;
 
@@ -6,7 +6,7 @@ use image::RgbImage;
 
 use crate::{ClassId, Dataset, Error, dataset::sample};
 
-/// ResizedImages held in memory, as rendered scenes and tests need them.
+/// Images held in memory, as rendered scenes and tests need them.
 #[derive(Debug, Clone, Default)]
 pub struct Memory {
     samples: Vec<Sample>,

@@ -1,4 +1,4 @@
-//! ResizedImages to network input, as Pillow and torchvision do it.
+//! Images to network input, as Pillow and torchvision do it.
 
 use std::borrow::Cow;
 

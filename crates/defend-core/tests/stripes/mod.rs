@@ -1,4 +1,4 @@
-//! ResizedImages that several tests tell apart, and settings that are enough for them.
+//! Images that several tests distinguish, and settings that are enough for them.
 
 use defend_core::data::{Memory, RgbImage};
 use defend_core::dense::DenseConfig;
