@@ -74,7 +74,7 @@ impl TeacherIdentity {
             weights,
             image_size: spec.architecture.image_size,
             resize_mode,
-            blocks: TokenBlocks::new(spec.architecture.depth).last().to_vec(),
+            blocks: TokenBlocks::of_encoder(teacher).last().to_vec(),
         }
     }
 
@@ -183,7 +183,7 @@ impl Background {
             strict,
             observer,
         )?;
-        let blocks = TokenBlocks::new(teacher.spec().architecture.depth);
+        let blocks = TokenBlocks::of_encoder(teacher);
         let mut rng = Rng::stream(0, PLACE_STREAM);
         let (mut batches, mut places) = (Vec::new(), Vec::new());
         let all: Vec<usize> = (0..images.len()).collect();

@@ -31,7 +31,7 @@ impl Stages<'_> {
         faulty: Option<&Faulty<'_>>,
     ) -> Result<(ClosedFormStudent, ClosedFormReport, MapScale), Error> {
         let tiling = tiling_of(teacher.spec(), &self.config);
-        let blocks = TokenBlocks::new(teacher.spec().architecture.depth).in_tiles(tiling);
+        let blocks = TokenBlocks::of_encoder(&**teacher).in_tiles(tiling);
         let mut config = config.clone();
         // About as many tiles are kept in memory as images without tiles would be.
         if let Some(tiling) = tiling {

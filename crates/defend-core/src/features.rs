@@ -109,7 +109,7 @@ impl FeatureTable {
             strict,
             observer,
         )?;
-        let blocks = TokenBlocks::new(teacher.spec().architecture.depth);
+        let blocks = TokenBlocks::of_encoder(teacher);
         let embeddings = Normals::new(teacher, &blocks, &images).only_embeddings(observer)?;
         let skipped = images.skipped().to_vec();
         let names = (0..images.len()).map(|i| images.name(i)).collect();
@@ -353,7 +353,7 @@ impl DefendBuilder {
             seed: config.seed,
             drop_suspects: self.drop_suspects,
         };
-        let blocks = TokenBlocks::new(teacher.spec().architecture.depth);
+        let blocks = TokenBlocks::of_encoder(&*teacher);
         let (student, report, map_scale) = fit.learn(teacher, blocks, observer)?;
         let mut detector = Detector {
             student: StudentStage::ClosedForm(Box::new(student)),

@@ -103,6 +103,8 @@ pub use defend_metrics as metrics;
 pub use defend_nn as nn;
 pub use defend_ot as ot;
 pub use defend_train as train;
+#[cfg(feature = "transformers")]
+pub use defend_transformers as transformers;
 pub use defend_vit as vit;
 
 pub use candle_core::{DType, Device, Tensor};

@@ -31,13 +31,32 @@ pub(crate) struct TokenBlocks {
 }
 
 impl TokenBlocks {
+    /// Of a network that gives all of its blocks.
     pub(crate) fn new(depth: usize) -> Self {
-        // Rounded to the nearest block, counted from 1.
-        let at = |twelfths: usize| ((2 * depth * twelfths + 12) / 24).clamp(1, depth.max(1)) - 1;
+        Self::among(&(0..depth).collect::<Vec<_>>(), depth)
+    }
+
+    /// Of any network: of those blocks that it gives.
+    pub(crate) fn of_encoder(encoder: &dyn Encoder) -> Self {
+        Self::among(
+            &encoder.available_blocks(),
+            encoder.spec().architecture.depth,
+        )
+    }
+
+    /// `available`: ascending.
+    fn among(available: &[usize], depth: usize) -> Self {
+        let last = depth.saturating_sub(2)..depth;
+        // Rounded to the nearest block, counted from 1; of those that there are the nearest.
+        let at = |twelfths: usize| {
+            let wanted = ((2 * depth * twelfths + 12) / 24).clamp(1, depth.max(1)) - 1;
+            let nearest = available.iter().min_by_key(|block| block.abs_diff(wanted));
+            nearest.copied().unwrap_or(wanted)
+        };
         let mut middle = vec![at(5), at(8)];
         middle.dedup();
         Self {
-            last: (depth.saturating_sub(2)..depth).collect(),
+            last: last.filter(|block| available.contains(block)).collect(),
             middle,
             tiling: None,
         }

@@ -8,6 +8,7 @@
     reason = "helpers of tests may panic"
 )]
 
+mod kinds;
 mod small;
 
 use std::collections::HashMap;
@@ -17,40 +18,12 @@ use defend_core::data::{Memory, RgbImage};
 use defend_core::evidence::EvidenceConfig;
 use defend_core::nn::Rng;
 use defend_core::prelude::*;
-use defend_core::vit::{BackboneSpec, Encoder, Layer, Vit};
 use defend_core::{
     Background, BackgroundSource, CalibrationSource, Error, Student, Tensor, scan_with_maps,
 };
+use kinds::{image, images};
 use rand::RngExt;
 use small::teacher;
-
-/// Stripes of some period, place and colour, all different; `copy` dims the image a little.
-fn image(kind: u32, number: u32, copy: u32) -> RgbImage {
-    let period = 3 + 2 * kind;
-    RgbImage::from_fn(32, 32, |x, y| {
-        let on = (x + number).is_multiple_of(period) ^ (y / (2 + number % 5)).is_multiple_of(2);
-        let v = if on {
-            200 + (number * 7 % 40)
-        } else {
-            20 + (number * 13 % 60)
-        } - copy;
-        [v as u8, (y * (1 + number % 9) % 256) as u8, 255 - v as u8].into()
-    })
-}
-
-fn images(kind: u32, numbers: std::ops::Range<u32>, copies: u32) -> Memory {
-    let mut memory = Memory::default();
-    for number in numbers {
-        for copy in 0..=copies {
-            memory.push(
-                format!("{kind}/{number}-{copy}"),
-                image(kind, number, copy),
-                vec![],
-            );
-        }
-    }
-    memory
-}
 
 fn fit(normal: Memory) -> defend_core::Fitted {
     Defend::builder()
@@ -386,106 +359,6 @@ fn a_background_is_made_saved_checked_and_used() -> Result<(), Error> {
             .unwrap_err()
             .to_string()
             .contains("no background")
-    );
-    Ok(())
-}
-
-/// A model without CLS attention, without tensors to save.
-struct Plain(Vit);
-
-impl Encoder for Plain {
-    fn spec(&self) -> &BackboneSpec {
-        self.0.spec()
-    }
-
-    fn intermediates(
-        &self,
-        images: &Tensor,
-        blocks: &[usize],
-    ) -> Result<Vec<Layer>, defend_core::vit::Error> {
-        self.0.intermediates(images, blocks)
-    }
-}
-
-#[test]
-fn an_encoder_is_enough() -> Result<(), Error> {
-    let builder = || {
-        Defend::builder().teacher(defend_core::TeacherSource::Encoder(Arc::new(Plain(
-            teacher(7),
-        ))))
-    };
-    let detector = builder().fit(images(0, 0..30, 0), &mut Silent)?.detector;
-    let expected = scores(&fit(images(0, 0..30, 0)).detector, images(3, 0..4, 0));
-    assert_eq!(scores(&detector, images(3, 0..4, 0)), expected);
-    let folder = tempfile::tempdir().unwrap();
-    let saved = detector.save(folder.path().join("a.defend"));
-    assert!(matches!(saved, Err(Error::NotSavable { role: "teacher" })));
-    let masked = DefendConfig {
-        dense: None,
-        ..DefendConfig::masked()
-    };
-    let refused = builder()
-        .config(masked)
-        .fit(images(0, 0..4, 0), &mut Silent);
-    assert!(matches!(
-        refused.err(),
-        Some(Error::Config {
-            field: "student",
-            ..
-        })
-    ));
-    Ok(())
-}
-
-/// Gives NaN for dark images.
-struct Blind(Vit);
-
-impl Encoder for Blind {
-    fn spec(&self) -> &BackboneSpec {
-        self.0.spec()
-    }
-
-    fn intermediates(
-        &self,
-        images: &Tensor,
-        blocks: &[usize],
-    ) -> Result<Vec<Layer>, defend_core::vit::Error> {
-        let mut layers = self.0.intermediates(images, blocks)?;
-        let bright = images
-            .mean((1, 2, 3))?
-            .ge(-0.9)?
-            .to_dtype(defend_core::DType::F32)?;
-        for layer in &mut layers {
-            layer.cls = layer.cls.broadcast_div(&bright.unsqueeze(1)?)?;
-        }
-        Ok(layers)
-    }
-}
-
-#[test]
-fn features_that_are_not_finite_name_the_image() -> Result<(), Error> {
-    let dark = |mut set: Memory| -> Memory {
-        set.push(String::from("dark"), RgbImage::new(32, 32), vec![]);
-        set
-    };
-    let builder = || {
-        Defend::builder().teacher(defend_core::TeacherSource::Encoder(Arc::new(Blind(
-            teacher(7),
-        ))))
-    };
-    let error = builder()
-        .fit(dark(images(0, 0..5, 0)), &mut Silent)
-        .err()
-        .unwrap();
-    assert!(
-        matches!(&error, Error::NonFiniteFeatures { name } if name == "dark"),
-        "{error}"
-    );
-    let detector = builder().fit(images(0, 0..5, 0), &mut Silent)?.detector;
-    let error = scan(&detector, dark(images(0, 0..2, 0)), &mut Silent).unwrap_err();
-    assert!(
-        matches!(&error, Error::NonFiniteFeatures { name } if name == "dark"),
-        "{error}"
     );
     Ok(())
 }

@@ -167,7 +167,12 @@ pub trait Encoder: Send + Sync {
     /// Architecture and preprocessing.
     fn spec(&self) -> &BackboneSpec;
 
-    /// Tokens of some blocks, each after the final norm, in the order asked for. `blocks`: numbers from 0, ascending;
+    /// Blocks whose tokens it gives, ascending; all of them unless a network shows only some. The closed form works with what there is.
+    fn available_blocks(&self) -> Vec<usize> {
+        (0..self.spec().architecture.depth).collect()
+    }
+
+    /// Tokens of some blocks, each after the final norm, in the order asked for. `blocks`: available numbers from 0, ascending;
     /// `images`: `[B, 3, H, W]` normalised as the [`BackboneSpec`] says, H and W multiples of the patch size.
     ///
     /// # Errors

@@ -9,6 +9,14 @@ use crate::Error;
 
 /// Path of the first of the files that is in the hub's cache (`HF_HOME` or `~/.cache/huggingface`), or else that
 /// the hub has, downloaded with a progress bar; a cached model needs no network.
+/// The newest version of a model's file, for networks that this crate does not read itself.
+///
+/// # Errors
+/// [`Error::Hub`].
+pub fn hub_file(model: &str, revision: &str, file: &str) -> Result<PathBuf, Error> {
+    fetch(model, revision, &[file])
+}
+
 pub(crate) fn fetch(model: &str, revision: &str, files: &[&str]) -> Result<PathBuf, Error> {
     fetch_from(&Cache::from_env(), model, revision, files)
 }

@@ -49,6 +49,8 @@ pub use feature_store::weights_hash;
 pub use features::{
     Backbone, Encoder, Features, FrozenTokens, Grid, ImageSource, Layer, TokenSet, Trainable,
 };
+#[cfg(feature = "hub")]
+pub use hub::hub_file;
 pub use spec::{Architecture, BackboneSpec, Interpolation, Normalization};
 pub use vit::{TrainScope, Vit};
 pub use weights::Weights;
