@@ -101,6 +101,46 @@ impl Arguments {
             self.held_out,
         )
     }
+
+    /// Photos to train on and photos that are held out, set by set.
+    fn photos(&self) -> Result<(Vec<Photos>, Vec<Photos>)> {
+        let (mut used, mut held_out) = (Vec::new(), Vec::new());
+        for text in &self.photos {
+            let set = Photos::parse(text)?;
+            let nth = self.held_out.max(2);
+            let (mut held, mut kept) = (Vec::new(), Vec::new());
+            for (i, path) in set.paths.into_iter().enumerate() {
+                let target = if i % nth == 0 { &mut held } else { &mut kept };
+                target.push(path);
+            }
+            let photos = |paths, views| Photos { paths, views };
+            held_out.push(photos(held, 1));
+            used.push(photos(kept, set.views));
+        }
+        Ok((used, held_out))
+    }
+
+    fn config(&self) -> DistillConfig {
+        DistillConfig {
+            epochs: self.epochs,
+            batch_size: self.batch_size,
+            mask: match self.masked {
+                0.0 => Mask::None,
+                ratio => Mask::Random { ratio },
+            },
+            layers: LAYERS,
+            cls_weight: 1.0,
+            learning_rate: self.learning_rate,
+            schedule: Schedule::Cosine {
+                warmup: 0.02,
+                floor: 0.01,
+            },
+            drop_path: 0.0,
+            // No two steps see the same view of an epoch: a second pass of the teacher costs less than the disk.
+            cache_bytes: 0,
+            ..DistillConfig::default()
+        }
+    }
 }
 
 fn main() -> Result<()> {
@@ -110,24 +150,7 @@ fn main() -> Result<()> {
     let teacher = teacher.with_layers(LAYERS)?;
     let preprocess = preprocess_of(teacher.spec(), ResizeMode::Squash);
 
-    let (mut used, mut held_out) = (Vec::new(), Vec::new());
-    for text in &arguments.photos {
-        let set = Photos::parse(text)?;
-        let nth = arguments.held_out.max(2);
-        let (mut held, mut kept) = (Vec::new(), Vec::new());
-        for (i, path) in set.paths.into_iter().enumerate() {
-            let target = if i % nth == 0 { &mut held } else { &mut kept };
-            target.push(path);
-        }
-        held_out.push(Photos {
-            paths: held,
-            views: 1,
-        });
-        used.push(Photos {
-            paths: kept,
-            views: set.views,
-        });
-    }
+    let (used, held_out) = arguments.photos()?;
     let views = Views::read(&used, preprocess.clone(), arguments.seed)?;
     ensure!(!views.is_empty(), "no photos left to train on");
 
@@ -142,25 +165,7 @@ fn main() -> Result<()> {
     let held_out = HeldOut::new(&held_out, &preprocess, &teacher)?;
     eprintln!("before: {}", held_out.measure(&student)?);
 
-    let config = DistillConfig {
-        epochs: arguments.epochs,
-        batch_size: arguments.batch_size,
-        mask: match arguments.masked {
-            0.0 => Mask::None,
-            ratio => Mask::Random { ratio },
-        },
-        layers: LAYERS,
-        cls_weight: 1.0,
-        learning_rate: arguments.learning_rate,
-        schedule: Schedule::Cosine {
-            warmup: 0.02,
-            floor: 0.01,
-        },
-        drop_path: 0.0,
-        // No two steps see the same view of an epoch: a second pass of the teacher costs less than the disk.
-        cache_bytes: 0,
-        ..DistillConfig::default()
-    };
+    let config = arguments.config();
     let checkpoints = arguments.checkpoint.as_ref().map(|path| {
         Checkpoints::new(path, arguments.run(&views))
             .every(Duration::from_secs(arguments.every))

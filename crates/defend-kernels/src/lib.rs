@@ -6,6 +6,7 @@
 
 use rayon::prelude::*;
 
+pub mod adamw;
 pub mod attention;
 pub mod bf16;
 pub mod format;

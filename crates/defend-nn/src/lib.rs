@@ -5,8 +5,6 @@
 //! differences, and run at the speed of the processor's matrix units on `f32` CPU tensors. On CUDA most have kernels too; on any
 //! other device or type the same functions compose candle's differentiable primitives.
 
-#[cfg(feature = "cuda")]
-mod cuda;
 mod gradient_routing;
 mod init;
 pub mod ops;

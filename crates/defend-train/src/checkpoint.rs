@@ -97,10 +97,7 @@ impl Checkpoints {
     }
 
     /// Brings the optimiser's parameters to where the file was written; `None` without a file.
-    pub(crate) fn resume(
-        &self,
-        optimiser: &mut AdamW,
-    ) -> Result<Option<(Progress, BTreeMap<String, Tensor>)>, Error> {
+    pub(crate) fn resume(&self, optimiser: &mut AdamW) -> Result<Option<Resumed>, Error> {
         let bytes = match std::fs::read(&self.path) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -149,7 +146,10 @@ impl Checkpoints {
                 None => return Err(self.wrong(format!("unexpected tensor \"{name}\""))),
             };
         }
-        Ok(Some((header.progress, state)))
+        Ok(Some(Resumed {
+            progress: header.progress,
+            state,
+        }))
     }
 
     fn wrong(&self, reason: String) -> Error {
@@ -195,6 +195,13 @@ struct Header {
     run: String,
     steps: usize,
     progress: Progress,
+}
+
+/// What a checkpoint says beside the optimiser's variables.
+pub(crate) struct Resumed {
+    pub(crate) progress: Progress,
+    /// Of the stage.
+    pub(crate) state: BTreeMap<String, Tensor>,
 }
 
 /// Where a run is.

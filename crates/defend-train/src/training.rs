@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 use defend_nn::{Rng, backward, release_memory};
 use rand::seq::SliceRandom;
 
-use crate::checkpoint::Progress;
+use crate::checkpoint::{Progress, Resumed};
 use crate::{AdamW, Checkpoints, Error};
 
 /// What a training stage supplies to [`train`]: the loss of a batch, and what it changes from step to step.
@@ -178,12 +178,8 @@ pub fn train<S: TrainingStage>(
     }
     let steps = plan.steps();
     let mut at = Progress::new(rng);
-    if let Some(found) = checkpoints
-        .map(|c| c.resume(optimiser))
-        .transpose()?
-        .flatten()
-    {
-        let (progress, state) = found;
+    let resumed = checkpoints.map(|c| c.resume(optimiser)).transpose()?;
+    if let Some(Resumed { progress, state }) = resumed.flatten() {
         stage.restore(state)?;
         *rng = Rng::at(progress.rng);
         at = progress;

@@ -134,5 +134,5 @@ pub(crate) fn named(
 /// Mean and deviation of CLIP's images, which EVA-02 took over.
 pub(crate) const CLIP: Normalization = Normalization {
     mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
-    std: [0.268_629_54, 0.261_302_58, 0.275_777_11],
+    std: [0.268_629_54, 0.261_302_6, 0.275_777_1],
 };

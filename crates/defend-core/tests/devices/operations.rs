@@ -4,11 +4,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
-use defend_core::dense::DenseObjective;
+
 use defend_core::distill::{DistillObjective, FeatureDistance};
 use defend_core::nn::{Rng, backward, normal, ops};
 use defend_core::ot::{Assigner, SinkhornKnopp};
-use defend_core::prelude::*;
 use defend_core::train::{AdamW, AdamWConfig, ParameterGroup};
 use defend_core::vit::{
     Backbone, CacheConfig, Cached, ComputePrecision, Encoder, Precision, TokenSet, TrainScope,

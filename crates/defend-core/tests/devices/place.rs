@@ -5,9 +5,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Tensor, Var};
 use defend_core::nn::{Rng, normal};
 use defend_core::prelude::*;
-use defend_core::vit::{
-    Architecture, BackboneSpec, Encoder, Features, Grid, TrainScope, Vit, Weights,
-};
+use defend_core::vit::{Architecture, BackboneSpec, Features, Grid, TrainScope, Vit, Weights};
 use defend_testing::{assert_close, assert_moved};
 
 /// Where a stage runs, and in which type.

@@ -12,7 +12,6 @@ use defend_core::distill::{
     NormalizedSide, Penalty, Score, Selection, discrepancy,
 };
 use defend_core::nn::Rng;
-use defend_core::prelude::*;
 use defend_core::train::Training;
 use defend_core::vit::{Grid, TrainScope, Trainable};
 

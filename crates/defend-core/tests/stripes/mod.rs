@@ -22,6 +22,7 @@ pub(crate) fn set(period: u32, images: u32) -> Memory {
 }
 
 /// One epoch of a small dense stage.
+#[allow(dead_code, reason = "not every test has a dense stage")]
 pub(crate) fn small_dense() -> DenseConfig {
     DenseConfig {
         epochs: 1,

@@ -3,15 +3,20 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, DType, InplaceOp1, InplaceOp2, Layout, Result, Tensor, Var, bail};
-use defend_kernels::math;
-use defend_kernels::vectorised;
-use rayon::prelude::*;
+use defend_kernels::adamw::{self as kernel, AdamWStep};
 
-use super::adamw_step::{AdamWOperands, AdamWStep};
 use super::{is_fast, with_slices};
 
-/// Elements a parallel task handles.
-const ELEMENTS_PER_TASK: usize = 32 * 1024;
+/// A parameter, its moments and its gradient.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamWOperands<'a> {
+    /// The parameter, changed in place.
+    pub parameter: &'a Var,
+    /// First and second moment, `[2, ...]` over the parameter's shape, changed in place.
+    pub moments: &'a Var,
+    /// Gradient of the parameter's shape.
+    pub gradient: &'a Tensor,
+}
 
 /// Updates parameters and moments in place. In half precision the arithmetic is in `f32`.
 ///
@@ -64,11 +69,10 @@ pub fn not_finite(operands: &[AdamWOperands<'_>]) -> Result<Option<usize>> {
     Ok(wrong.map(|(i, _)| i))
 }
 
-/// Whether all values of a gradient on the CPU are finite: a sum of squares is not when one of them is not.
+/// Whether all values of a gradient on the CPU are finite.
 fn is_finite(gradient: &Tensor) -> Result<bool> {
     with_slices("AdamW", [gradient], |[values]| {
-        let chunks = values.par_chunks(ELEMENTS_PER_TASK);
-        Ok(chunks.all(|part| vectorised!(|| math::dot(part, part)).is_finite()))
+        Ok(kernel::is_finite(values))
     })
 }
 
@@ -107,7 +111,7 @@ mod on_cuda {
     use candle_core::{DType, Result};
 
     use super::{AdamWOperands, AdamWStep};
-    use crate::cuda::adamw as kernel;
+    use defend_cuda_kernels::adamw as kernel;
 
     pub(super) fn takes(operands: &AdamWOperands<'_>) -> bool {
         let AdamWOperands {
@@ -235,28 +239,7 @@ impl InplaceOp1 for OfParameter<'_> {
         let parameter = &mut parameter[layout.start_offset()..][..self.grad.len()];
         let mut moments = self.moments.lock().unwrap_or_else(PoisonError::into_inner);
         let (first, second) = moments.split_at_mut(self.grad.len());
-        let AdamWStep { beta1, beta2, .. } = *self.step;
-        // 1 - beta in f64: in f32 it would lose five digits for beta2 = 0.999.
-        let [old1, new1] = [beta1 as f32, (1.0 - beta1) as f32];
-        let [old2, new2] = [beta2 as f32, (1.0 - beta2) as f32];
-        let (keep, step) = (self.step.keep as f32, self.step.step_size as f32);
-        let correction = self.step.second_correction as f32;
-        let eps = self.step.eps as f32;
-        parameter
-            .par_chunks_mut(ELEMENTS_PER_TASK)
-            .zip(first.par_chunks_mut(ELEMENTS_PER_TASK))
-            .zip(second.par_chunks_mut(ELEMENTS_PER_TASK))
-            .zip(self.grad.par_chunks(ELEMENTS_PER_TASK))
-            .for_each(|(((parameter, first), second), grad)| {
-                vectorised!(|| {
-                    let moments = first.iter_mut().zip(second);
-                    for ((p, (m, v)), &g) in parameter.iter_mut().zip(moments).zip(grad) {
-                        *m = old1 * *m + new1 * g;
-                        *v = old2 * *v + new2 * g * g;
-                        *p = *p * keep - step * *m / (v.sqrt() * correction + eps);
-                    }
-                });
-            });
+        kernel::update(parameter, [first, second], self.grad, self.step);
         Ok(())
     }
 }

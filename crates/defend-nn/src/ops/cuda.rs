@@ -8,8 +8,8 @@ use candle_core::{
     Tensor, bail,
 };
 
-use crate::cuda::{aligned, rows};
 use crate::gradient_routing::route;
+use defend_cuda_kernels::{aligned, rows};
 
 /// How gradients pass an operation of N operands.
 pub(super) trait Backward<const N: usize>: Send + Sync + 'static {

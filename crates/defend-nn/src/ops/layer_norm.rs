@@ -46,15 +46,15 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
 #[cfg(feature = "cuda")]
 fn on_cuda(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Option<Tensor>> {
     use super::cuda::{NormGradients, Precomputed};
-    use crate::cuda::aligned;
+    use defend_cuda_kernels::aligned;
     let dims = [x.dim(D::Minus1)?];
     let fits = |t: &Tensor| t.dtype() == x.dtype() && t.dims() == dims;
-    if !crate::cuda::takes(x) || !fits(weight) || !fits(bias) {
+    if !defend_cuda_kernels::takes(x) || !fits(weight) || !fits(bias) {
         return Ok(None);
     }
     let [x, weight, bias] = [aligned(x)?, aligned(weight)?, aligned(bias)?];
     let keep = [&x, &weight, &bias].iter().any(|t| t.track_op());
-    let (out, kept) = crate::cuda::rows::layer_norm(&x, [&weight, &bias], eps, keep)?;
+    let (out, kept) = defend_cuda_kernels::rows::layer_norm(&x, [&weight, &bias], eps, keep)?;
     let Some(kept) = kept else {
         return Ok(Some(out));
     };

@@ -41,8 +41,10 @@ pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor>
     let tracked = [x, weight, bias].iter().any(|t| t.track_op());
     #[cfg(feature = "cuda")]
     if !tracked && x.elem_count() > 0 && fits_cuda(weight.dims().first(), weight, bias) {
-        let bias = crate::cuda::aligned(bias)?;
-        return mapped(x, weight, |rows| crate::cuda::rows::bias_gelu(rows, &bias));
+        let bias = defend_cuda_kernels::aligned(bias)?;
+        return mapped(x, weight, |rows| {
+            defend_cuda_kernels::rows::bias_gelu(rows, &bias)
+        });
     }
     if tracked || !is_fast(&[x, weight, bias]) {
         return super::gelu(&linear(x, weight, bias)?);
@@ -60,8 +62,11 @@ pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if fits_cuda(x.dims().last(), x, bias) {
         use super::cuda::{BiasGradient, Precomputed};
-        let (x, bias) = (crate::cuda::aligned(x)?, crate::cuda::aligned(bias)?);
-        let out = crate::cuda::rows::bias_add(&x, &bias)?;
+        let (x, bias) = (
+            defend_cuda_kernels::aligned(x)?,
+            defend_cuda_kernels::aligned(bias)?,
+        );
+        let out = defend_cuda_kernels::rows::bias_add(&x, &bias)?;
         if !x.track_op() && !bias.track_op() {
             return Ok(out);
         }
@@ -74,7 +79,7 @@ pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
 #[cfg(feature = "cuda")]
 fn fits_cuda(width: Option<&usize>, like: &Tensor, bias: &Tensor) -> bool {
     let one = bias.rank() == 1 && bias.dims().first() == width;
-    one && bias.dtype() == like.dtype() && crate::cuda::takes(bias) && like.elem_count() > 0
+    one && bias.dtype() == like.dtype() && defend_cuda_kernels::takes(bias) && like.elem_count() > 0
 }
 
 /// `finish(x W^T)` with the rows of `x` `[..., I]` as `[R, I]`; returns `[..., O]`.

@@ -7,7 +7,6 @@
 //! weights, plain inputs) cost nothing in the backward pass.
 
 mod adamw;
-mod adamw_step;
 mod attention;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -20,9 +19,9 @@ mod patches;
 mod pick;
 mod transformer_block;
 
-pub use adamw::{adamw, not_finite as adamw_not_finite};
-pub use adamw_step::{AdamWOperands, AdamWStep};
+pub use adamw::{AdamWOperands, adamw, not_finite as adamw_not_finite};
 pub use attention::{attention, cls_attention};
+pub use defend_kernels::adamw::AdamWStep;
 pub use gelu::gelu;
 pub use layer_norm::layer_norm;
 pub use linear::{add_bias, linear, linear_gelu};

@@ -13,8 +13,8 @@ const EPS: f64 = 1e-12;
 /// When candle fails.
 pub fn l2_normalize(x: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if crate::cuda::takes(x) {
-        return on_cuda(&crate::cuda::aligned(x)?);
+    if defend_cuda_kernels::takes(x) {
+        return on_cuda(&defend_cuda_kernels::aligned(x)?);
     }
     let norm = (x.sqr()?.sum_keepdim(D::Minus1)? + EPS)?.sqrt()?;
     x.broadcast_div(&norm)
@@ -24,7 +24,7 @@ pub fn l2_normalize(x: &Tensor) -> Result<Tensor> {
 #[cfg(feature = "cuda")]
 fn on_cuda(x: &Tensor) -> Result<Tensor> {
     use super::cuda::{Lengths, Precomputed};
-    let (out, lengths) = crate::cuda::rows::l2_normalize(x, EPS)?;
+    let (out, lengths) = defend_cuda_kernels::rows::l2_normalize(x, EPS)?;
     if !x.track_op() {
         return Ok(out);
     }

@@ -37,9 +37,9 @@ pub fn patches(images: &Tensor, side: usize, which: Option<&Tensor>) -> Result<T
         && matches!(images.dtype(), DType::F32 | DType::BF16 | DType::F16)
         && !images.track_op()
     {
-        use crate::cuda::aligned;
+        use defend_cuda_kernels::aligned;
         let which = which.map(aligned).transpose()?;
-        return crate::cuda::rows::patches(&aligned(images)?, side, which.as_ref());
+        return defend_cuda_kernels::rows::patches(&aligned(images)?, side, which.as_ref());
     }
     let (rows, columns) = (height / side, width / side);
     let all = images

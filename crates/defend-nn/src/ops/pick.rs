@@ -10,13 +10,13 @@ use candle_core::{Result, Tensor};
 /// When the shapes do not fit.
 pub fn pick_rows(table: &Tensor, at: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if crate::cuda::takes(table)
+    if defend_cuda_kernels::takes(table)
         && table.track_op()
-        && table.dims2()?.1 <= crate::cuda::rows::MOST_SCATTERED
+        && table.dims2()?.1 <= defend_cuda_kernels::rows::MOST_SCATTERED
         && at.dtype() == candle_core::DType::U32
     {
         use super::cuda::{Picked, Precomputed};
-        let at = crate::cuda::aligned(at)?;
+        let at = defend_cuda_kernels::aligned(at)?;
         let out = table.detach().index_select(&at, 0)?;
         return table.apply_op1(Precomputed::new("pick-rows", out, Picked(at)));
     }

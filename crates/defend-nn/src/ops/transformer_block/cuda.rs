@@ -5,9 +5,9 @@ use candle_core::{DType, Result, Tensor};
 use super::super::cuda::{Backward, Precomputed};
 use super::parameters::check;
 use super::{BlockParameters, BranchFactors};
-use crate::cuda::block::{Block, Saved, takes_heads};
-use crate::cuda::{aligned, is_aligned, takes};
 use crate::gradient_routing::{ParameterGradients, anchored, lock};
+use defend_cuda_kernels::block::{Block, Saved, takes_heads};
+use defend_cuda_kernels::{aligned, is_aligned, takes};
 
 /// The block by the kernels, where they take its tensors; LayerScale only without a backward pass.
 pub(super) fn block(

@@ -238,8 +238,8 @@ pub(super) fn launch(
     };
     // SAFETY: every pointer is the start of a contiguous tensor of this device that lives until after the launch, and
     // memory is freed in the order of the stream of the thread that drops it last: as with all of candle's kernels, a program
-    // that hands tensors to other threads waits for the device first. The callers, all in `crate::cuda`, pass the extents
-    // that they made the outputs with, for operands that `crate::ops` has checked. Tensors that a kernel writes to are either
+    // that hands tensors to other threads waits for the device first. The callers, all in this crate, pass the extents
+    // that they made the outputs with, for operands that the operations of `defend-nn` has checked. Tensors that a kernel writes to are either
     // fresh, with no other user, or variables, whose contents may change.
     unsafe { arguments.launch(config) }.w()?;
     Ok(())

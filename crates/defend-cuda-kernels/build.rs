@@ -8,11 +8,11 @@ fn main() {
 #[cfg(feature = "cuda")]
 fn main() -> cudaforge::Result<()> {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed=src/cuda/kernels.cu");
-    println!("cargo::rerun-if-changed=src/cuda/attention.cuh");
+    println!("cargo::rerun-if-changed=src/kernels.cu");
+    println!("cargo::rerun-if-changed=src/attention.cuh");
     println!("cargo::rerun-if-env-changed=CUDA_COMPUTE_CAP");
     cudaforge::KernelBuilder::new()
-        .source_files(["src/cuda/kernels.cu"])
+        .source_files(["src/kernels.cu"])
         .arg("-std=c++17")
         .arg("-O3")
         .build_ptx()?;

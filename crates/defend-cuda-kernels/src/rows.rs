@@ -25,7 +25,10 @@ fn packs(x: &Tensor) -> usize {
 }
 
 /// Normalised rows, and their means and inverse standard deviations `[R, 2]` for [`layer_norm_backward`].
-pub(crate) fn layer_norm(
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn layer_norm(
     x: &Tensor,
     [w, b]: [&Tensor; 2],
     eps: f64,
@@ -48,7 +51,10 @@ fn kept(x: &Tensor, rows: usize, keep: bool) -> Result<Option<Tensor>> {
 }
 
 /// Gradient of [`layer_norm`]'s input from that of its output, `g`, plus `residual`.
-pub(crate) fn layer_norm_backward(
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn layer_norm_backward(
     x: &Tensor,
     kept: &Tensor,
     w: &Tensor,
@@ -67,24 +73,32 @@ pub(crate) fn layer_norm_backward(
 }
 
 /// A branch that is added: `factors[image] * scale * (y + bias)`.
-pub(crate) struct Branch<'a> {
-    pub(crate) y: &'a Tensor,
-    pub(crate) bias: &'a Tensor,
+pub struct Branch<'a> {
+    /// Output of the branch's last product, before its bias.
+    pub y: &'a Tensor,
+    /// That bias.
+    pub bias: &'a Tensor,
     /// One for each image, `f32`.
-    pub(crate) factors: Option<&'a Tensor>,
+    pub factors: Option<&'a Tensor>,
     /// LayerScale, `[C]`.
-    pub(crate) scale: Option<&'a Tensor>,
+    pub scale: Option<&'a Tensor>,
 }
 
 /// `x` plus a branch.
-pub(crate) fn residual(x: &Tensor, branch: &Branch<'_>) -> Result<Tensor> {
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn residual(x: &Tensor, branch: &Branch<'_>) -> Result<Tensor> {
     let out = empty(x.shape(), x)?;
     add_branch(x, branch, &out, [None; 4], 0.0)?;
     Ok(out)
 }
 
 /// `x` plus a branch, and the sum's LayerNorm with what its backward pass needs.
-pub(crate) fn residual_norm(
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn residual_norm(
     x: &Tensor,
     branch: &Branch<'_>,
     [w, b]: [&Tensor; 2],
@@ -133,7 +147,10 @@ fn per_factor(rows: usize, factors: Option<&Tensor>) -> usize {
 }
 
 /// Rows times the factor of their image.
-pub(crate) fn scale_rows(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn scale_rows(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
     let (rows, width) = extents(x);
     let out = empty(x.shape(), x)?;
     launch(
@@ -150,12 +167,18 @@ pub(crate) fn scale_rows(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
 }
 
 /// `y + bias`.
-pub(crate) fn bias_add(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn bias_add(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
     with_bias("bias_add", y, bias)
 }
 
 /// `gelu(y + bias)`.
-pub(crate) fn bias_gelu(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn bias_gelu(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
     with_bias("bias_gelu", y, bias)
 }
 
@@ -171,7 +194,10 @@ fn with_bias(kernel: &str, y: &Tensor, bias: &Tensor) -> Result<Tensor> {
 }
 
 /// Gradient of [`bias_gelu`]'s `y` from that of its output.
-pub(crate) fn bias_gelu_backward(y: &Tensor, bias: &Tensor, g: &Tensor) -> Result<Tensor> {
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn bias_gelu_backward(y: &Tensor, bias: &Tensor, g: &Tensor) -> Result<Tensor> {
     let (dy, items) = (empty(y.shape(), y)?, packs(y));
     launch(
         &named("bias_gelu_backward", y),
@@ -191,14 +217,17 @@ const MOST_WARPS: usize = 7;
 
 /// How an image's tokens are cut into heads.
 #[derive(Clone, Copy)]
-pub(crate) struct Heads {
-    pub(crate) images: usize,
-    pub(crate) tokens: usize,
+pub struct Heads {
+    /// Images, B.
+    pub images: usize,
+    /// Tokens of an image, T.
+    pub tokens: usize,
     /// Rows of the keys and values: tokens filled up with zeros to a multiple of 8, which the products want.
-    pub(crate) padded: usize,
-    pub(crate) count: usize,
+    pub padded: usize,
+    /// Number of heads.
+    pub count: usize,
     /// Channels of a head.
-    pub(crate) depth: usize,
+    pub depth: usize,
 }
 
 impl Heads {
@@ -220,14 +249,17 @@ impl Heads {
 
     /// Whether [`Heads::attend`] takes such values: in half precision, of heads of 64 channels, on the processors that the
     /// kernels were compiled for.
-    pub(crate) fn fuse(self, packed: &Tensor) -> bool {
+    pub fn fuse(self, packed: &Tensor) -> bool {
         static COMPILED: LazyLock<bool> = LazyLock::new(|| has_kernel("attend_bf16"));
         let half = matches!(packed.dtype(), DType::BF16 | DType::F16);
         half && self.depth == FUSED_DEPTH && *COMPILED
     }
 
     /// Attention of `[B T, 3 D]` plus bias, `[B T, D]`, without a backward pass.
-    pub(crate) fn attend(self, packed: &Tensor, bias: &Tensor, scale: f64) -> Result<Tensor> {
+    ///
+    /// # Errors
+    /// Those of candle and of the CUDA driver.
+    pub fn attend(self, packed: &Tensor, bias: &Tensor, scale: f64) -> Result<Tensor> {
         let out = empty((self.images * self.tokens, self.count * self.depth), packed)?;
         // Each warp has 16 queries.
         let warps = self.tokens.div_ceil(QUERIES_OF_A_WARP);
@@ -241,12 +273,10 @@ impl Heads {
     }
 
     /// The first token's attention to the others in the same, `[B, h, T - 1]`.
-    pub(crate) fn cls_attention(
-        self,
-        packed: &Tensor,
-        bias: &Tensor,
-        scale: f64,
-    ) -> Result<Tensor> {
+    ///
+    /// # Errors
+    /// Those of candle and of the CUDA driver.
+    pub fn cls_attention(self, packed: &Tensor, bias: &Tensor, scale: f64) -> Result<Tensor> {
         let out = empty((self.images, self.count, self.tokens - 1), packed)?;
         let grid = Grid {
             blocks: [self.images * self.count, 1],
@@ -274,7 +304,10 @@ impl Heads {
     }
 
     /// `[B T, 3 D]` plus bias as queries `[B h, T, d]`, times `scale`, keys and values `[B h, padded, d]`.
-    pub(crate) fn split(self, packed: &Tensor, bias: &Tensor, scale: f64) -> Result<[Tensor; 3]> {
+    ///
+    /// # Errors
+    /// Those of candle and of the CUDA driver.
+    pub fn split(self, packed: &Tensor, bias: &Tensor, scale: f64) -> Result<[Tensor; 3]> {
         let keys = (self.images * self.count, self.padded, self.depth);
         let (q, k) = (empty(self.queries(), packed)?, empty(keys, packed)?);
         let v = empty(keys, packed)?;
@@ -289,7 +322,10 @@ impl Heads {
     }
 
     /// Gradient of [`Heads::split`]'s packed rows from those of queries, keys and values.
-    pub(crate) fn join(self, [q, k, v]: [&Tensor; 3], scale: f64) -> Result<Tensor> {
+    ///
+    /// # Errors
+    /// Those of candle and of the CUDA driver.
+    pub fn join(self, [q, k, v]: [&Tensor; 3], scale: f64) -> Result<Tensor> {
         let width = self.count * self.depth;
         let packed = empty((self.images * self.tokens, 3 * width), q)?;
         let items = packs(&packed);
@@ -303,14 +339,20 @@ impl Heads {
     }
 
     /// `[B h, T, d]` as `[B T, h d]`.
-    pub(crate) fn merge(self, x: &Tensor) -> Result<Tensor> {
+    ///
+    /// # Errors
+    /// Those of candle and of the CUDA driver.
+    pub fn merge(self, x: &Tensor) -> Result<Tensor> {
         let out = empty((self.images * self.tokens, self.count * self.depth), x)?;
         self.swap(x, &out, self.count, self.tokens)?;
         Ok(out)
     }
 
     /// The reverse of [`Heads::merge`].
-    pub(crate) fn unmerge(self, x: &Tensor) -> Result<Tensor> {
+    ///
+    /// # Errors
+    /// Those of candle and of the CUDA driver.
+    pub fn unmerge(self, x: &Tensor) -> Result<Tensor> {
         let out = empty(self.queries(), x)?;
         self.swap(x, &out, self.tokens, self.count)?;
         Ok(out)
@@ -332,7 +374,10 @@ impl Heads {
     }
 
     /// Softmax of logits `[B h, T, padded]` over the tokens, zeros behind them. In place: the logits must have no other user.
-    pub(crate) fn softmax(self, logits: &Tensor) -> Result<()> {
+    ///
+    /// # Errors
+    /// Those of candle and of the CUDA driver.
+    pub fn softmax(self, logits: &Tensor) -> Result<()> {
         let rows = self.images * self.count * self.tokens;
         launch(
             &named("softmax", logits),
@@ -343,7 +388,10 @@ impl Heads {
     }
 
     /// Turns the gradient of the probabilities into that of the logits. In place: `g` must have no other user.
-    pub(crate) fn softmax_backward(self, p: &Tensor, g: &Tensor) -> Result<()> {
+    ///
+    /// # Errors
+    /// Those of candle and of the CUDA driver.
+    pub fn softmax_backward(self, p: &Tensor, g: &Tensor) -> Result<()> {
         let rows = self.images * self.count * self.tokens;
         launch(
             &named("softmax_backward", p),
@@ -355,12 +403,18 @@ impl Heads {
 }
 
 /// Sums of the columns of `[R, C]`: the gradient of a bias.
-pub(crate) fn column_sums(g: &Tensor) -> Result<Tensor> {
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn column_sums(g: &Tensor) -> Result<Tensor> {
     sums(g, None)
 }
 
 /// Gradients of a LayerNorm's scale and shift from that of its output.
-pub(crate) fn norm_sums(g: &Tensor, x: &Tensor, kept: &Tensor) -> Result<[Tensor; 2]> {
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn norm_sums(g: &Tensor, x: &Tensor, kept: &Tensor) -> Result<[Tensor; 2]> {
     let (both, width) = (sums(g, Some((x, kept)))?, extents(g).1);
     let part = |i: usize| both.narrow(0, i * width, width);
     Ok([part(0)?, part(1)?])
@@ -393,7 +447,10 @@ fn sums(g: &Tensor, normed: Option<(&Tensor, &Tensor)>) -> Result<Tensor> {
 }
 
 /// Rows of unit length, and the lengths that they had, `[R]`.
-pub(crate) fn l2_normalize(x: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn l2_normalize(x: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
     let (rows, width) = extents(x);
     let (out, lengths) = (empty(x.shape(), x)?, empty_of(rows, DType::F32, x)?);
     launch(
@@ -406,7 +463,10 @@ pub(crate) fn l2_normalize(x: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
 }
 
 /// Gradient of [`l2_normalize`]'s input from its result and that result's gradient.
-pub(crate) fn l2_normalize_backward(y: &Tensor, lengths: &Tensor, g: &Tensor) -> Result<Tensor> {
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn l2_normalize_backward(y: &Tensor, lengths: &Tensor, g: &Tensor) -> Result<Tensor> {
     let (rows, width) = extents(y);
     let dx = empty(y.shape(), y)?;
     launch(
@@ -419,10 +479,13 @@ pub(crate) fn l2_normalize_backward(y: &Tensor, lengths: &Tensor, g: &Tensor) ->
 }
 
 /// Columns that [`scatter_rows`] has threads for.
-pub(crate) const MOST_SCATTERED: usize = 2048;
+pub const MOST_SCATTERED: usize = 2048;
 
 /// Gradient of a table `[N, D]` from that of rows picked from it, `g` `[R, D]`; `at` `[R]` says which.
-pub(crate) fn scatter_rows(at: &Tensor, g: &Tensor, rows: usize) -> Result<Tensor> {
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn scatter_rows(at: &Tensor, g: &Tensor, rows: usize) -> Result<Tensor> {
     let (count, width) = extents(g);
     let out = empty((rows, width), g)?;
     let grid = Grid {
@@ -439,7 +502,10 @@ pub(crate) fn scatter_rows(at: &Tensor, g: &Tensor, rows: usize) -> Result<Tenso
 }
 
 /// Patches of images `[B, 3, H, W]` as rows `[B, M, 3 side^2]`: those that `which` `[B, M]` names, or all.
-pub(crate) fn patches(images: &Tensor, side: usize, which: Option<&Tensor>) -> Result<Tensor> {
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn patches(images: &Tensor, side: usize, which: Option<&Tensor>) -> Result<Tensor> {
     let (b, _, height, width) = images.dims4()?;
     let kept = match which {
         Some(which) => which.dim(1)?,

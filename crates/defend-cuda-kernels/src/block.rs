@@ -4,25 +4,33 @@ use candle_core::{Result, Tensor};
 
 use super::rows::{self, Branch, Heads};
 
-/// A block's parameters, in the order of [`crate::ops::BlockParameters`], and what is constant in a call.
+/// A block's parameters, in the order of `BlockParameters`, and what is constant in a call.
 #[derive(Clone, Copy)]
-pub(crate) struct Block<'a> {
-    pub(crate) norm1: [&'a Tensor; 2],
-    pub(crate) qkv: [&'a Tensor; 2],
-    pub(crate) projection: [&'a Tensor; 2],
-    pub(crate) norm2: [&'a Tensor; 2],
-    pub(crate) fc1: [&'a Tensor; 2],
-    pub(crate) fc2: [&'a Tensor; 2],
+pub struct Block<'a> {
+    /// Scale and shift of the first LayerNorm, `[D]`.
+    pub norm1: [&'a Tensor; 2],
+    /// Queries, keys and values, `[3 D, D]` and `[3 D]`.
+    pub qkv: [&'a Tensor; 2],
+    /// Projection of the attention's output, `[D, D]` and `[D]`.
+    pub projection: [&'a Tensor; 2],
+    /// Scale and shift of the second LayerNorm, `[D]`.
+    pub norm2: [&'a Tensor; 2],
+    /// Into the MLP's hidden channels, `[H, D]` and `[H]`.
+    pub fc1: [&'a Tensor; 2],
+    /// Out of them, `[D, H]` and `[D]`.
+    pub fc2: [&'a Tensor; 2],
     /// LayerScale of both branches; has no backward pass here.
-    pub(crate) scales: Option<[&'a Tensor; 2]>,
-    pub(crate) heads: usize,
-    pub(crate) eps: f64,
+    pub scales: Option<[&'a Tensor; 2]>,
+    /// Attention heads; divides D.
+    pub heads: usize,
+    /// Added to the variance in both LayerNorms.
+    pub eps: f64,
     /// Factors of both branches for each image, `[B]` in `f32`.
-    pub(crate) factors: Option<&'a [Tensor; 2]>,
+    pub factors: Option<&'a [Tensor; 2]>,
 }
 
 /// What the backward pass needs, `[B T, ...]`.
-pub(crate) struct Saved {
+pub struct Saved {
     x: Tensor,
     kept1: Tensor,
     z1: Tensor,
@@ -71,12 +79,13 @@ impl Attention {
 }
 
 /// What a forward pass finds.
-pub(crate) struct Passed {
+pub struct Passed {
     /// `[B, T, D]`.
-    pub(crate) out: Tensor,
+    pub out: Tensor,
     /// `[B, h, T - 1]`, where it was asked for.
-    pub(crate) cls_attention: Option<Tensor>,
-    pub(crate) saved: Option<Saved>,
+    pub cls_attention: Option<Tensor>,
+    /// What the backward pass needs, where one was asked for.
+    pub saved: Option<Saved>,
 }
 
 /// `x W^T` for rows `[R, I]`.
@@ -90,7 +99,7 @@ impl Block<'_> {
         Ok(Heads {
             images,
             tokens,
-            padded: tokens.next_multiple_of(super::ALIGNMENT),
+            padded: tokens.next_multiple_of(crate::ALIGNMENT),
             count: self.heads,
             depth: width / self.heads,
         })
@@ -106,7 +115,10 @@ impl Block<'_> {
     }
 
     /// `x`: `[B, T, D]`, contiguous and without a graph.
-    pub(crate) fn forward(&self, x: &Tensor, with_cls: bool, save: bool) -> Result<Passed> {
+    ///
+    /// # Errors
+    /// Those of candle and of the CUDA driver.
+    pub fn forward(&self, x: &Tensor, with_cls: bool, save: bool) -> Result<Passed> {
         let (shape, heads) = (x.shape(), self.heads(x)?);
         let x = x.reshape((heads.images * heads.tokens, ()))?;
         let (z1, kept1) = rows::layer_norm(&x, self.norm1, self.eps, save)?;
@@ -154,14 +166,17 @@ impl Block<'_> {
 
     /// Gradients with respect to the input `[B, T, D]`, and to the parameters where `with_parameters`, from that of the
     /// output, `g`.
-    pub(crate) fn backward(
+    ///
+    /// # Errors
+    /// Those of candle and of the CUDA driver.
+    pub fn backward(
         &self,
         saved: &Saved,
         g: &Tensor,
         with_parameters: bool,
     ) -> Result<(Tensor, Option<Vec<Tensor>>)> {
         let (shape, heads) = (g.shape(), self.heads(g)?);
-        let g = super::aligned(g)?.reshape((heads.images * heads.tokens, ()))?;
+        let g = crate::aligned(g)?.reshape((heads.images * heads.tokens, ()))?;
         let scaled = |g: &Tensor, which: usize| match self.factors {
             Some(factors) => rows::scale_rows(g, &factors[which]),
             None => Ok(g.clone()),
@@ -211,8 +226,11 @@ impl Block<'_> {
 }
 
 /// Whether the kernels take a block's input: heads of whole packs, and a token beside the first.
-pub(crate) fn takes_heads(x: &Tensor, heads: usize) -> Result<bool> {
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn takes_heads(x: &Tensor, heads: usize) -> Result<bool> {
     let (_, tokens, width) = x.dims3()?;
-    let whole = heads > 0 && width % heads == 0 && (width / heads).is_multiple_of(super::ALIGNMENT);
+    let whole = heads > 0 && width % heads == 0 && (width / heads).is_multiple_of(crate::ALIGNMENT);
     Ok(whole && tokens > 1)
 }

@@ -3,16 +3,19 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::launch::{Grid, Number, address_of, launch};
-use crate::ops::AdamWStep;
+use defend_kernels::adamw::AdamWStep;
 
 /// Values that a block of threads handles.
 const VALUES_PER_PART: usize = 16 * 1024;
 
 /// A parameter, its moments `[2, ...]` and its gradient, all contiguous and of one type on one device.
-pub(crate) struct Slot<'a> {
-    pub(crate) parameter: &'a Tensor,
-    pub(crate) moments: &'a Tensor,
-    pub(crate) gradient: Tensor,
+pub struct Slot<'a> {
+    /// Changed in place.
+    pub parameter: &'a Tensor,
+    /// First and second, `[2, ...]`, changed in place.
+    pub moments: &'a Tensor,
+    /// Of the parameter's shape.
+    pub gradient: Tensor,
 }
 
 /// The addresses of some parameters and how they are cut into parts, on the device.
@@ -63,7 +66,10 @@ fn halves(value: u64) -> [u32; 2] {
 }
 
 /// Index of the first gradient with a value that is not finite. Waits for the device.
-pub(crate) fn first_not_finite(slots: &[Slot<'_>]) -> Result<Option<usize>> {
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn first_not_finite(slots: &[Slot<'_>]) -> Result<Option<usize>> {
     let Some(first) = slots.first() else {
         return Ok(None);
     };
@@ -75,7 +81,10 @@ pub(crate) fn first_not_finite(slots: &[Slot<'_>]) -> Result<Option<usize>> {
 }
 
 /// Updates parameters and moments in place.
-pub(crate) fn step(slots: &[Slot<'_>], update: &AdamWStep) -> Result<()> {
+///
+/// # Errors
+/// Those of candle and of the CUDA driver.
+pub fn step(slots: &[Slot<'_>], update: &AdamWStep) -> Result<()> {
     if slots.is_empty() {
         return Ok(());
     }
