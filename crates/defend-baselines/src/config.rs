@@ -85,7 +85,10 @@ mod tests {
         let MethodConfig::PatchCore(settings) = &found else {
             panic!("{found:?}");
         };
-        assert_eq!((settings.share, settings.candidates), (0.01, 20_000));
+        assert_eq!(
+            (settings.coreset_sampling_ratio, settings.candidates),
+            (0.01, 20_000)
+        );
         let wrong = r#"{"kind": "patch-core", "shares": 0.01}"#;
         assert!(serde_json::from_str::<MethodConfig>(wrong).is_err());
         assert!(serde_json::from_str::<MethodConfig>(r#"{"kind": "csi"}"#).is_err());

@@ -22,31 +22,19 @@
 //! backbones or generators: RD4AD and UniAD (feature pyramids of convolutional networks), CSI (a network trained from
 //! random weights on rotated images), FITYMI (images from a generative model).
 
-mod adapted;
+mod components;
 mod config;
-mod gaussian;
-mod kdad;
 mod method;
-mod middle;
-mod msad;
-mod neighbours;
-mod one_class_head;
-mod ours;
-mod padim;
-mod panda;
-mod patchcore;
-mod scored;
-mod simple;
-mod transformaly;
+mod methods;
 
 pub use config::MethodConfig;
-pub use kdad::Kdad;
 pub use method::{Method, Teacher};
-pub use msad::Msad;
-pub use one_class_head::OneClassHead;
-pub use ours::Ours;
-pub use padim::Padim;
-pub use panda::Panda;
-pub use patchcore::PatchCore;
-pub use simple::{ConstantStudent, Mahalanobis, MeanCls, NearestNeighbours, Token};
-pub use transformaly::Transformaly;
+pub use methods::kdad::Kdad;
+pub use methods::msad::Msad;
+pub use methods::one_class_head::OneClassHead;
+pub use methods::ours::Ours;
+pub use methods::padim::Padim;
+pub use methods::panda::Panda;
+pub use methods::patchcore::PatchCore;
+pub use methods::simple::{ConstantStudent, Mahalanobis, MeanCls, NearestNeighbours, Token};
+pub use methods::transformaly::Transformaly;

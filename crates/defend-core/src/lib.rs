@@ -54,6 +54,7 @@ mod normals;
 mod novelty;
 mod novelty_detector;
 mod observer;
+mod one_image;
 mod overlay;
 mod persist;
 mod profiles;

@@ -490,3 +490,23 @@ fn the_embedded_backbone_has_a_background() -> Result<(), Error> {
     assert_eq!(small.closed_form().unwrap().background, None);
     Ok(())
 }
+
+#[test]
+fn an_image_in_memory_has_the_score_of_its_file() -> Result<(), Error> {
+    let detector = fit(images(0, 0..20, 0)).detector;
+    let image = image(3, 7, 0);
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    image
+        .write_to(&mut bytes, image::ImageFormat::Png)
+        .expect("a file");
+    let bytes = bytes.into_inner();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("a.png"), &bytes).unwrap();
+    let file = scan(&detector, ImageFolder::open(folder.path())?, &mut Silent)?;
+    let expected = &file.findings[0].novelty;
+    assert_eq!(&detector.score_image(&image)?, expected);
+    assert_eq!(&detector.score_encoded(&bytes, "upload")?, expected);
+    let error = detector.score_encoded(b"no image", "upload").unwrap_err();
+    assert!(error.to_string().contains("upload"), "{error}");
+    Ok(())
+}

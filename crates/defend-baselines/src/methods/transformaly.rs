@@ -9,10 +9,10 @@ use defend_core::vit::{Encoder, ImageSource, TrainScope, Trainable, Vit};
 use defend_core::{Error, Novelty, NoveltyDetector, Observer};
 use serde::{Deserialize, Serialize};
 
-use crate::adapted::{Schedule, train_by_loss};
-use crate::gaussian::Gaussian;
+use crate::components::adapted::{Schedule, train_by_loss};
+use crate::components::gaussian::Gaussian;
+use crate::components::scored::unmapped;
 use crate::method::BATCH;
-use crate::scored::unmapped;
 use crate::{Method, Teacher};
 
 /// Each block of a student learns what the teacher's block makes of the same tokens, on whole images; the score is the

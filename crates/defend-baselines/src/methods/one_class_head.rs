@@ -9,8 +9,8 @@ use defend_core::vit::{Backbone, Features, ImageSource};
 use defend_core::{Error, Novelty, NoveltyDetector, Observer};
 use serde::{Deserialize, Serialize};
 
-use crate::adapted::{Schedule, train_by_loss};
-use crate::scored::{Density, Pool, Scored, mapped};
+use crate::components::adapted::{Schedule, train_by_loss};
+use crate::components::scored::{Density, Pool, Scored, mapped};
 use crate::{Method, Teacher};
 
 /// Two linear layers without biases on every patch token draw the normal images' patches to one centre; a patch's

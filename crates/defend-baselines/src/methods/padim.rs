@@ -11,10 +11,10 @@ use rand::seq::index::sample;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::gaussian::{Gaussian, Moments};
+use crate::components::gaussian::{Gaussian, Moments};
+use crate::components::middle::{layers_needed, middle_patches};
+use crate::components::scored::{Density, Pool, Scored, mapped};
 use crate::method::each_batch;
-use crate::middle::{layers_needed, middle_patches};
-use crate::scored::{Density, Pool, Scored, mapped};
 use crate::{Method, Teacher};
 
 /// Mahalanobis distance of each patch to the normal images' patches at its position; the largest is the score.

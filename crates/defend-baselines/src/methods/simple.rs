@@ -9,10 +9,10 @@ use defend_core::vit::Features;
 use defend_core::{Error, Novelty, NoveltyDetector, Observer};
 use serde::{Deserialize, Serialize};
 
-use crate::gaussian::Gaussian;
+use crate::components::gaussian::Gaussian;
+use crate::components::neighbours::{Bank, Distance};
+use crate::components::scored::{Density, Pool, Scored, mapped, unmapped};
 use crate::method::{cls_of, each_batch};
-use crate::neighbours::{Bank, Distance};
-use crate::scored::{Density, Pool, Scored, mapped, unmapped};
 use crate::{Method, Teacher};
 
 /// Mean cosine distance of a token to its nearest neighbours among the normal images (DN2: Bergman, Cohen and Hoshen,

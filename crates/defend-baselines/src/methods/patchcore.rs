@@ -12,10 +12,10 @@ use rand::seq::index::sample;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::components::middle::{layers_needed, middle_patches};
+use crate::components::neighbours::{Bank, Distance};
+use crate::components::scored::{Density, Pool, Scored, mapped};
 use crate::method::each_batch;
-use crate::middle::{layers_needed, middle_patches};
-use crate::neighbours::{Bank, Distance};
-use crate::scored::{Density, Pool, Scored, mapped};
 use crate::{Method, Teacher};
 
 /// Distance of each patch to the nearest of a core set; the largest is the score.
@@ -23,7 +23,8 @@ use crate::{Method, Teacher};
 #[serde(default, deny_unknown_fields)]
 pub struct PatchCore {
     /// Share of the patches that the core set keeps. Paper: 0.1 (and 0.01).
-    pub share: f64,
+    #[serde(alias = "share")]
+    pub coreset_sampling_ratio: f64,
     /// Patches that the core set is chosen from, at most: a random part of more. Ours, for sets of thousands of images.
     pub candidates: usize,
 }
@@ -31,7 +32,7 @@ pub struct PatchCore {
 impl Default for PatchCore {
     fn default() -> Self {
         Self {
-            share: 0.1,
+            coreset_sampling_ratio: 0.1,
             candidates: 20_000,
         }
     }
@@ -63,10 +64,10 @@ impl Method for PatchCore {
         seed: u64,
         observer: &mut dyn Observer,
     ) -> Result<Box<dyn NoveltyDetector>, Error> {
-        if !(self.share > 0.0 && self.share <= 1.0) {
+        if !(self.coreset_sampling_ratio > 0.0 && self.coreset_sampling_ratio <= 1.0) {
             return Err(Error::Config {
-                field: "patch-core.share",
-                value: self.share.to_string(),
+                field: "patch-core.coreset_sampling_ratio",
+                value: self.coreset_sampling_ratio.to_string(),
                 expected: "above 0 and at most 1".into(),
             });
         }
@@ -100,7 +101,7 @@ impl Method for PatchCore {
             let some: Vec<u32> = some.map(|i| i as u32).collect();
             candidates = candidates.index_select(&Tensor::new(some, candidates.device())?, 0)?;
         }
-        let size = (candidates.dim(0)? as f64 * self.share).ceil() as usize;
+        let size = (candidates.dim(0)? as f64 * self.coreset_sampling_ratio).ceil() as usize;
         let chosen = core_set(&candidates, size, &mut rng)?;
         let chosen = Tensor::new(chosen, candidates.device())?;
         let density = CoreSet {

@@ -12,9 +12,9 @@ use defend_core::{Error, NoveltyDetector, Observer};
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
 
-use crate::adapted::{BatchLoss, Schedule, cls, fit_adapted};
+use crate::components::adapted::{BatchLoss, Schedule, cls, fit_adapted};
+use crate::components::neighbours::Distance;
 use crate::method::cls_of;
-use crate::neighbours::Distance;
 use crate::{Method, Teacher};
 
 /// The last blocks are trained to tell images apart by the angles seen from the normal images' mean, while they stay

@@ -10,7 +10,7 @@ use defend_core::vit::{ComputePrecision, ImageSource, TrainScope};
 use defend_core::{Defend, DefendConfig, Error, MaskedConfig, NoveltyDetector, Observer, Recipe};
 use serde::{Deserialize, Serialize};
 
-use crate::gaussian::Gaussian;
+use crate::components::gaussian::Gaussian;
 use crate::method::BATCH;
 use crate::{Method, Teacher};
 

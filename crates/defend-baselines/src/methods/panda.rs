@@ -9,9 +9,9 @@ use defend_core::vit::Vit;
 use defend_core::{Error, NoveltyDetector, Observer};
 use serde::{Deserialize, Serialize};
 
-use crate::adapted::{BatchLoss, Schedule, cls, fit_adapted};
+use crate::components::adapted::{BatchLoss, Schedule, cls, fit_adapted};
+use crate::components::neighbours::Distance;
 use crate::method::cls_of;
-use crate::neighbours::Distance;
 use crate::{Method, Teacher};
 
 /// The last blocks are trained to draw the normal images' CLS tokens to their mean, for so few epochs that they do

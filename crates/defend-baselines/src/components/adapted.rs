@@ -10,10 +10,10 @@ use defend_core::train::{
 use defend_core::vit::{ImageSource, TrainScope, Trainable, Vit};
 use defend_core::{Error, Event, NoveltyDetector, Observer, Stage};
 
+use crate::components::neighbours::{Bank, Distance};
+use crate::components::scored::Scored;
 use crate::method::cls_of;
-use crate::neighbours::{Bank, Distance};
-use crate::scored::Scored;
-use crate::simple::Nearest;
+use crate::methods::simple::Nearest;
 use crate::{Teacher, Token};
 
 /// Settings of the training.

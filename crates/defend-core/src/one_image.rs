@@ -1,0 +1,42 @@
+//! Scoring an image that is in memory.
+
+use defend_data::{RgbImage, decode_image};
+
+use crate::input::to_tensor;
+use crate::{Detector, Error, Novelty, NoveltyDetector};
+
+impl Detector {
+    /// Scores one image as [`scan()`](crate::scan()) scores a file, to the same bits. There is a map where it costs nothing.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for an image that cannot be resized as the detector wants it; [`Error::NonFiniteScore`].
+    pub fn score_image(&self, image: &RgbImage) -> Result<Novelty, Error> {
+        self.score_resized(&self.preprocess.resize(image)?, "the image")
+    }
+
+    /// As [`Detector::score_image`], from the bytes of an image file; `name` is for errors.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for bytes that are no image; as [`Detector::score_image`].
+    pub fn score_encoded(&self, bytes: &[u8], name: &str) -> Result<Novelty, Error> {
+        let image = decode_image(bytes, name)?;
+        self.score_resized(&self.preprocess.resize(&image)?, name)
+    }
+
+    fn score_resized(&self, image: &RgbImage, name: &str) -> Result<Novelty, Error> {
+        let images = std::slice::from_ref(image);
+        let tensor = to_tensor(images, &self.preprocess, &self.device)?;
+        let named = |_: usize| name.to_owned();
+        let novelties = self.score(&tensor).map_err(|error| error.naming(named))?;
+        let Some(novelty) = novelties.into_iter().next() else {
+            return Err(Error::no_images(1, &[]));
+        };
+        if !novelty.score.is_finite() {
+            return Err(Error::NonFiniteScore {
+                name: name.to_owned(),
+                score: novelty.score,
+            });
+        }
+        Ok(novelty)
+    }
+}
