@@ -1,4 +1,4 @@
-"""Golden values of crates/defend-baselines/src/gaussian.rs: scikit-learn's Ledoit-Wolf covariance.
+"""Golden values of crates/defend-baselines/src/components/gaussian.rs: scikit-learn's Ledoit-Wolf covariance.
 
 python tools/golden_ledoit_wolf.py prints the constants of the test.
 """

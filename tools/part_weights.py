@@ -1,4 +1,4 @@
-"""How much the CLS token of the last but one block should weigh in the posterior (docs/RESULTS.md), in PyTorch and f64:
+"""How much the CLS token of the last but one block should weigh in the posterior (docs/TRIALS.md), in PyTorch and f64:
 
     python tools/part_weights.py ASSETS
 

@@ -10,7 +10,7 @@ and seed, then a Markdown table over the seeds. Rust's time of a fit holds more 
 images, loading the teacher, and scoring up to 128 images for the scale of the heat maps.
 
 --weights is a folder as on the timm hub: config.json and model.safetensors. --config takes the settings of the Rust
-example (`DefendConfig`) with the same defaults; an unknown field is an error, and so are `fit`, `distance` and
+example (`DefendConfig`) with the same defaults; an unknown field is an error, and so are `resize_mode`, `distance` and
 `cache_bytes`, which have no counterpart here. Random streams differ from Rust's: compare means over seeds.
 """
 

@@ -136,7 +136,7 @@ fn settings(row: &Row, arguments: &Arguments) -> Result<DefendConfig> {
     let distill = object;
     distill.entry("epochs").or_insert(arguments.epochs.into());
     distill
-        .entry("batch")
+        .entry("batch_size")
         .or_insert(arguments.batch_size.into());
     let config: DefendConfig = serde_json::from_value(value)?;
     config.validate()?;

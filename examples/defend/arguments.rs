@@ -39,7 +39,7 @@ pub(crate) enum Command {
     Evaluate(Evaluate),
     /// Renders images of everyday objects and does the whole job on them.
     Demo(Demo),
-    /// Runs a benchmark of data sets, protocols and systems, and makes its report.
+    /// Runs a benchmark of data sets, protocols and methods, and makes its report.
     Bench(Bench),
     /// Prints the settings of a recipe as JSON, to be changed and given to `fit --config`.
     Settings(Settings),

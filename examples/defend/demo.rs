@@ -85,8 +85,8 @@ fn print_references(
     bar: &mut ProgressBar,
 ) -> Result<()> {
     let vit = defend_core::embedded_backbone().load(TrainScope::Frozen, device)?;
-    let fit = DefendConfig::default().resize_mode;
-    let teacher = Teacher::new(vit, 1, fit, device, CacheConfig::default())?;
+    let resize_mode = DefendConfig::default().resize_mode;
+    let teacher = Teacher::new(vit, 1, resize_mode, device, CacheConfig::default())?;
     let train: Arc<dyn Dataset> = Arc::new(train);
     let abnormal: Vec<bool> = (0..test.len()).map(|i| i >= first_abnormal).collect();
     println!("beside it, on the same backbone's untouched features:");

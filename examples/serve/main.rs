@@ -55,19 +55,23 @@ async fn main() -> Result<()> {
 /// The score of the image in the body, or why there is none.
 async fn score(State(service): State<Service>, body: Bytes) -> (StatusCode, Json<Value>) {
     let found = async {
-        let _permit = service.processors.acquire().await?;
+        // The permit goes along: it is held until the score is there, even if nobody waits for it any more.
+        let permit = Arc::clone(&service.processors).acquire_owned().await?;
         let detector = Arc::clone(&service.detector);
-        let scoring = move || detector.score_encoded(&body, "the upload");
-        tokio::task::spawn_blocking(scoring)
-            .await?
-            .map_err(anyhow::Error::from)
+        let scoring = move || {
+            let _permit = permit;
+            detector.score_encoded(&body, "the upload")
+        };
+        anyhow::Ok(tokio::task::spawn_blocking(scoring).await?)
+    };
+    let failed = |status, error: anyhow::Error| {
+        let error = json!({ "error": format!("{error:#}") });
+        (status, Json(error))
     };
     match found.await {
-        Ok(novelty) => (StatusCode::OK, Json(answer(&novelty))),
-        Err(error) => (
-            StatusCode::UNPROCESSABLE_ENTITY,
-            Json(json!({ "error": format!("{error:#}") })),
-        ),
+        Ok(Ok(novelty)) => (StatusCode::OK, Json(answer(&novelty))),
+        Ok(Err(error)) => failed(StatusCode::UNPROCESSABLE_ENTITY, error.into()),
+        Err(error) => failed(StatusCode::INTERNAL_SERVER_ERROR, error),
     }
 }
 

@@ -1,4 +1,4 @@
-//! The image of the crates in docs/ARCHITECTURE.md is what cargo says. `UPDATE=1 cargo test -p defend-examples --test crates` redraws it.
+//! The drawing of the crates in docs/ARCHITECTURE.md is what cargo says.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -63,10 +63,10 @@ fn all_behind<'a>(
 }
 
 #[test]
-fn the_image_of_the_crates_is_true() {
+fn the_drawing_of_the_crates_is_true() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/ARCHITECTURE.md");
     let text = std::fs::read_to_string(&path).unwrap();
-    let (before, rest) = text.split_once(BEGIN).expect("the place of the image");
+    let (before, rest) = text.split_once(BEGIN).expect("the place of the drawing");
     let (found, after) = rest.split_once(END).expect("its end");
     let expected = drawn();
     if std::env::var_os("UPDATE").is_some() {

@@ -71,7 +71,7 @@ fn uploads_are_scored_as_files_are() {
         folder.path(),
     );
     let lines = defend(
-        &["score", "--model", "model", "--json", "new.png"],
+        &["score", "--model", "model", "--format", "json", "new.png"],
         folder.path(),
     );
     let expected: Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();

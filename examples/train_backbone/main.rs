@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use blake3::Hasher;
 use clap::Parser;
 use defend_core::data::ResizeMode;
 use defend_core::distill::{
@@ -23,7 +24,7 @@ use defend_core::distill::{
 use defend_core::nn::Rng;
 use defend_core::prelude::*;
 use defend_core::train::{Checkpoints, Schedule, Training, TrainingStep};
-use defend_core::vit::{Backbone, Encoder, ImageSource, TrainScope, Trainable, Vit};
+use defend_core::vit::{Backbone, Encoder, ImageSource, TrainScope, Trainable, Vit, weights_hash};
 use defend_core::{Event, Observer, Stage, preprocess_of};
 
 use views::{Photos, Views};
@@ -86,20 +87,28 @@ struct Arguments {
 
 impl Arguments {
     /// All that the bits of the run depend on.
-    fn run(&self, views: &Views) -> String {
-        format!(
-            "train_backbone: {} photos, {} views, {:?} blocks of {}, {} epochs of batches of {}, masked {}, rate {}, seed {}, held out {}",
+    fn run(&self, views: &Views, teacher: &Vit, used: &[Photos]) -> Result<String> {
+        let mut paths = Hasher::new();
+        for set in used {
+            for path in &set.paths {
+                paths.update(path.to_string_lossy().as_bytes());
+            }
+            paths.update(&set.views.to_le_bytes());
+        }
+        Ok(format!(
+            "train_backbone: {} photos {}, {} views, {:?} blocks of {}, {} epochs of batches of {}, masked {}, rate {}, seed {}, held out {}",
             views.photos(),
+            paths.finalize().to_hex(),
             views.len(),
             self.blocks,
-            self.weights.display(),
+            weights_hash(teacher)?,
             self.epochs,
             self.batch_size,
             self.masked,
             self.learning_rate,
             self.seed,
             self.held_out,
-        )
+        ))
     }
 
     /// Photos to train on and photos that are held out, set by set.
@@ -151,7 +160,7 @@ fn main() -> Result<()> {
     let preprocess = preprocess_of(teacher.spec(), ResizeMode::Squash);
 
     let (used, held_out) = arguments.photos()?;
-    let views = Views::read(&used, preprocess.clone(), arguments.seed)?;
+    let views = Views::read(&used, preprocess.clone(), arguments.seed, &device)?;
     ensure!(!views.is_empty(), "no photos left to train on");
 
     let student = teacher.with_blocks(&arguments.blocks, &arguments.name)?;
@@ -162,12 +171,13 @@ fn main() -> Result<()> {
         views.photos(),
         views.len()
     );
-    let held_out = HeldOut::new(&held_out, &preprocess, &teacher)?;
+    let held_out = HeldOut::new(&held_out, &preprocess, &teacher, &device)?;
     eprintln!("before: {}", held_out.measure(&student)?);
 
     let config = arguments.config();
+    let run = arguments.run(&views, &teacher, &used)?;
     let checkpoints = arguments.checkpoint.as_ref().map(|path| {
-        Checkpoints::new(path, arguments.run(&views))
+        Checkpoints::new(path, run)
             .every(Duration::from_secs(arguments.every))
             .resuming(arguments.resume)
     });
@@ -233,6 +243,7 @@ impl HeldOut {
         sets: &[Photos],
         preprocess: &defend_core::data::Preprocess,
         teacher: &Vit,
+        device: &defend_core::Device,
     ) -> Result<Self> {
         let paths: Vec<PathBuf> = sets.iter().flat_map(|set| set.paths.clone()).collect();
         let folder = ImageFolder::from_paths(paths);
@@ -245,7 +256,7 @@ impl HeldOut {
             }
             let side = preprocess.size as usize;
             let shape = (batch.len(), 3, side, side);
-            let batch = defend_core::Tensor::from_vec(values, shape, &defend_core::Device::Cpu)?;
+            let batch = defend_core::Tensor::from_vec(values, shape, device)?;
             expected.push(layers(teacher, &batch)?);
             images.push(batch);
         }

@@ -60,11 +60,17 @@ pub(crate) struct Views {
     of: Vec<u32>,
     preprocess: Preprocess,
     seed: u64,
+    device: Device,
 }
 
 impl Views {
     /// Reads photos and plans views of them.
-    pub(crate) fn read(sets: &[Photos], preprocess: Preprocess, seed: u64) -> Result<Self> {
+    pub(crate) fn read(
+        sets: &[Photos],
+        preprocess: Preprocess,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
         let (mut photos, mut of) = (Vec::new(), Vec::new());
         for set in sets {
             let folder = ImageFolder::from_paths(set.paths.clone());
@@ -83,6 +89,7 @@ impl Views {
             of,
             preprocess,
             seed,
+            device: device.clone(),
         })
     }
 
@@ -171,7 +178,7 @@ impl ImageSource for Views {
             })?;
         let (width, height) = self.preprocess.input_size();
         let shape = (indices.len(), 3, height as usize, width as usize);
-        Ok(defend_core::Tensor::from_vec(values, shape, &Device::Cpu)?)
+        Ok(defend_core::Tensor::from_vec(values, shape, &self.device)?)
     }
 }
 
@@ -235,6 +242,7 @@ mod tests {
             of: vec![0, 0, 1, 1],
             preprocess: Preprocess::new(32, [0.5; 3], [0.5; 3]),
             seed: 3,
+            device: Device::Cpu,
         }
     }
 

@@ -215,7 +215,7 @@ impl BenchConfig {
         let mut protocols = self.data.iter().flat_map(|data| &data.protocols);
         if self.resize_mode != ResizeMode::Squash && protocols.any(ProtocolConfig::judges_objects) {
             return Err(
-                "the protocol \"objects\" needs fit = \"squash\", whose maps lie over the whole image"
+                "the protocol \"objects\" needs resize_mode = \"squash\", whose maps lie over the whole image"
                     .into(),
             );
         }

@@ -198,7 +198,7 @@ impl Record {
                 if all.iter().any(|known| !known.key.fits_beside(&record.key)) {
                     return Err(Error::Record {
                         path,
-                        reason: "another run of this experiment has other images, other weights or another fit: \
+                        reason: "another run of this experiment has other images, other weights or another resize mode: \
                                  give the data set another name"
                             .into(),
                     });
@@ -253,7 +253,7 @@ impl RunKey {
         )
     }
 
-    /// Whether both may stand in one table: another experiment, or the same images, teacher and fit.
+    /// Whether both may stand in one table: another experiment, or the same images, teacher and resize mode.
     fn fits_beside(&self, other: &Self) -> bool {
         // Of a sample that is drawn again for each seed, each seed is an experiment of its own.
         let draw = |key: &Self| if key.subset.redraw { key.seed } else { 0 };
@@ -280,7 +280,7 @@ impl RunKey {
 
 /// A name as a file's, without what file systems or shells mind.
 ///
-/// Long names, such as a normal set of forty classes, are cut and distinguished by a hash.
+/// Long names, such as a normal set of forty classes, are cut and told apart by a hash.
 pub(crate) fn file_name(name: &str) -> String {
     const LONGEST: usize = 60;
     let safe = |c: char| {

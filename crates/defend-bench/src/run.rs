@@ -154,7 +154,7 @@ impl Bench<'_> {
             halves.test.clone(),
             splitter.test().to_vec(),
         )?);
-        // Maps lie over the whole image only when it was squashed: another fit has no figures over pixels.
+        // Maps lie over the whole image only when it was squashed: with another resize mode there are no figures over pixels.
         let masks = match self.config.resize_mode {
             ResizeMode::Squash => masks(&*halves.test, splitter.test())?,
             ResizeMode::CenterCrop { .. } => None,

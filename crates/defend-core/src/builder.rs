@@ -188,7 +188,7 @@ impl DefendBuilder {
     }
 
     /// Saves the training stages while they run: the dense stage and the masked student's. A fit that was killed goes on and ends with
-    /// the same bits, on the same images (known by their names), teacher and settings.
+    /// the same bits, on the same images (known by their names), teacher, settings, device and custom parts (known by their roles).
     #[must_use]
     pub fn checkpoints(mut self, checkpoints: FitCheckpoints) -> Self {
         self.checkpoints = Some(checkpoints);

@@ -41,7 +41,7 @@ pub struct DefendConfig {
     #[serde(alias = "batch")]
     pub batch_size: usize,
     /// How the frozen teacher computes, and the student once it is trained. `bf16` is faster on GPUs and on processors with AMX,
-    /// meant to be on those with AVX-512 BF16 (docs/PERFORMANCE.md), and model files take half the space. Networks supplied by the user stay as they are.
+    /// meant to be on those with AVX-512 BF16 (docs/PERFORMANCE.md), and model files take half the space. Custom networks stay as they are.
     #[serde(alias = "arithmetic")]
     pub compute_precision: ComputePrecision,
 }
@@ -208,7 +208,7 @@ impl DefendConfig {
                 return fault("null, or a closed-form student on a teacher that is not tuned");
             }
             if self.resize_mode != ResizeMode::Squash {
-                return fault("null, or fit = squash: tiles are cut from the whole image");
+                return fault("null, or resize_mode = squash: tiles are cut from the whole image");
             }
         }
         match &self.student {

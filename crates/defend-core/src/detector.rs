@@ -59,7 +59,7 @@ impl Detector {
         &self.config
     }
 
-    /// Roles of the fit that custom parts had, for which the settings do not speak: `mask`, `dense_objective`, `student`.
+    /// Roles of the fit that custom parts had, for which the settings do not speak, such as `mask` or `student`.
     pub fn custom_roles(&self) -> &[String] {
         &self.custom_roles
     }
@@ -104,6 +104,8 @@ impl Detector {
         masked.score = score;
         masked.custom.retain(|role| *role != SCORE);
         masked.custom.push(SCORE);
+        self.custom_roles.retain(|role| role != SCORE);
+        self.custom_roles.push(SCORE.to_owned());
         self.calibration = None;
         Ok(self)
     }
@@ -127,6 +129,7 @@ impl Detector {
         config.validate()?;
         masked.score = Arc::new(aggregation);
         masked.custom.retain(|role| *role != SCORE);
+        self.custom_roles.retain(|role| role != SCORE);
         self.config = config;
         self.calibration = None;
         Ok(self)

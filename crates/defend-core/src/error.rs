@@ -54,7 +54,7 @@ pub enum Error {
         /// What is wrong and what is expected.
         reason: String,
     },
-    /// A detector with parts supplied by the user cannot be saved as a file that loads by itself.
+    /// A detector with custom parts cannot be saved as a file that loads by itself.
     #[error("this detector cannot be saved: its {role} is not one of the library's")]
     NotSavable {
         /// The custom part.

@@ -119,7 +119,7 @@ impl FeatureTable {
         Ok((Self::new(identity, names, hashes, embeddings)?, skipped))
     }
 
-    /// Of features that came another way, such as from a file format supplied by the user; a name and a hash for each row.
+    /// Of features that came another way, such as from a file format of your own; a name and a hash for each row.
     ///
     /// # Errors
     /// [`Error::Config`] for other numbers of names, hashes and rows.
@@ -286,7 +286,7 @@ impl FeatureTable {
 }
 
 impl DefendBuilder {
-    /// What the builder's teacher says of some images, for tools supplied by the user and for [`DefendBuilder::fit_features`].
+    /// What the builder's teacher says of some images, for your own tools and for [`DefendBuilder::fit_features`].
     ///
     /// # Errors
     /// [`Error::Config`] for settings that tune the teacher; as [`DefendBuilder::fit`].

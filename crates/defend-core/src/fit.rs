@@ -140,7 +140,14 @@ impl DefendBuilder {
             observer,
         )?;
         let saving = self.checkpoints.clone();
-        let saving = saving.map(|place| Saving::new(place, &self.config, teacher, &images));
+        let roles = self.roles.taken().into_iter().filter(|(_, taken)| *taken);
+        let parts = format!(
+            "custom {:?}, kept features {:?}, on {:?}",
+            roles.map(|(role, _)| role).collect::<Vec<_>>(),
+            self.features.as_ref().map(|(_, precision)| precision),
+            self.device.location()
+        );
+        let saving = saving.map(|place| Saving::new(place, &self.config, teacher, &images, &parts));
         Ok(Stages {
             config: self.config.clone(),
             device: self.device.clone(),

@@ -50,7 +50,7 @@ impl DefendBuilder {
                 .map(|(role, _)| *role)
         };
         let (field, expected) = match &self.config.student {
-            Student::ClosedForm(_) => (unused(&masked), "a masked student, which it is a role of"),
+            Student::ClosedForm(_) => (unused(&masked), "a masked student, which it belongs to"),
             Student::Masked(_) => {
                 let given = matches!(
                     self.background,

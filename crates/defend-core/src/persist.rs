@@ -110,7 +110,7 @@ impl Detector {
     /// Writes the detector to one safetensors file, which appears whole or not at all.
     ///
     /// # Errors
-    /// [`Error::NotSavable`] for a detector with roles supplied by the user, [`Error::Io`].
+    /// [`Error::NotSavable`] for a detector with custom roles that a file cannot hold, [`Error::Io`].
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
         let mut tensors = BTreeMap::new();

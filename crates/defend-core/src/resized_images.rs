@@ -19,8 +19,8 @@ const AHEAD_BATCH: usize = 32;
 
 /// The readable images of a data set, resized and kept as bytes (150 KB at 224 pixels).
 ///
-/// Images beyond the memory limit are decoded again whenever they are asked for, ahead of the training loop that announces
-/// their order.
+/// Images beyond the memory limit are decoded again whenever they are asked for, ahead of the training loop that gives
+/// their order with [`ImageSource::prefetch`].
 pub struct ResizedImages {
     dataset: Arc<dyn Dataset>,
     preprocess: Preprocess,
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_image_that_can_no_longer_be_read_is_named() {
+    fn an_image_that_can_no_longer_be_read_is_named() {
         let colours = Arc::<Colours>::default();
         let images = images(&colours, 0);
         let order: Vec<usize> = (0..COLOURS).collect();

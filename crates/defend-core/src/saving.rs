@@ -19,11 +19,13 @@ pub(crate) struct Saving {
 }
 
 impl Saving {
+    /// `parts`: what else its bits depend on: custom roles, how features are kept, the device.
     pub(crate) fn new(
         place: FitCheckpoints,
         config: &DefendConfig,
         teacher: &Teacher,
         images: &ResizedImages,
+        parts: &str,
     ) -> Result<Self, Error> {
         std::fs::create_dir_all(&place.folder).map_err(|source| Error::Io {
             path: place.folder.clone(),
@@ -41,7 +43,7 @@ impl Saving {
             names.update(&[0]);
         }
         let run = format!(
-            "{config:?}, teacher {teacher}, {} images {}",
+            "{config:?}, teacher {teacher}, {parts}, {} images {}",
             images.len(),
             names.finalize().to_hex()
         );

@@ -96,8 +96,7 @@ pub(crate) fn load_teacher(
             return Err(Error::Config {
                 field: "dense",
                 value: "set".into(),
-                expected: "null with a teacher supplied by the user, which cannot be fine-tuned"
-                    .into(),
+                expected: "null with a custom teacher, which cannot be fine-tuned".into(),
             });
         }
         Some(TeacherSource::Backbone(_) | TeacherSource::Encoder(_))
@@ -106,8 +105,7 @@ pub(crate) fn load_teacher(
             return Err(Error::Config {
                 field: "image_size",
                 value: "set".into(),
-                expected: "null with a teacher supplied by the user, whose spec says its size"
-                    .into(),
+                expected: "null with a custom teacher, whose spec says its size".into(),
             });
         }
         Some(TeacherSource::Backbone(own)) => return Ok(Teacher::Own(own)),

@@ -71,7 +71,7 @@ pub(crate) fn mask_of(image: &Path, path: &Path, mask: &RgbImage) -> Result<Gray
     Ok(image::imageops::grayscale(mask))
 }
 
-/// Width and height of an image file's image as [`read_image`] gives it, from the file's header.
+/// Width and height of the image in a file as [`read_image`] gives it, from the file's header.
 ///
 /// # Errors
 /// Those of [`read_image`].

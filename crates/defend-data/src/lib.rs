@@ -1,4 +1,4 @@
-//! ResizedImages, where they come from and how they become network input.
+//! Images, where they come from and how they become network input.
 //!
 //! A [`Dataset`] gives images with the classes of the objects they show, a [`Protocol`] splits it
 //! into normal and abnormal, [`Preprocess`] resizes and normalises as the checkpoint was trained,

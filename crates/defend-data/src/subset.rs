@@ -7,7 +7,7 @@ use image::{GrayImage, RgbImage};
 
 use crate::{ClassId, Dataset, Error, ObjectBox, dataset::sample};
 
-/// Some images of another data set, in an order supplied by the user.
+/// Some images of another data set, in any order that the caller gives.
 #[derive(Clone)]
 pub struct Subset {
     whole: Arc<dyn Dataset>,

@@ -176,7 +176,7 @@ impl DenseConfig {
         let at_least_one = "at least 1";
         let counts = [
             ("epochs", self.epochs),
-            ("batch", self.batch_size),
+            ("batch_size", self.batch_size),
             ("head_output", self.head_output),
             ("trained_blocks", self.trained_blocks),
         ];

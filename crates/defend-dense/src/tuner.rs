@@ -67,8 +67,15 @@ impl DenseTuner {
         ];
         let mut optimiser = AdamW::new(groups, AdamWConfig::default())?;
         let average = config.target_momentum.map(|momentum| {
-            let trained = [backbone.parameters(), objective.parameters()].concat();
-            MovingAverage::new(momentum, trained)
+            let parts = [
+                ("backbone", backbone.parameters()),
+                ("objective", objective.parameters()),
+            ];
+            let named = parts.into_iter().flat_map(|(part, parameters)| {
+                let named = move |(name, var)| (format!("{part}.{name}"), var);
+                parameters.into_iter().map(named)
+            });
+            MovingAverage::new(momentum, named.collect())
         });
         let mut stage = DenseTuning {
             config,

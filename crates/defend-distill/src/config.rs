@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, FeatureDistance, Mask, Selection};
 
 /// Settings of masked knowledge distillation; the default is the paper's (sections 3.2 and 4.2), with our
-/// measured choices where it leaves one open (docs/RESULTS.md).
+/// measured choices where it leaves one open (docs/TRIALS.md).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DistillConfig {

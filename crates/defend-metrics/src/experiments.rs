@@ -1,4 +1,4 @@
-//! Means over the experiments of a table, such as the ten normal classes of CIFAR-10, and whether two systems differ.
+//! Means over the experiments of a table, such as the ten normal classes of CIFAR-10, and whether two methods differ.
 
 use defend_random::Rng;
 use ndarray::ArrayView1;
@@ -6,7 +6,7 @@ use rand::RngExt;
 
 use crate::{Drawn, Error, Interval, Metric, quantile};
 
-/// The scores of one system in one experiment.
+/// The scores of one method in one experiment.
 #[derive(Debug, Clone)]
 pub struct Experiment<'a> {
     /// Scores of each run, larger for more novel: one a seed or training sample, all on the same test images.
@@ -60,7 +60,7 @@ impl Experiment<'_> {
     }
 }
 
-/// How much better one system is than another on the same images.
+/// How much better one method is than another on the same images.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Comparison {
     /// Mean of the metric over the experiments, first less second, with its confidence interval.
@@ -108,7 +108,7 @@ pub fn mean_interval(
     ))
 }
 
-/// Compares two systems on the same experiments, in the same order; each may have runs of its own number.
+/// Compares two methods on the same experiments, in the same order; each may have runs of its own number.
 ///
 /// The bootstrap draws the same test images for both and for all runs, so that what is hard for both cancels out. The p-value
 /// is twice the smaller share of resamples on one side of zero, at least `2 / (resamples + 1)`.
@@ -135,11 +135,11 @@ pub fn compare(
             right,
         })
     };
-    equal("experiments of the first system", first.len(), second.len())?;
+    equal("experiments of the first method", first.len(), second.len())?;
     let mut estimate = 0.0;
     for (first, second) in first.iter().zip(second) {
         equal(
-            "images of the first system",
+            "images of the first method",
             first.abnormal.len(),
             second.abnormal.len(),
         )?;
@@ -152,11 +152,11 @@ pub fn compare(
     let mut values = Vec::with_capacity(resamples);
     for _ in 0..resamples {
         let mut sum = 0.0;
-        let systems = first
+        let methods = first
             .iter()
             .zip(&of_first)
             .zip(second.iter().zip(&of_second));
-        for (draw, ((first, of_first), (second, of_second))) in draws.iter_mut().zip(systems) {
+        for (draw, ((first, of_first), (second, of_second))) in draws.iter_mut().zip(methods) {
             draw.again(&mut rng);
             sum +=
                 first.mean_of(draw, metric, of_first)? - second.mean_of(draw, metric, of_second)?;
@@ -337,7 +337,7 @@ mod tests {
         assert_eq!((same.p_value, same.difference.estimate), (1.0, 0.0));
         let turned = pair(&[&worse], &[&better]);
         assert!(turned.difference.high < 0.0 && turned.p_value < 0.01);
-        // Of two runs one is as the other system: half the difference.
+        // Of two runs one is as the other method: half the difference.
         let half = pair(&[&better, &worse], &[&worse]);
         assert!((2.0 * half.difference.estimate - expected).abs() < 1e-12);
     }

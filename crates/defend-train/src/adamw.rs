@@ -164,9 +164,9 @@ impl AdamW {
     pub(crate) fn variables(&self) -> Vec<(String, &Var)> {
         let mut variables = Vec::new();
         for (i, group) in self.groups.iter().enumerate() {
-            for slot in &group.slots {
-                variables.push((format!("parameters.{i}.{}", slot.name), &slot.var));
-                variables.push((format!("moments.{i}.{}", slot.name), &slot.moments));
+            for (j, slot) in group.slots.iter().enumerate() {
+                variables.push((format!("parameters.{i}.{j}.{}", slot.name), &slot.var));
+                variables.push((format!("moments.{i}.{j}.{}", slot.name), &slot.moments));
             }
         }
         variables

@@ -157,7 +157,9 @@ pub fn shuffled_batches(images: usize, batch_size: usize, rng: &mut Rng) -> Vec<
 
 /// Trains the optimiser's parameters on a stage's loss.
 ///
-/// With checkpoints a run that was stopped at any moment goes on from the last of them and ends with the same bits as one that was not.
+/// With checkpoints a run that was stopped at any moment goes on from the last of them and ends with the same bits as one that was not,
+/// where a result does not depend on the batch that it was computed in, as caches of a stage are filled anew: on the CPU, not on every
+/// GPU.
 ///
 /// # Errors
 /// [`Error::NoImages`], [`Error::Diverged`], [`Error::NonFiniteGradient`], what the stage returns, and with checkpoints
@@ -186,7 +188,7 @@ pub fn train<S: TrainingStage>(
         if let Some(loss) = at.last_loss {
             let images = at.losses.len() * plan.images + at.batches_done * plan.batch_size;
             on_step(TrainingStep {
-                epoch: at.losses.len(),
+                epoch: at.losses.len() - usize::from(at.batches_done == 0),
                 step: optimiser.steps(),
                 steps,
                 images: images.min(plan.epochs * plan.images),

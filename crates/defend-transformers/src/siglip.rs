@@ -9,6 +9,8 @@ use crate::check::check;
 use crate::files::{ModelFiles, builder, named};
 
 /// SigLIP's vision tower: patch tokens of the last block after the last LayerNorm, and its attention pooling of them.
+///
+/// Models whose image size is no multiple of the patch size, such as `siglip-so400m-patch14-384`, are refused.
 pub struct SiglipVision {
     spec: BackboneSpec,
     model: VisionModel,

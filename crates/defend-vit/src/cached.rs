@@ -170,6 +170,10 @@ impl Encoder for Cached {
     }
 
     /// Blocks are kept one by one, apart from the features.
+    fn available_blocks(&self) -> Vec<usize> {
+        self.inner.available_blocks()
+    }
+
     fn intermediates(&self, images: &Tensor, blocks: &[usize]) -> Result<Vec<Layer>, Error> {
         let keys = keys(images)?;
         if keys.is_empty() {

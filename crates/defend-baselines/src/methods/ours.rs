@@ -20,7 +20,7 @@ use crate::{Method, Teacher};
 pub struct Ours {
     /// The recipe.
     pub recipe: Recipe,
-    /// Settings in place of a recipe's; seed and fit are those of the benchmark. With an image size of its own a method needs its
+    /// Settings in place of a recipe's; seed and resize mode are those of the benchmark. With an image size of its own a method needs its
     /// background as photos.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub settings: Option<DefendConfig>,
