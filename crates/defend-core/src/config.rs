@@ -383,4 +383,15 @@ mod tests {
             assert_eq!(read(&json).unwrap(), config);
         }
     }
+
+    #[test]
+    fn old_names_of_settings_are_read() {
+        let old = r#"{"fit": {"center-crop": {"crop_pct": 0.9}}, "batch": 5, "arithmetic": "bf16",
+            "student": {"masked": {"distill": {"batch": 7}}}, "dense": {"batch": 9}}"#;
+        let new = r#"{"resize_mode": {"center-crop": {"crop_pct": 0.9}}, "batch_size": 5, "compute_precision": "bf16",
+            "student": {"masked": {"distill": {"batch_size": 7}}}, "dense": {"batch_size": 9}}"#;
+        let [old, new] = [old, new].map(|json| serde_json::from_str::<DefendConfig>(json).unwrap());
+        assert_eq!(old, new);
+        assert_eq!((old.batch_size, old.dense.unwrap().batch_size), (5, 9));
+    }
 }

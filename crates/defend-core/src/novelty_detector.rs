@@ -6,6 +6,38 @@ use defend_data::Preprocess;
 use crate::{Error, Novelty};
 
 /// Role: anything that scores images, larger for more novel.
+///
+/// ```
+/// use defend_core::data::{Memory, Preprocess, RgbImage};
+/// use defend_core::prelude::*;
+/// use defend_core::{Error, Novelty, Tensor};
+///
+/// /// The brighter, the more novel.
+/// struct Bright(Preprocess);
+///
+/// impl NoveltyDetector for Bright {
+///     fn preprocess(&self) -> &Preprocess {
+///         &self.0
+///     }
+///
+///     fn device(&self) -> &Device {
+///         &Device::Cpu
+///     }
+///
+///     fn score(&self, images: &Tensor) -> Result<Vec<Novelty>, Error> {
+///         let means = images.mean((1, 2, 3))?.to_vec1::<f32>()?;
+///         Ok(means.into_iter().map(|mean| Novelty::of_score(f64::from(mean))).collect())
+///     }
+/// }
+///
+/// let mut images = Memory::default();
+/// images.push("dark", RgbImage::new(20, 20), vec![]);
+/// images.push("light", RgbImage::from_pixel(20, 20, [255; 3].into()), vec![]);
+/// let detector = Bright(Preprocess::new(16, [0.0; 3], [1.0; 3]));
+/// let scores = scan(&detector, images, &mut Silent)?.scores();
+/// assert!(scores[1] > scores[0]);
+/// # Ok::<(), Error>(())
+/// ```
 pub trait NoveltyDetector: Send + Sync {
     /// How images are prepared for [`NoveltyDetector::score`].
     fn preprocess(&self) -> &Preprocess;

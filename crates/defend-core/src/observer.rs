@@ -50,6 +50,32 @@ pub enum Event<'a> {
 }
 
 /// Role: is notified of a run's progress.
+///
+/// ```
+/// use defend_core::{Event, Observer, Stage};
+///
+/// /// Counts the images that were scored.
+/// #[derive(Default)]
+/// struct Scored {
+///     scoring: bool,
+///     images: u64,
+/// }
+///
+/// impl Observer for Scored {
+///     fn on(&mut self, event: &Event<'_>) {
+///         match event {
+///             Event::Started { stage, .. } => self.scoring = *stage == Stage::Score,
+///             Event::Advanced { images, .. } if self.scoring => self.images += images,
+///             _ => (),
+///         }
+///     }
+/// }
+///
+/// let mut scored = Scored::default();
+/// scored.on(&Event::Started { stage: Stage::Score, images: 2 });
+/// scored.on(&Event::Advanced { images: 2, loss: None });
+/// assert_eq!(scored.images, 2);
+/// ```
 pub trait Observer {
     /// Called for every event, on the thread that runs the stage.
     fn on(&mut self, event: &Event<'_>);

@@ -65,6 +65,42 @@ pub enum Split {
 }
 
 /// Images in a fixed order, with the classes of the objects they show where these are known.
+///
+/// ```
+/// use std::borrow::Cow;
+/// use defend_data::{ClassId, Dataset, Error};
+/// use image::RgbImage;
+///
+/// /// Grey images, one for each level.
+/// struct Greys;
+///
+/// impl Dataset for Greys {
+///     fn len(&self) -> usize {
+///         256
+///     }
+///
+///     fn name(&self, index: usize) -> Cow<'_, str> {
+///         format!("grey {index}").into()
+///     }
+///
+///     fn image(&self, index: usize) -> Result<RgbImage, Error> {
+///         let level = u8::try_from(index).map_err(|_| Error::Index { index, len: 256 })?;
+///         Ok(RgbImage::from_pixel(32, 32, image::Rgb([level; 3])))
+///     }
+///
+///     fn classes(&self, _: usize) -> &[ClassId] {
+///         &[]
+///     }
+///
+///     fn class_names(&self) -> &[String] {
+///         &[]
+///     }
+/// }
+///
+/// assert_eq!(Greys.image(7)?.get_pixel(0, 0).0, [7, 7, 7]);
+/// assert!(Greys.image(256).is_err());
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Dataset: Send + Sync {
     /// Number of images.
     fn len(&self) -> usize;

@@ -22,6 +22,22 @@ impl Label {
 }
 
 /// A rule that tells normal from abnormal images by the objects they show.
+///
+/// ```
+/// use defend_data::{ClassId, Label, Protocol};
+///
+/// /// Normal is what shows nothing but one class.
+/// struct Alone(ClassId);
+///
+/// impl Protocol for Alone {
+///     fn label(&self, classes: &[ClassId]) -> Label {
+///         if classes == [self.0] { Label::Normal } else { Label::Abnormal }
+///     }
+/// }
+///
+/// assert_eq!(Alone(ClassId(2)).label(&[ClassId(2)]), Label::Normal);
+/// assert_eq!(Alone(ClassId(2)).label(&[ClassId(1), ClassId(2)]), Label::Abnormal);
+/// ```
 pub trait Protocol {
     /// The truth about an image that shows objects of `classes`.
     fn label(&self, classes: &[ClassId]) -> Label;

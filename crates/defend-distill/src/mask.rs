@@ -9,6 +9,30 @@ use serde::{Deserialize, Serialize};
 use crate::Error;
 
 /// Role: chooses the kept patches of each image from the teacher's CLS attention.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use defend_distill::{Error, MaskPolicy};
+/// use defend_nn::Rng;
+/// use defend_vit::{Grid, TokenSet};
+///
+/// /// The student sees the upper half.
+/// struct UpperHalf;
+///
+/// impl MaskPolicy for UpperHalf {
+///     fn keep(&self, attention: &Tensor, grid: Grid, _: &mut Rng) -> Result<Option<TokenSet>, Error> {
+///         let kept: Vec<u32> = (0..grid.patches() as u32 / 2).collect();
+///         let rows = vec![kept; attention.dim(0)?];
+///         Ok(Some(TokenSet::from_rows(&rows, grid, attention.device())?))
+///     }
+/// }
+///
+/// let grid = Grid { rows: 2, columns: 3 };
+/// let attention = Tensor::ones((4, 6), DType::F32, &Device::Cpu)?;
+/// let kept = UpperHalf.keep(&attention, grid, &mut Rng::seed(0))?;
+/// assert_eq!(kept.map(|set| set.indices().dims().to_vec()), Some(vec![4, 3]));
+/// # Ok::<(), Error>(())
+/// ```
 pub trait MaskPolicy: Send + Sync {
     /// `attention`: mean over heads, `[B, N]`, on `grid`; `None` keeps every patch.
     ///

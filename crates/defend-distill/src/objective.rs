@@ -7,6 +7,25 @@ use serde::{Deserialize, Serialize};
 use crate::Error;
 
 /// Role: how far a student's features are from the teacher's.
+///
+/// ```
+/// use candle_core::{D, Device, Tensor};
+/// use defend_distill::{DistillObjective, Error};
+///
+/// /// Largest difference of a channel.
+/// struct Largest;
+///
+/// impl DistillObjective for Largest {
+///     fn distances(&self, teacher: &Tensor, student: &Tensor) -> Result<Tensor, Error> {
+///         Ok((teacher - student)?.abs()?.max(D::Minus1)?)
+///     }
+/// }
+///
+/// let teacher = Tensor::new(&[[1f32, 2.0], [3.0, 4.0]], &Device::Cpu)?;
+/// let student = Tensor::new(&[[1f32, 5.0], [2.0, 4.0]], &Device::Cpu)?;
+/// assert_eq!(Largest.distances(&teacher, &student)?.to_vec1::<f32>()?, [3.0, 1.0]);
+/// # Ok::<(), Error>(())
+/// ```
 pub trait DistillObjective: Send + Sync {
     /// One distance a vector, differentiable with respect to the student.
     ///

@@ -49,6 +49,20 @@ pub fn discrepancy(
 }
 
 /// Role: one number for an image, larger for more novel.
+///
+/// ```
+/// use defend_distill::{Discrepancy, Error, Score};
+///
+/// /// The distance of the CLS token alone.
+/// struct Cls;
+///
+/// impl Score for Cls {
+///     fn score(&self, found: &Discrepancy) -> Result<Vec<f32>, Error> {
+///         Ok(found.cls.to_vec1()?)
+///     }
+/// }
+/// # let _: &dyn Score = &Cls;
+/// ```
 pub trait Score: Send + Sync {
     /// One score an image.
     ///

@@ -5,6 +5,29 @@ use ndarray::{Array1, ArrayView1};
 use crate::{Error, sweep::Sweep};
 
 /// A figure of merit of novelty scores.
+///
+/// ```
+/// use defend_metrics::{Error, Metric};
+/// use ndarray::{ArrayView1, array};
+///
+/// /// Share of the images whose score is on the right side of 0.5.
+/// struct Accuracy;
+///
+/// impl Metric for Accuracy {
+///     fn name(&self) -> &str {
+///         "accuracy"
+///     }
+///
+///     fn evaluate(&self, scores: ArrayView1<'_, f64>, abnormal: ArrayView1<'_, bool>) -> Result<f64, Error> {
+///         let right = scores.iter().zip(&abnormal).filter(|(score, abnormal)| (**score > 0.5) == **abnormal);
+///         Ok(right.count() as f64 / scores.len() as f64)
+///     }
+/// }
+///
+/// let (scores, abnormal) = (array![0.1, 0.9, 0.7, 0.2], array![false, true, false, false]);
+/// assert_eq!(Accuracy.evaluate(scores.view(), abnormal.view())?, 0.75);
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Metric {
     /// Name as it stands in the head of a table.
     fn name(&self) -> &str;

@@ -26,6 +26,26 @@ pub use sinkhorn::SinkhornKnopp;
 use candle_core::Tensor;
 
 /// Role: turns scores of R features against K prototypes into assignments.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use defend_ot::{Assigner, Error};
+///
+/// /// Each patch to its nearest prototype, without any balance.
+/// struct Nearest;
+///
+/// impl Assigner for Nearest {
+///     fn assign(&self, scores: &Tensor) -> Result<Tensor, Error> {
+///         let largest = scores.max_keepdim(1)?;
+///         let first = scores.broadcast_eq(&largest)?.to_dtype(scores.dtype())?;
+///         Ok(first.broadcast_div(&first.sum_keepdim(1)?)?)
+///     }
+/// }
+///
+/// let scores = Tensor::new(&[[0.9f32, 0.1], [0.2, 0.3]], &Device::Cpu)?;
+/// assert_eq!(Nearest.assign(&scores)?.to_vec2::<f32>()?, [[1.0, 0.0], [0.0, 1.0]]);
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Assigner: Send + Sync {
     /// `scores`: `[R, K]`, larger is nearer; returns `[R, K]`, non-negative rows that sum to one, without
     /// a gradient.

@@ -109,7 +109,7 @@ impl Vit {
     /// Builds a backbone from weights with timm's tensor names.
     ///
     /// A classification head in the file is read when the spec has classes. A frozen backbone computes as
-    /// [`BackboneSpec::arithmetic`] says, one with anything that trains in `f32`.
+    /// [`BackboneSpec::compute_precision`] says, one with anything that trains in `f32`.
     ///
     /// # Errors
     /// [`Error::Config`] for an impossible spec or scope, and the errors of [`Weights::take`] and

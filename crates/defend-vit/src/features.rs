@@ -163,6 +163,33 @@ impl TokenSet {
 /// Role: a frozen network that gives tokens of any of its blocks.
 ///
 /// This is all that the closed-form student needs of a teacher, so vision models without CLS attention can have it too.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use defend_nn::{Rng, normal};
+/// use defend_vit::{Architecture, BackboneSpec, Encoder, Error, Layer, Vit};
+///
+/// /// Any encoder, which sees mirrored images.
+/// struct Mirrored<E>(E);
+///
+/// impl<E: Encoder> Encoder for Mirrored<E> {
+///     fn spec(&self) -> &BackboneSpec {
+///         self.0.spec()
+///     }
+///
+///     fn intermediates(&self, images: &Tensor, blocks: &[usize]) -> Result<Vec<Layer>, Error> {
+///         self.0.intermediates(&images.flip(&[3])?, blocks)
+///     }
+/// }
+///
+/// let architecture = Architecture { image_size: 16, patch_size: 8, width: 12, depth: 2, heads: 2, mlp_width: 24, ..Architecture::vit_tiny() };
+/// let mut rng = Rng::seed(0);
+/// let vit = Vit::random(BackboneSpec::new(architecture), 0.0, &mut rng, &Device::Cpu)?;
+/// let images = normal((3, 3, 16, 16), 1.0, &mut rng, &Device::Cpu)?;
+/// let layers = Mirrored(vit).intermediates(&images, &[1])?;
+/// assert_eq!((layers[0].cls.dims(), layers[0].patches.dims()), (&[3, 12][..], &[3, 4, 12][..]));
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Encoder: Send + Sync {
     /// Architecture and preprocessing.
     fn spec(&self) -> &BackboneSpec;
@@ -263,6 +290,27 @@ pub trait Trainable: Backbone {
 }
 
 /// Role: normalised images by index, for training loops.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use defend_vit::{Error, ImageSource};
+///
+/// /// Images that are made when they are asked for.
+/// struct Blank;
+///
+/// impl ImageSource for Blank {
+///     fn len(&self) -> usize {
+///         100
+///     }
+///
+///     fn images(&self, indices: &[usize]) -> Result<Tensor, Error> {
+///         Ok(Tensor::zeros((indices.len(), 3, 32, 32), DType::F32, &Device::Cpu)?)
+///     }
+/// }
+///
+/// assert_eq!(Blank.images(&[4, 9])?.dims(), [2, 3, 32, 32]);
+/// # Ok::<(), Error>(())
+/// ```
 pub trait ImageSource {
     /// Number of images.
     fn len(&self) -> usize;

@@ -70,7 +70,7 @@ fn queries_keys_values(
 }
 
 /// Runs the block on `x` `[B T, D]`; with `cls_attention` `[B, h, T - 1]`, the first token's attention to the others
-/// goes there; `save` keeps what [`backward`] needs.
+/// goes there; `save` keeps what [`super::backward`] needs.
 pub fn forward(
     shape: Shape<'_>,
     weights: Weights<'_>,
