@@ -309,7 +309,7 @@ mod tests {
         assert!(read(&objects).is_ok());
         let cropped = "fit = { center-crop = { crop_pct = 0.9 } }\nbackbone";
         let error = read(&objects.replace("backbone", cropped)).unwrap_err();
-        assert!(error.to_string().contains("needs fit"), "{error}");
+        assert!(error.to_string().contains("needs resize_mode"), "{error}");
         fails("share = 0.01", "shares = 0.01", "shares");
         fails(
             "seeds = [0]",
