@@ -9,6 +9,7 @@
 mod config;
 mod data;
 mod error;
+mod group;
 mod objects;
 mod page;
 mod pixels;

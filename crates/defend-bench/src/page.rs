@@ -9,7 +9,7 @@ use defend_core::data::Dataset;
 use defend_core::overlay;
 use image::imageops::{FilterType, resize};
 
-use crate::report::{Group, histogram_name, plot_name, run_name};
+use crate::group::{Group, histogram_name, plot_name, run_name};
 use crate::{Error, Record, Table};
 
 /// Side of an image on the page, pixels.
