@@ -95,6 +95,12 @@ impl Roles {
             ("score", self.score.is_some()),
         ]
     }
+
+    /// The roles that custom parts have.
+    pub(crate) fn custom(&self) -> Vec<&'static str> {
+        let taken = self.taken().into_iter().filter(|(_, taken)| *taken);
+        taken.map(|(role, _)| role).collect()
+    }
 }
 
 /// Where the training stages of a fit are saved while they run, and how often.

@@ -81,8 +81,7 @@ impl DefendBuilder {
         )?;
         let abnormal = self.abnormal.take();
         let mut stages = self.stages(Arc::new(normal), &teacher, observer)?;
-        let custom = self.roles.taken().into_iter().filter(|(_, taken)| *taken);
-        let custom = custom.map(|(role, _)| role.to_owned()).collect();
+        let custom = self.roles.custom().into_iter().map(str::to_owned).collect();
         let dense = stages.tune(&teacher, self.roles.dense_objective.take())?;
         let (student, report, map_scale) = match stages.config.student.clone() {
             Student::ClosedForm(evidence) => {
@@ -98,15 +97,16 @@ impl DefendBuilder {
             preprocess: stages.preprocess.clone(),
             device: stages.device.clone(),
             calibration: None,
-            map_scale: map_scale.unwrap_or(MapScale {
+            map_scale: MapScale {
                 usual: Vec::new(),
                 span: 0.0,
-            }),
+            },
             custom_roles: custom,
         };
-        if detector.map_scale.usual.is_empty() {
-            detector.map_scale = map_scale_of(&detector, &stages.images)?;
-        }
+        detector.map_scale = match map_scale {
+            Some(scale) => scale,
+            None => map_scale_of(&detector, &stages.images)?,
+        };
         let mut skipped = stages.images.skipped().to_vec();
         skipped.extend(finish(
             &mut detector,
@@ -140,10 +140,9 @@ impl DefendBuilder {
             observer,
         )?;
         let saving = self.checkpoints.clone();
-        let roles = self.roles.taken().into_iter().filter(|(_, taken)| *taken);
         let parts = format!(
             "custom {:?}, kept features {:?}, on {:?}",
-            roles.map(|(role, _)| role).collect::<Vec<_>>(),
+            self.roles.custom(),
             self.features.as_ref().map(|(_, precision)| precision),
             self.device.location()
         );

@@ -1,8 +1,5 @@
 //! Where a fit is saved while it trains.
 
-use std::path::PathBuf;
-use std::time::Duration;
-
 use defend_train::Checkpoints;
 use defend_vit::ImageSource;
 
@@ -12,9 +9,7 @@ use crate::{DefendConfig, Error, ResizedImages, TeacherIdentity};
 
 /// A folder of checkpoints, one for each stage, and all that the bits of a fit depend on.
 pub(crate) struct Saving {
-    folder: PathBuf,
-    every: Duration,
-    resume: bool,
+    place: FitCheckpoints,
     run: String,
 }
 
@@ -47,19 +42,14 @@ impl Saving {
             images.len(),
             names.finalize().to_hex()
         );
-        Ok(Self {
-            folder: place.folder,
-            every: place.every,
-            resume: place.resume,
-            run,
-        })
+        Ok(Self { place, run })
     }
 
     /// The checkpoints of a stage.
     pub(crate) fn stage(&self, name: &str) -> Checkpoints {
-        let path = self.folder.join(format!("{name}.checkpoint"));
+        let path = self.place.folder.join(format!("{name}.checkpoint"));
         Checkpoints::new(path, format!("{name}: {}", self.run))
-            .every(self.every)
-            .resuming(self.resume)
+            .every(self.place.every)
+            .resuming(self.place.resume)
     }
 }

@@ -3,7 +3,7 @@
 //! [`defend_vit::Vit`] reads the same weights and gives more: these are for comparison.
 
 use candle_core::{DType, Device, Tensor};
-use candle_nn::Module;
+use candle_nn::{Module, VarBuilder};
 use candle_transformers::models::{dinov2, dinov2reg4};
 use defend_vit::{Architecture, BackboneSpec, Encoder, Error, Layer, Normalization};
 
@@ -16,37 +16,52 @@ const PATCH_SIZE: usize = 14;
 const CLASSES: usize = 1000;
 const CLASSES_WITH_REGISTERS: usize = 7806;
 
-fn spec(files: &ModelFiles, depth: usize, width: usize, patch_size: usize) -> BackboneSpec {
+/// What both types are made of: a specification, and the tensors with a head that hands on the first channels of its `inputs`, since
+/// candle's types show their CLS token through it alone.
+fn prepared(
+    files: &ModelFiles,
+    [depth, width, heads]: [usize; 3],
+    patch_size: usize,
+    [classes, inputs]: [usize; 2],
+    device: &Device,
+) -> Result<(BackboneSpec, VarBuilder<'static>), Error> {
+    if width > classes {
+        return Err(Error::Config {
+            origin: files.name().to_owned(),
+            reason: format!(
+                "width {width}, expected at most {classes}: candle's type shows no more of its CLS token"
+            ),
+        });
+    }
     let architecture = Architecture {
         image_size: IMAGE_SIZE,
         patch_size,
         width,
         depth,
-        heads: width / 64,
+        heads,
         mlp_width: 4 * width,
         layer_scale: true,
         ..Architecture::vit_base()
     };
     let spec = BackboneSpec::new(architecture);
-    named(spec, files.name(), Normalization::IMAGENET)
-}
-
-/// A head that hands on the first `width` of its inputs, `[classes, inputs]`: candle's types show their CLS token through it alone.
-fn identity(classes: usize, width: usize, inputs: usize, device: &Device) -> Result<Tensor, Error> {
-    let mut values = vec![0f32; classes * inputs];
+    let spec = named(spec, files.name(), Normalization::IMAGENET);
+    spec.validate()?;
+    let mut identity = vec![0f32; classes * inputs];
     for i in 0..width {
-        values[i * inputs + i] = 1.0;
+        identity[i * inputs + i] = 1.0;
     }
-    Ok(Tensor::from_vec(values, (classes, inputs), device)?)
+    let mut tensors = files.tensors(device)?;
+    let head = Tensor::from_vec(identity, (classes, inputs), device)?;
+    tensors.insert("head.weight".into(), head);
+    let bias = Tensor::zeros(classes, DType::F32, device)?;
+    tensors.insert("head.bias".into(), bias);
+    Ok((spec, builder(tensors, device)))
 }
 
-fn too_wide(files: &ModelFiles, width: usize, most: usize) -> Error {
-    Error::Config {
-        origin: files.name().to_owned(),
-        reason: format!(
-            "width {width}, expected at most {most}: candle's type shows no more of its CLS token"
-        ),
-    }
+/// CLS tokens of the last block, `[B, width]`, image by image.
+fn cls_of(model: &dyn Module, images: &Tensor, width: usize) -> Result<Tensor, Error> {
+    let shown = each_image(images, |image| Ok(model.forward(image)?))?;
+    Ok(shown.narrow(1, 0, width)?.contiguous()?)
 }
 
 /// DINOv2 at 518 pixels: CLS and patch tokens of the last block. candle computes GELU by tanh and adds 1e-5 to the
@@ -67,20 +82,8 @@ impl DinoV2 {
         [depth, width, heads]: [usize; 3],
         device: &Device,
     ) -> Result<Self, Error> {
-        if width > CLASSES {
-            return Err(too_wide(files, width, CLASSES));
-        }
-        let mut spec = spec(files, depth, width, PATCH_SIZE);
-        spec.architecture.heads = heads;
-        spec.validate()?;
-        let mut tensors = files.tensors(device)?;
-        let head = identity(CLASSES, width, 2 * width, device)?;
-        tensors.insert("head.weight".into(), head);
-        tensors.insert(
-            "head.bias".into(),
-            Tensor::zeros(CLASSES, DType::F32, device)?,
-        );
-        let builder = builder(tensors, device);
+        let head = [CLASSES, 2 * width];
+        let (spec, builder) = prepared(files, [depth, width, heads], PATCH_SIZE, head, device)?;
         Ok(Self {
             model: dinov2::DinoVisionTransformer::new(builder, depth, width, heads)?,
             spec,
@@ -102,19 +105,14 @@ impl Encoder for DinoV2 {
         if blocks.is_empty() {
             return Ok(Vec::new());
         }
-        let cls = each_image(images, |image| Ok(self.model.forward(image)?))?;
+        let cls = cls_of(&self.model, images, self.spec.architecture.width)?;
         let patches = each_image(images, |image| {
             let found = self
                 .model
                 .get_intermediate_layers(image, blocks, false, false, true)?;
             Ok(found.get(0)?)
         })?;
-        Ok(vec![Layer {
-            cls: cls
-                .narrow(1, 0, self.spec.architecture.width)?
-                .contiguous()?,
-            patches,
-        }])
+        Ok(vec![Layer { cls, patches }])
     }
 }
 
@@ -135,19 +133,9 @@ impl DinoV2Registers {
         [depth, width, heads]: [usize; 3],
         device: &Device,
     ) -> Result<Self, Error> {
-        if width > CLASSES_WITH_REGISTERS {
-            return Err(too_wide(files, width, CLASSES_WITH_REGISTERS));
-        }
-        let mut spec = spec(files, depth, width, IMAGE_SIZE);
-        spec.architecture.heads = heads;
+        let head = [CLASSES_WITH_REGISTERS, width];
+        let (mut spec, builder) = prepared(files, [depth, width, heads], IMAGE_SIZE, head, device)?;
         spec.architecture.registers = 4;
-        spec.validate()?;
-        let mut tensors = files.tensors(device)?;
-        let head = identity(CLASSES_WITH_REGISTERS, width, width, device)?;
-        tensors.insert("head.weight".into(), head);
-        let bias = Tensor::zeros(CLASSES_WITH_REGISTERS, DType::F32, device)?;
-        tensors.insert("head.bias".into(), bias);
-        let builder = builder(tensors, device);
         Ok(Self {
             model: dinov2reg4::DinoVisionTransformer::new(builder, depth, width, heads)?,
             spec,
@@ -169,10 +157,7 @@ impl Encoder for DinoV2Registers {
         if blocks.is_empty() {
             return Ok(Vec::new());
         }
-        let cls = each_image(images, |image| Ok(self.model.forward(image)?))?;
-        let cls = cls
-            .narrow(1, 0, self.spec.architecture.width)?
-            .contiguous()?;
+        let cls = cls_of(&self.model, images, self.spec.architecture.width)?;
         Ok(vec![Layer {
             patches: cls.unsqueeze(1)?,
             cls,
