@@ -8,6 +8,7 @@
 //!
 //! A run that was stopped goes on with `--resume` and ends with the same bits.
 
+mod guide;
 mod views;
 
 use std::fmt::Write as _;
@@ -24,9 +25,13 @@ use defend_core::distill::{
 use defend_core::nn::Rng;
 use defend_core::prelude::*;
 use defend_core::train::{Checkpoints, Schedule, Training, TrainingStep};
-use defend_core::vit::{Backbone, Encoder, ImageSource, TrainScope, Trainable, Vit, weights_hash};
-use defend_core::{Event, Observer, Stage, preprocess_of};
+use defend_core::vit::{
+    Backbone, Encoder, ImageSource, TrainScope, Trainable, Vit, WeightPrecision, Weights,
+    weights_hash,
+};
+use defend_core::{Device, Event, Observer, Stage, preprocess_of};
 
+use guide::Guide;
 use views::{Photos, Views};
 
 #[global_allocator]
@@ -41,21 +46,30 @@ struct Arguments {
     /// Weight file or timm folder of the teacher.
     #[arg(long)]
     weights: PathBuf,
-    /// File to write, f16 safetensors.
+    /// File to write: safetensors with matrices in eight bits.
     #[arg(long)]
     out: PathBuf,
     /// Name that the weights carry.
     #[arg(long, default_value = "defend_tiny_patch16_224")]
     name: String,
+    /// Weights of an earlier run that the student starts from, in place of the teacher's.
+    #[arg(long)]
+    start: Option<PathBuf>,
     /// Blocks of the teacher that the student starts from.
     #[arg(long, value_delimiter = ',', default_value = "0,1,3,5,7,9,10,11")]
     blocks: Vec<usize>,
+    /// Blocks of the teacher, ascending, that the student's blocks before its last two are to give the tokens of.
+    #[arg(long, value_delimiter = ',')]
+    guides: Vec<usize>,
     /// Passes over the views.
     #[arg(long, default_value_t = 1)]
     epochs: usize,
     /// Share of the patches that are hidden from the student, 0 for none.
     #[arg(long, default_value_t = 0.0)]
     masked: f64,
+    /// Weight of the CLS tokens beside the patch tokens.
+    #[arg(long, default_value_t = 1.0)]
+    cls_weight: f64,
     /// Images a step.
     #[arg(long, default_value_t = 32)]
     batch_size: usize,
@@ -87,7 +101,7 @@ struct Arguments {
 
 impl Arguments {
     /// All that the bits of the run depend on.
-    fn run(&self, views: &Views, teacher: &Vit, used: &[Photos]) -> Result<String> {
+    fn run(&self, views: &Views, teacher: &Vit, student: &Vit, used: &[Photos]) -> Result<String> {
         let mut paths = Hasher::new();
         for set in used {
             for path in &set.paths {
@@ -96,19 +110,30 @@ impl Arguments {
             paths.update(&set.views.to_le_bytes());
         }
         Ok(format!(
-            "train_backbone: {} photos {}, {} views, {:?} blocks of {}, {} epochs of batches of {}, masked {}, rate {}, seed {}, held out {}",
+            "train_backbone: {} photos {}, {} views, student {} of {}, {} epochs of batches of {}, guides {:?}, masked {}, CLS {}, rate {}, seed {}, held out {}",
             views.photos(),
             paths.finalize().to_hex(),
             views.len(),
-            self.blocks,
+            weights_hash(student)?,
             weights_hash(teacher)?,
             self.epochs,
             self.batch_size,
+            self.guides,
             self.masked,
+            self.cls_weight,
             self.learning_rate,
             self.seed,
             self.held_out,
         ))
+    }
+
+    /// The network to train.
+    fn student(&self, teacher: &Vit, device: &Device) -> Result<Vit> {
+        let Some(start) = &self.start else {
+            return Ok(teacher.with_blocks(&self.blocks, &self.name)?);
+        };
+        let student = Pretrained::local(start).load(TrainScope::All, device)?;
+        Ok(student)
     }
 
     /// Photos to train on and photos that are held out, set by set.
@@ -137,8 +162,8 @@ impl Arguments {
                 0.0 => Mask::None,
                 ratio => Mask::Random { ratio },
             },
-            layers: LAYERS,
-            cls_weight: 1.0,
+            layers: LAYERS + self.guides.len(),
+            cls_weight: self.cls_weight,
             learning_rate: self.learning_rate,
             schedule: Schedule::Cosine {
                 warmup: 0.02,
@@ -156,14 +181,15 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let device = best_device();
     let teacher = Pretrained::local(&arguments.weights).load(TrainScope::Frozen, &device)?;
-    let teacher = teacher.with_layers(LAYERS)?;
+    let guide = Guide::new(teacher.copy(TrainScope::Frozen)?, &arguments.guides)?;
     let preprocess = preprocess_of(teacher.spec(), ResizeMode::Squash);
 
     let (used, held_out) = arguments.photos()?;
     let views = Views::read(&used, preprocess.clone(), arguments.seed, &device)?;
     ensure!(!views.is_empty(), "no photos left to train on");
 
-    let student = teacher.with_blocks(&arguments.blocks, &arguments.name)?;
+    let student = arguments.student(&teacher, &device)?;
+    let student = student.with_layers(LAYERS + arguments.guides.len())?;
     let parameters = student.parameters();
     let parameters: usize = parameters.iter().map(|(_, v)| v.elem_count()).sum();
     eprintln!(
@@ -171,11 +197,11 @@ fn main() -> Result<()> {
         views.photos(),
         views.len()
     );
-    let held_out = HeldOut::new(&held_out, &preprocess, &teacher, &device)?;
+    let held_out = HeldOut::new(&held_out, &preprocess, &guide, &device)?;
     eprintln!("before: {}", held_out.measure(&student)?);
 
     let config = arguments.config();
-    let run = arguments.run(&views, &teacher, &used)?;
+    let run = arguments.run(&views, &teacher, &student, &used)?;
     let checkpoints = arguments.checkpoint.as_ref().map(|path| {
         Checkpoints::new(path, run)
             .every(Duration::from_secs(arguments.every))
@@ -210,7 +236,7 @@ fn main() -> Result<()> {
         Rng::stream(arguments.seed, u64::MAX),
     );
     let roles = DistillRoles {
-        teacher: &teacher,
+        teacher: &guide,
         student: &student,
         mask: &config.mask.clone(),
         objective: &distance,
@@ -225,7 +251,14 @@ fn main() -> Result<()> {
         report.losses,
         held_out.measure(&student)?
     );
-    let bytes = student.to_safetensors(defend_core::DType::F16)?;
+    let student = student.with_layers(LAYERS)?;
+    let bytes = student.to_safetensors(WeightPrecision::Int8)?;
+    let weights = Weights::from_bytes(&bytes, &arguments.name)?;
+    let rounded = Vit::load(student.spec().clone(), weights, TrainScope::Frozen, &device)?;
+    eprintln!(
+        "in eight bits: {}",
+        held_out.measure(&rounded.with_layers(LAYERS)?)?
+    );
     std::fs::write(&arguments.out, bytes)?;
     Ok(())
 }
@@ -242,8 +275,8 @@ impl HeldOut {
     fn new(
         sets: &[Photos],
         preprocess: &defend_core::data::Preprocess,
-        teacher: &Vit,
-        device: &defend_core::Device,
+        teacher: &dyn Backbone,
+        device: &Device,
     ) -> Result<Self> {
         let paths: Vec<PathBuf> = sets.iter().flat_map(|set| set.paths.clone()).collect();
         let folder = ImageFolder::from_paths(paths);
@@ -296,7 +329,10 @@ impl HeldOut {
 }
 
 /// Patch tokens and CLS tokens of the last layers, last first.
-fn layers(network: &Vit, images: &defend_core::Tensor) -> Result<Vec<[defend_core::Tensor; 2]>> {
+fn layers(
+    network: &dyn Backbone,
+    images: &defend_core::Tensor,
+) -> Result<Vec<[defend_core::Tensor; 2]>> {
     let features = network.features(images)?;
     let last = [features.patches, features.cls];
     let earlier = features

@@ -30,6 +30,7 @@ mod feature_store;
 mod features;
 #[cfg(feature = "hub")]
 mod hub;
+mod int8;
 mod layout;
 mod local;
 mod model_config;
@@ -43,7 +44,7 @@ mod weights;
 pub use defend_nn::ops::ComputePrecision;
 
 pub use cached::{CacheConfig, Cached, Precision};
-pub use checkpoint::{Family, Pretrained};
+pub use checkpoint::{Family, Pretrained, WeightPrecision};
 pub use error::Error;
 pub use feature_store::weights_hash;
 pub use features::{

@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use safetensors::SafeTensors;
 
-use crate::Error;
+use crate::{Error, int8};
 
 /// The tensors of a weight file by name, as `f32` on the CPU, and the file's metadata.
 #[derive(Debug, Clone)]
@@ -33,7 +33,8 @@ impl Weights {
         Self::from_bytes(&bytes, &path.display().to_string())
     }
 
-    /// Reads safetensors content; `origin` names it in errors.
+    /// Reads safetensors content, matrices in eight bits ([`WeightPrecision::Int8`](crate::WeightPrecision::Int8)) as the values
+    /// that they stand for; `origin` names it in errors.
     ///
     /// # Errors
     /// [`Error::Damaged`] when the content is truncated or is no safetensors file.
@@ -43,12 +44,11 @@ impl Weights {
             reason: reason.to_string(),
         };
         // Checks that the tensors cover the content exactly: a truncated file fails here.
-        SafeTensors::deserialize(bytes).map_err(damaged)?;
+        let file = SafeTensors::deserialize(bytes).map_err(damaged)?;
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
-        let tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)?;
         Ok(Self {
             origin: origin.to_owned(),
-            tensors: to_f32(tensors)?,
+            tensors: int8::read_tensors(&file, origin)?,
             metadata: header.metadata().clone().unwrap_or_default(),
         })
     }

@@ -41,7 +41,7 @@ fn check(name: &str, vit: &Vit) -> Result<(), Error> {
     // What we save is read back the same, whatever the layout was.
     let saved = tempfile::tempdir().unwrap();
     let path = saved.path().join("own.safetensors");
-    std::fs::write(&path, vit.to_safetensors(candle_core::DType::F32)?).unwrap();
+    std::fs::write(&path, vit.to_safetensors(defend_vit::WeightPrecision::F32)?).unwrap();
     let again = Pretrained::local(path).load(TrainScope::Frozen, &Device::Cpu)?;
     assert_eq!(again.spec(), vit.spec());
     let again = again.features(&golden.get("images"))?;
