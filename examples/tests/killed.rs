@@ -1,18 +1,13 @@
-//! Training runs of real processes that are killed at any moment, and resumed: they end with the bytes of a run in peace.
+//! A backbone in training whose process is killed at any moment, and resumed: it ends with the bytes of a run in peace.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
 
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use defend_core::Device;
 use defend_core::nn::Rng;
 use defend_core::vit::{Architecture, BackboneSpec, Vit, WeightPrecision};
+use defend_testing::in_peace_and_killed;
 use image::{Rgb, RgbImage};
-use rand::RngExt;
-
-/// How often each run is killed.
-const KILLS: usize = 20;
 
 /// A backbone with random weights and 24 photos.
 fn backbone_and_photos(folder: &Path) {
@@ -41,57 +36,6 @@ fn backbone_and_photos(folder: &Path) {
     }
 }
 
-/// Runs a program, and kills it after `moment` if it is given. Whether it came to its end.
-fn run(program: &str, arguments: &[&str], folder: &Path, moment: Option<Duration>) -> bool {
-    let mut child = Command::new(program)
-        .args(arguments)
-        .current_dir(folder)
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    if let Some(moment) = moment {
-        std::thread::sleep(moment);
-        // On Unix this is SIGKILL: nothing in the program can catch it.
-        child.kill().unwrap();
-    }
-    let output = child.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        output.status.success() || output.status.code().is_none(),
-        "{arguments:?}: {said}"
-    );
-    output.status.success()
-}
-
-/// Runs to the end in peace, then again with [`KILLS`] kills, and gives both results.
-fn in_peace_and_killed(
-    program: &str,
-    arguments: &[&str],
-    checkpointing: &[&str],
-    folder: &Path,
-) -> [Vec<u8>; 2] {
-    let start = std::time::Instant::now();
-    let peace = [arguments, &["--out", "peace"]].concat();
-    assert!(run(program, &peace, folder, None));
-    let whole = start.elapsed();
-
-    let killed = [arguments, checkpointing, &["--out", "killed"]].concat();
-    let rng = &mut Rng::seed(7);
-    let mut kills = 0;
-    while kills < KILLS {
-        // Runs that go on need less and less time, so most are killed in their first part.
-        let share = rng.random_range(0.02..0.5);
-        if run(program, &killed, folder, Some(whole.mul_f64(share))) {
-            break;
-        }
-        kills += 1;
-    }
-    assert!(kills >= 3, "the run was too short to be killed: {kills}");
-    assert!(run(program, &killed, folder, None));
-    ["peace", "killed"].map(|name| std::fs::read(folder.join(name)).unwrap())
-}
-
 #[test]
 fn a_backbone_in_training() {
     let folder = tempfile::tempdir().unwrap();
@@ -107,35 +51,6 @@ fn a_backbone_in_training() {
     let checkpointing = ["--checkpoint=run.checkpoint", "--every=0", "--resume"];
     let [peace, killed] = in_peace_and_killed(
         env!("CARGO_BIN_EXE_train_backbone"),
-        &arguments,
-        &checkpointing,
-        folder.path(),
-    );
-    assert!(peace == killed);
-}
-
-#[test]
-fn a_fit_with_the_papers_recipe() {
-    let folder = tempfile::tempdir().unwrap();
-    backbone_and_photos(folder.path());
-    let settings = r#"{
-        "dense": {"epochs": 6, "batch_size": 8},
-        "student": {"masked": {"distill": {"epochs": 40, "batch_size": 8}}}
-    }"#;
-    std::fs::write(folder.path().join("settings.json"), settings).unwrap();
-    let arguments = [
-        "fit",
-        "--normal=photos",
-        "--backbone=teacher.safetensors",
-        "--config=settings.json",
-    ];
-    let checkpointing = [
-        "--checkpoints=checkpoints",
-        "--checkpoint-every=0",
-        "--resume",
-    ];
-    let [peace, killed] = in_peace_and_killed(
-        env!("CARGO_BIN_EXE_defend"),
         &arguments,
         &checkpointing,
         folder.path(),

@@ -3,9 +3,11 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 
+use defend_core::data::ImageFolder;
+use defend_core::{Defend, Silent, scan};
 use image::{Rgb, RgbImage};
 use serde_json::Value;
 
@@ -46,16 +48,6 @@ fn post(address: &str, body: &[u8]) -> (u16, Value) {
     (status, serde_json::from_str(json).unwrap())
 }
 
-fn defend(arguments: &[&str], folder: &Path) -> String {
-    let program = Command::new(env!("CARGO_BIN_EXE_defend"))
-        .args(arguments)
-        .current_dir(folder)
-        .output()
-        .unwrap();
-    assert!(program.status.success(), "{arguments:?}");
-    String::from_utf8(program.stdout).unwrap()
-}
-
 #[test]
 fn uploads_are_scored_as_files_are() {
     let folder = tempfile::tempdir().unwrap();
@@ -65,16 +57,17 @@ fn uploads_are_scored_as_files_are() {
         let path = at(&format!("normal/{number:02}.png"));
         stripes(7, number).save(path).unwrap();
     }
-    stripes(19, 3).save(at("new.png")).unwrap();
-    defend(
-        &["fit", "--normal", "normal", "--out", "model"],
-        folder.path(),
-    );
-    let lines = defend(
-        &["score", "--model", "model", "--format", "json", "new.png"],
-        folder.path(),
-    );
-    let expected: Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
+    std::fs::create_dir(at("new")).unwrap();
+    stripes(19, 3).save(at("new/0.png")).unwrap();
+    let normal = ImageFolder::open(at("normal")).unwrap();
+    let fitted = Defend::builder().fit(normal, &mut Silent).unwrap();
+    fitted.detector.save(at("model")).unwrap();
+    let new = ImageFolder::open(folder.path().join("new")).unwrap();
+    let expected = scan(&fitted.detector, Arc::new(new), &mut Silent).unwrap();
+    let expected = &expected.findings[0].novelty;
+    let nearest = expected.explanation.as_ref().unwrap().nearest[0]
+        .name
+        .clone();
 
     let mut server = Command::new(env!("CARGO_BIN_EXE_serve"))
         .args(["model", "127.0.0.1:0"])
@@ -88,7 +81,7 @@ fn uploads_are_scored_as_files_are() {
     BufReader::new(output).read_line(&mut line).unwrap();
     let address = line.trim().rsplit('/').next().unwrap().to_owned();
 
-    let upload = std::fs::read(at("new.png")).unwrap();
+    let upload = std::fs::read(at("new/0.png")).unwrap();
     let uploads: Vec<_> = (0..4)
         .map(|_| {
             let (address, upload) = (address.clone(), upload.clone());
@@ -98,8 +91,8 @@ fn uploads_are_scored_as_files_are() {
     for thread in uploads {
         let (status, found) = thread.join().unwrap();
         assert_eq!(status, 200, "{found}");
-        assert_eq!(found["score"], expected["score"]);
-        assert_eq!(found["nearest"], expected["nearest"]);
+        assert_eq!(found["score"].as_f64(), Some(expected.score));
+        assert_eq!(found["nearest"].as_str(), Some(&*nearest));
     }
     let (status, found) = post(&address, b"no image");
     assert_eq!(status, 422);

@@ -62,6 +62,23 @@ pub struct MapScale {
 }
 
 impl MapScale {
+    /// Centre of the patch that lies farthest above what is usual there, in shares of the image's width and height; the first of
+    /// equals. `None` for a map of another grid and one without numbers.
+    pub fn peak(&self, map: &PatchMap) -> Option<[f32; 2]> {
+        let Grid { rows, columns } = map.grid;
+        if map.values.len() != self.usual.len() || map.values.len() != rows * columns {
+            return None;
+        }
+        let above = map.values.iter().zip(&self.usual).map(|(v, u)| v - u);
+        let numbers = above.enumerate().filter(|(_, value)| !value.is_nan());
+        let (patch, _) = numbers.reduce(|best, next| if next.1 > best.1 { next } else { best })?;
+        let centre = |at: usize, of: usize| (at as f32 + 0.5) / of as f32;
+        Some([
+            centre(patch % columns, columns),
+            centre(patch / columns, rows),
+        ])
+    }
+
     /// The median of each patch over `maps` of one grid, and `headroom` times the 99th percentile of what lies above it.
     pub fn from_maps(maps: &[&PatchMap], headroom: f32) -> Self {
         let patches = maps.first().map_or(0, |map| map.values.len());
@@ -85,4 +102,29 @@ fn quantile(mut values: Vec<f32>, share: f64) -> f32 {
     values.sort_by(f32::total_cmp);
     let at = (share * values.len().saturating_sub(1) as f64).round() as usize;
     values.get(at).copied().unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peak_is_what_lies_farthest_above_the_usual() {
+        let grid = Grid {
+            rows: 2,
+            columns: 4,
+        };
+        let scale = MapScale {
+            usual: vec![9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0],
+            span: 1.0,
+        };
+        let values = vec![9.5, 1.0, 0.0, 0.0, f32::NAN, 0.0, 3.0, 2.0];
+        let map = PatchMap { grid, values };
+        assert_eq!(scale.peak(&map), Some([0.625, 0.75]));
+        let other = PatchMap {
+            values: vec![0.0; 4],
+            ..map
+        };
+        assert_eq!(scale.peak(&other), None);
+    }
 }

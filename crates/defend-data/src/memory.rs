@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use image::RgbImage;
 
-use crate::{ClassId, Dataset, Error, dataset::sample};
+use crate::{ClassId, Dataset, Error, ObjectBox, dataset::sample};
 
 /// Images held in memory, as rendered scenes and tests need them.
 #[derive(Debug, Clone, Default)]
@@ -18,6 +18,20 @@ struct Sample {
     name: String,
     image: RgbImage,
     classes: Vec<ClassId>,
+    boxes: Vec<ObjectBox>,
+}
+
+impl Sample {
+    fn new(name: String, image: RgbImage, mut classes: Vec<ClassId>) -> Self {
+        classes.sort_unstable();
+        classes.dedup();
+        Self {
+            name,
+            image,
+            classes,
+            boxes: Vec::new(),
+        }
+    }
 }
 
 impl Memory {
@@ -30,14 +44,20 @@ impl Memory {
     }
 
     /// Adds an image and the classes of the objects it shows, in any order.
-    pub fn push(&mut self, name: impl Into<String>, image: RgbImage, mut classes: Vec<ClassId>) {
-        classes.sort_unstable();
-        classes.dedup();
-        self.samples.push(Sample {
-            name: name.into(),
-            image,
-            classes,
-        });
+    pub fn push(&mut self, name: impl Into<String>, image: RgbImage, classes: Vec<ClassId>) {
+        self.samples.push(Sample::new(name.into(), image, classes));
+    }
+
+    /// Adds an image and a box around each of the objects it shows.
+    pub fn push_with_boxes(
+        &mut self,
+        name: impl Into<String>,
+        image: RgbImage,
+        boxes: Vec<ObjectBox>,
+    ) {
+        let classes = boxes.iter().map(|found| found.class).collect();
+        let sample = Sample::new(name.into(), image, classes);
+        self.samples.push(Sample { boxes, ..sample });
     }
 }
 
@@ -56,6 +76,10 @@ impl Dataset for Memory {
 
     fn classes(&self, index: usize) -> &[ClassId] {
         self.samples.get(index).map_or(&[], |s| &s.classes)
+    }
+
+    fn boxes(&self, index: usize) -> &[ObjectBox] {
+        self.samples.get(index).map_or(&[], |s| &s.boxes)
     }
 
     fn class_names(&self) -> &[String] {

@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use defend_data::{ClassId, Dataset, Memory};
+use defend_data::{ClassId, Dataset, Memory, ObjectBox};
 use defend_random::Rng;
 use rand::RngExt;
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
 
-use crate::{Error, Object, Scene, render};
+use crate::{Error, Object, Placed, Scene, render};
 
 /// What to render.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,8 +98,12 @@ impl SceneSet {
                 (0..count).into_par_iter().map(render_one).collect();
             let mut memory = Memory::new(Object::ALL.iter().map(|o| o.name().to_owned()).collect());
             for (i, scene) in scenes?.into_iter().enumerate() {
-                let classes = scene.objects.iter().map(|placed| class_of(placed.object));
-                memory.push(format!("{name}/{i:04}.png"), scene.image, classes.collect());
+                let boxes = scene
+                    .objects
+                    .iter()
+                    .map(|placed| object_box(placed, config.size));
+                let name = format!("{name}/{i:04}.png");
+                memory.push_with_boxes(name, scene.image, boxes.collect());
             }
             Ok(memory)
         };
@@ -139,6 +143,19 @@ impl SceneSet {
             }
         }
         Ok(())
+    }
+}
+
+/// The square that an object is drawn in.
+fn object_box(placed: &Placed, size: u32) -> ObjectBox {
+    let share = |at: f32| (at / size as f32).clamp(0.0, 1.0);
+    let [x, y] = placed.centre;
+    ObjectBox {
+        class: class_of(placed.object),
+        left: share(x - placed.radius),
+        top: share(y - placed.radius),
+        right: share(x + placed.radius),
+        bottom: share(y + placed.radius),
     }
 }
 
@@ -205,6 +222,44 @@ mod tests {
             assert!(set.test_normal.classes(i).contains(&normal));
             assert!(!set.test_abnormal.classes(i).contains(&normal));
             assert!(set.test_abnormal.classes(i).len() >= small().fewest);
+        }
+    }
+
+    #[test]
+    fn every_object_lies_in_its_box() {
+        let set = SceneSet::render(&small()).unwrap();
+        for i in 0..set.test_abnormal.len() {
+            let boxes = set.test_abnormal.boxes(i);
+            let classes: Vec<ClassId> = boxes.iter().map(|found| found.class).collect();
+            assert!(
+                set.test_abnormal
+                    .classes(i)
+                    .iter()
+                    .all(|c| classes.contains(c))
+            );
+            for found in boxes {
+                let (width, height) = (found.right - found.left, found.bottom - found.top);
+                assert!(width > 0.1 && width < 0.5 && (width - height).abs() < 1e-5);
+            }
+        }
+        // A single object against the same background without it: what differs lies in the box.
+        let render = |objects: &[Object]| render(objects, 128, &mut Rng::seed(5)).unwrap();
+        for object in Object::ALL {
+            let scene = render(&[object]);
+            let mut place = object_box(&scene.objects[0], 128);
+            // Tips may reach a pixel and a half beyond.
+            let margin = 1.5 / 128.0;
+            place.left -= margin;
+            place.top -= margin;
+            place.right += margin;
+            place.bottom += margin;
+            let bare = render(&[]);
+            for (x, y, pixel) in scene.image.enumerate_pixels() {
+                let (fx, fy) = ((x as f32 + 0.5) / 128.0, (y as f32 + 0.5) / 128.0);
+                let other = bare.image.get_pixel(x, y);
+                let far = pixel.0.iter().zip(other.0).any(|(a, b)| a.abs_diff(b) > 24);
+                assert!(!far || place.contains(fx, fy), "{object:?} at {x} {y}");
+            }
         }
     }
 

@@ -6,6 +6,10 @@
     clippy::missing_panics_doc
 )]
 
+mod killed;
+
+pub use killed::in_peace_and_killed;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 

@@ -1,9 +1,10 @@
 //! The main job on the command line: fit on normal images, calibrate, score, see where, evaluate.
 //!
-//! `cargo run --release --bin defend -- demo`
+//! `cargo run --release -p defend-cli -- demo`
 
 mod arguments;
 mod background;
+#[cfg(feature = "bench")]
 mod bench;
 mod calibrate;
 mod demo;
@@ -56,6 +57,7 @@ fn run(command: Command) -> Result<()> {
         Command::Score(arguments) => score::run(&arguments),
         Command::Evaluate(arguments) => evaluate::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
+        #[cfg(feature = "bench")]
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Settings(arguments) => {
             println!(

@@ -40,11 +40,13 @@ pub(crate) enum Command {
     /// Renders images of everyday objects and does the whole job on them.
     Demo(Demo),
     /// Runs a benchmark of data sets, protocols and methods, and makes its report.
+    #[cfg(feature = "bench")]
     Bench(Bench),
     /// Prints the settings of a recipe as JSON, to be changed and given to `fit --config`.
     Settings(Settings),
 }
 
+#[cfg(feature = "bench")]
 #[derive(Args)]
 pub(crate) struct Bench {
     /// What to run, as TOML; see examples/bench. Runs whose records are in its output folder are not repeated.

@@ -1,12 +1,13 @@
 //! `defend demo`: the whole job on images that it renders itself.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use defend_baselines::{MethodConfig, Teacher};
-use defend_core::data::{Dataset, ImageFolder};
+use defend_core::data::{ClassId, Dataset, ImageFolder};
 use defend_core::metrics::{FalseAlarmRate, auroc};
 use defend_core::vit::{CacheConfig, TrainScope};
 use defend_core::{Defend, DefendConfig, Detector, Device, Maps, ProgressBar, scan, scan_each};
@@ -32,7 +33,8 @@ pub(crate) fn run(arguments: &Demo) -> Result<()> {
         seed: arguments.seed,
         ..SceneConfig::default()
     };
-    SceneSet::render(&scenes)?.save(&images)?;
+    let rendered = SceneSet::render(&scenes)?;
+    rendered.save(&images)?;
     println!(
         "{}: rendered {} images of several objects each; normal = a {} is among them",
         images.display(),
@@ -63,11 +65,52 @@ pub(crate) fn run(arguments: &Demo) -> Result<()> {
     evaluate(&detector, &test, first_abnormal, true, &mut bar)?.print();
     print_references(folder("train")?, &test, first_abnormal, &device, &mut bar)?;
 
+    let pointing = Pointing::measure(&detector, rendered, &mut bar)?;
+    println!(
+        "maps point at it: in {} of {} abnormal images the largest value lies inside the box of a novel object ({:.0} %)",
+        pointing.inside,
+        pointing.images,
+        100.0 * pointing.inside as f64 / pointing.images as f64
+    );
     let maps = arguments.out.join("maps");
     write_overlays(&detector, &images, &maps)?;
     println!("{}: where the novelty is, image by image", maps.display());
     println!("done in {:.0} s", start.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// How often the largest value of a map lies in the box of an object that no normal image shows.
+struct Pointing {
+    inside: usize,
+    images: usize,
+}
+
+impl Pointing {
+    fn measure(detector: &Detector, scenes: SceneSet, bar: &mut ProgressBar) -> Result<Self> {
+        let normal = &scenes.train;
+        let known: HashSet<ClassId> = (0..normal.len())
+            .flat_map(|i| normal.classes(i).iter().copied())
+            .collect();
+        let abnormal: Arc<dyn Dataset> = Arc::new(scenes.test_abnormal);
+        let mut found = Self {
+            inside: 0,
+            images: 0,
+        };
+        scan_each::<anyhow::Error>(detector, &abnormal, Maps::Wanted, bar, &mut |outcome| {
+            let Ok((finding, _)) = outcome else {
+                return Ok(());
+            };
+            let map = finding.novelty.map.as_ref();
+            if let Some([x, y]) = map.and_then(|map| detector.map_scale().peak(map)) {
+                let boxes = abnormal.boxes(finding.index).iter();
+                let mut novel = boxes.filter(|object| !known.contains(&object.class));
+                found.inside += usize::from(novel.any(|object| object.contains(x, y)));
+                found.images += 1;
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
 }
 
 fn object(name: &str) -> Result<Object> {
