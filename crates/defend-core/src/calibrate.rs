@@ -1,42 +1,85 @@
 //! How a detector gets its threshold, and what it decides.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::Tensor;
 use defend_data::Dataset;
+use defend_evidence::Embeddings;
 use defend_metrics::Error::{Empty, TooFewForRate};
-use defend_metrics::{FalseAlarmRate, Threshold, threshold_for};
+use defend_metrics::{Promise, Threshold, threshold_for};
 use ndarray::ArrayView1;
 
 use crate::calibration::{Calibration, CalibrationSource};
-use crate::{Detector, Error, Novelty, Observer, Scan, Verdict, scan};
+use crate::detector::StudentStage;
+use crate::scan::{ScoredBy, scan_all};
+use crate::{Detector, Error, Maps, Novelty, Observer, Scan, Verdict};
 
 impl Detector {
-    /// Chooses the threshold from held-out normal images such that at most the given share of normal
-    /// images is called novel, on average over such samples.
+    /// Chooses the threshold from held-out normal images such that at most the given share of normal images is called novel: on
+    /// average over such samples for a [`FalseAlarmRate`](defend_metrics::FalseAlarmRate), or with confidence.
     ///
-    /// An earlier calibration stays when this one fails.
+    /// Near copies among them count once. They must not be images that were fitted on: with the closed form those are found and
+    /// refused. An earlier calibration stays when this one fails.
     ///
     /// # Errors
-    /// [`Error::NoImages`] when nothing is readable; [`Error::Metrics`] when there are too few images for
-    /// the rate, naming the number that is needed.
+    /// [`Error::NoImages`] when nothing is readable; [`Error::FittedOn`]; [`Error::Metrics`] when there are too few images for
+    /// the promise, naming the number that is needed.
     pub fn calibrate(
         &mut self,
         held_out: impl Dataset + 'static,
-        rate: FalseAlarmRate,
+        promise: impl Into<Promise>,
         observer: &mut dyn Observer,
     ) -> Result<Scan, Error> {
         let tried = held_out.len();
-        let scan = scan(self, held_out, observer)?;
-        let scores = scan.scores();
+        let held_out: Arc<dyn Dataset> = Arc::new(held_out);
+        let (scan, embeddings) = self.scan_keeping_embeddings(&held_out, observer)?;
+        let mut scores = scan.scores();
         if scores.is_empty() {
             return Err(Error::no_images(tried, &scan.skipped));
         }
-        let threshold = threshold_for(ArrayView1::from(&scores), rate)?;
-        self.calibration = Some(Calibration {
-            threshold: threshold.get(),
-            false_alarm_rate: rate.get(),
-            images: scores.len(),
-            source: CalibrationSource::HeldOut,
-        });
+        if let (StudentStage::ClosedForm(closed), Some(embeddings)) = (&self.student, embeddings) {
+            if let Some(image) = closed.evidence.first_known(&embeddings)? {
+                let found = scan.findings.get(image);
+                return Err(Error::FittedOn {
+                    name: found.map_or_else(String::new, |f| f.name.clone()),
+                });
+            }
+            let groups = closed.evidence.near_copies(&embeddings)?;
+            let leaders = groups.leaders.iter();
+            scores = leaders.filter_map(|&i| scores.get(i).copied()).collect();
+        }
+        let found = calibration(scores, promise.into(), CalibrationSource::HeldOut)?;
+        self.calibration = Some(found);
         Ok(scan)
+    }
+
+    /// Scores images, without maps, and gives their embeddings too, for the closed form; memory grows with the images, about 5 KB each.
+    pub(crate) fn scan_keeping_embeddings(
+        &self,
+        images: &Arc<dyn Dataset>,
+        observer: &mut dyn Observer,
+    ) -> Result<(Scan, Option<Embeddings>), Error> {
+        let kept: Mutex<Vec<Embeddings>> = Mutex::new(Vec::new());
+        let keeping = ScoredBy {
+            detector: self,
+            score: |images: &Tensor| {
+                let (mut novelties, embeddings) = self.checked_score(images, false)?;
+                for novelty in &mut novelties {
+                    novelty.map = None;
+                }
+                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                kept.extend(embeddings);
+                Ok(novelties)
+            },
+        };
+        let scan = scan_all(&keeping, images, Maps::Free, observer)?;
+        let kept = kept.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let embeddings = if kept.is_empty() {
+            None
+        } else {
+            Some(Embeddings::joined(&kept)?)
+        };
+        Ok((scan, embeddings))
     }
 
     /// Chooses the threshold from the left-out scores of the normal images that were fitted on, near copies counted once.
@@ -47,7 +90,10 @@ impl Detector {
     /// # Errors
     /// [`Error::Config`] for a masked student, which has no such scores; [`Error::Metrics`] when there are too few
     /// images for the rate, naming the number that is needed.
-    pub fn calibrate_on_left_out(&mut self, rate: FalseAlarmRate) -> Result<&Calibration, Error> {
+    pub fn calibrate_on_left_out(
+        &mut self,
+        promise: impl Into<Promise>,
+    ) -> Result<&Calibration, Error> {
         let Some(evidence) = self.evidence() else {
             return Err(Error::Config {
                 field: "student",
@@ -57,20 +103,17 @@ impl Detector {
                     .into(),
             });
         };
-        let scores = evidence.left_out();
-        let threshold = threshold_for(ArrayView1::from(scores), rate)?;
-        let calibration = Calibration {
-            threshold: threshold.get(),
-            false_alarm_rate: rate.get(),
-            images: scores.len(),
-            source: CalibrationSource::LeftOut,
-        };
-        Ok(self.calibration.insert(calibration))
+        let scores = evidence.left_out().to_vec();
+        let found = calibration(scores, promise.into(), CalibrationSource::LeftOut)?;
+        Ok(self.calibration.insert(found))
     }
 
     /// As [`Detector::calibrate_on_left_out`]; whether there were enough images for the rate. If not, the calibration stays.
-    pub(crate) fn calibrate_if_enough(&mut self, rate: FalseAlarmRate) -> Result<bool, Error> {
-        match self.calibrate_on_left_out(rate) {
+    pub(crate) fn calibrate_if_enough(
+        &mut self,
+        promise: impl Into<Promise>,
+    ) -> Result<bool, Error> {
+        match self.calibrate_on_left_out(promise) {
             Ok(_) => Ok(true),
             Err(Error::Metrics(TooFewForRate { .. } | Empty { .. })) => Ok(false),
             Err(error) => Err(error),
@@ -84,9 +127,10 @@ impl Detector {
 
     /// Adds the verdicts, where there is a threshold.
     pub(crate) fn decide(&self, novelties: &mut [Novelty]) -> Result<(), Error> {
-        if let Some(calibration) = self.calibration {
+        if let Some(calibration) = &self.calibration {
             let threshold = Threshold::new(calibration.threshold)?;
             for novelty in novelties {
+                novelty.p_value = calibration.p_value(novelty.score);
                 novelty.verdict = Some(if threshold.is_novel(novelty.score) {
                     Verdict::Novel
                 } else {
@@ -96,4 +140,25 @@ impl Detector {
         }
         Ok(())
     }
+}
+
+/// The threshold that keeps a promise, from scores of normal images.
+fn calibration(
+    mut scores: Vec<f64>,
+    promise: Promise,
+    source: CalibrationSource,
+) -> Result<Calibration, Error> {
+    let threshold = threshold_for(ArrayView1::from(&scores), promise)?;
+    scores.sort_by(f64::total_cmp);
+    Ok(Calibration {
+        threshold: threshold.get(),
+        false_alarm_rate: promise.rate().get(),
+        confidence: match promise {
+            Promise::OnAverage(_) => None,
+            Promise::WithConfidence { confidence, .. } => Some(confidence),
+        },
+        images: scores.len(),
+        scores,
+        source,
+    })
 }

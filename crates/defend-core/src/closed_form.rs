@@ -65,6 +65,7 @@ impl ClosedFormStudent {
         let novelties = judged.map(|(judgement, map)| Novelty {
             score: judgement.score,
             verdict: None,
+            p_value: None,
             map: map.map(|values| PatchMap { grid, values }),
             explanation: Some(Explanation {
                 posterior: judgement.posterior,

@@ -96,6 +96,14 @@ pub enum Error {
         /// The teacher of the fit.
         teacher: String,
     },
+    /// An image was given to calibrate on that the detector was fitted on.
+    #[error(
+        "{name} is one of the normal images that were fitted on: their scores say nothing of new images; calibrate on others"
+    )]
+    FittedOn {
+        /// Name of the image.
+        name: String,
+    },
     /// An image was given as abnormal that the detector was fitted on as normal.
     #[error("{name} is one of the normal images that were fitted on, expected an abnormal one")]
     AlsoNormal {

@@ -22,6 +22,9 @@ pub struct Novelty {
     pub score: f64,
     /// The decision, where the detector has a threshold.
     pub verdict: Option<Verdict>,
+    /// Share of normal images that score at least as high ([`Calibration::p_value`](crate::Calibration::p_value)), where the detector
+    /// is calibrated.
+    pub p_value: Option<f64>,
     /// Where the novelty is, for detectors that know, when it was asked for.
     pub map: Option<PatchMap>,
     /// What the score is made of, for the closed form.
@@ -34,6 +37,7 @@ impl Novelty {
         Self {
             score,
             verdict: None,
+            p_value: None,
             map: None,
             explanation: None,
         }

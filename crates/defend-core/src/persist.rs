@@ -150,7 +150,7 @@ impl Detector {
             teacher: self.teacher().spec().clone(),
             student,
             preprocess: self.preprocess.clone(),
-            calibration: self.calibration,
+            calibration: self.calibration.clone(),
             map_scale: self.map_scale.clone(),
             custom_roles: self.custom_roles.clone(),
         };

@@ -102,7 +102,7 @@ pub fn scan_with_maps(
     scan_all(detector, &images, Maps::Wanted, observer)
 }
 
-fn scan_all(
+pub(crate) fn scan_all(
     detector: &dyn NoveltyDetector,
     images: &Arc<dyn Dataset>,
     maps: Maps,

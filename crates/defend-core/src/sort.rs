@@ -1,16 +1,14 @@
 //! Scoring a folder as a whole.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use candle_core::Tensor;
 use defend_data::Dataset;
-use defend_evidence::{Embeddings, Share};
+use defend_evidence::Share;
 use defend_metrics::{FalseAlarmRate, threshold_for};
 use ndarray::ArrayView1;
 use serde::{Deserialize, Serialize};
 
-use crate::scan::ScoredBy;
-use crate::{Detector, Error, Finding, Maps, Observer, Skipped, Verdict, scan_each};
+use crate::{Detector, Error, Finding, Observer, Scan, Skipped, Verdict};
 
 /// Where an image belongs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,32 +65,11 @@ pub fn sort(
 ) -> Result<Sorted, Error> {
     let closed = detector.closed_form()?;
     let images: Arc<dyn Dataset> = Arc::new(images);
-    let kept: Mutex<Vec<Embeddings>> = Mutex::new(Vec::new());
-    let keeping = ScoredBy {
-        detector,
-        score: |images: &Tensor| {
-            let (novelties, embeddings) = detector.checked_score(images, false)?;
-            let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-            kept.extend(embeddings);
-            Ok(novelties)
-        },
-    };
-    let (mut findings, mut skipped) = (Vec::new(), Vec::new());
-    scan_each::<Error>(&keeping, &images, Maps::Free, observer, &mut |outcome| {
-        match outcome {
-            Ok((mut finding, _)) => {
-                finding.novelty.map = None;
-                findings.push(finding);
-            }
-            Err(failure) => skipped.push(Skipped::from(failure)),
-        }
-        Ok(())
-    })?;
-    if findings.is_empty() {
+    let (scan, embeddings) = detector.scan_keeping_embeddings(&images, observer)?;
+    let Scan { findings, skipped } = scan;
+    let Some(embeddings) = embeddings.filter(|_| !findings.is_empty()) else {
         return Err(Error::no_images(images.len(), &skipped));
-    }
-    let embeddings = kept.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let embeddings = Embeddings::joined(&embeddings)?;
+    };
     let scores: Vec<f64> = findings.iter().map(|f| f.novelty.score).collect();
     let together = closed.evidence.together(&embeddings, &scores, expected)?;
     let threshold = detector.calibration().and_then(|calibration| {

@@ -45,7 +45,7 @@ fn the_main_job_has_verdicts_at_once_and_survives_a_file() -> Result<(), Error> 
         (40, None)
     );
     let detector = fitted.detector;
-    let calibration = *detector.calibration().expect("a threshold");
+    let calibration = detector.calibration().expect("a threshold").clone();
     assert_eq!(calibration.source, CalibrationSource::LeftOut);
     assert_eq!(calibration.images, report_groups(&detector));
 

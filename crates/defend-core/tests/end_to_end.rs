@@ -248,7 +248,7 @@ fn a_failed_calibration_keeps_the_earlier_one() -> Result<(), Error> {
     let mut detector = fitted();
     let rate = FalseAlarmRate::new(0.1)?;
     detector.calibrate(set(3, 20), rate, &mut Silent)?;
-    let before = *detector.calibration().expect("a calibration");
+    let before = detector.calibration().expect("a calibration").clone();
     let error = detector.calibrate(set(3, 5), rate, &mut Silent);
     let error = error.expect_err("too few").to_string();
     assert!(

@@ -272,6 +272,25 @@ impl ClosedForm {
         &self.groups
     }
 
+    /// Groups of near copies among other images, by the rule of the fit.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for embeddings of other widths.
+    pub fn near_copies(&self, images: &Embeddings) -> Result<Groups, Error> {
+        images.check_widths(&self.normal, "the normal images")?;
+        let rows = images.phi(self.config.posterior.first_part);
+        Ok(leaders(rows.view(), self.config.group_share))
+    }
+
+    /// The first of some images whose embedding is that of a normal image of the fit.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for embeddings of other widths.
+    pub fn first_known(&self, images: &Embeddings) -> Result<Option<usize>, Error> {
+        images.check_widths(&self.normal, "the normal images")?;
+        first_equal(images, &self.normal)
+    }
+
     /// What the fit found.
     pub fn summary(&self) -> &Summary {
         &self.summary

@@ -83,6 +83,21 @@ pub enum Error {
         /// Smallest number that allows this rate.
         needed: usize,
     },
+    /// Too few held-out scores for a false alarm rate with confidence.
+    #[error(
+        "a false alarm rate of at most {rate} with {confidence} confidence needs at least {needed} held-out normal images, found \
+         {found}: add images, or allow a higher rate or less confidence"
+    )]
+    TooFewForConfidence {
+        /// The false alarm rate that was asked for.
+        rate: f64,
+        /// The confidence that was asked for.
+        confidence: f64,
+        /// Number of held-out normal scores.
+        found: usize,
+        /// Smallest number that allows this.
+        needed: usize,
+    },
     /// A score map and its mask differ in shape.
     #[error("score map {image} has shape {map:?}, expected {mask:?} as its mask")]
     MapShape {

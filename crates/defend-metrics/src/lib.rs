@@ -29,6 +29,7 @@
 )]
 
 mod bootstrap;
+mod conformal;
 mod error;
 mod experiments;
 mod interval;
@@ -40,6 +41,7 @@ mod sweep;
 mod threshold;
 
 pub use bootstrap::bootstrap_interval;
+pub use conformal::{Promise, benjamini_hochberg, false_alarm_range, p_value};
 pub use error::{Class, Error};
 pub use experiments::{Comparison, Experiment, compare, mean_interval};
 pub use interval::{Interval, auroc_interval};

@@ -2,7 +2,7 @@
 
 use ndarray::ArrayView1;
 
-use crate::{Error, sweep::finite};
+use crate::{Error, Promise, sweep::finite};
 
 /// Slack for products such as 0.29 * 100, which f64 puts just below 29.
 const ROUNDING: f64 = 1e-9;
@@ -30,6 +30,23 @@ impl FalseAlarmRate {
     /// The rate, in `0 < rate < 1`.
     pub fn get(self) -> f64 {
         self.0
+    }
+
+    /// Most of `n` held-out scores that may lie above the threshold for the rate to be kept on average.
+    pub(crate) fn tolerated(self, n: usize) -> Result<usize, Error> {
+        // k = ceil((n + 1)(1 - rate)) = (n + 1) - floor((n + 1) rate); the scores above the k-th number
+        // n - k = floor((n + 1) rate) - 1.
+        let tolerated = ((n + 1) as f64 * self.0 + ROUNDING).floor() as usize;
+        if tolerated == 0 {
+            let needed = ((1.0 - ROUNDING) / self.0).ceil() as usize - 1;
+            return Err(Error::TooFewForRate {
+                rate: self.0,
+                found: n,
+                needed,
+            });
+        }
+        // A rate so near to 1 that all might lie above.
+        Ok((tolerated - 1).min(n.saturating_sub(1)))
     }
 }
 
@@ -64,34 +81,26 @@ impl Threshold {
     }
 }
 
-/// Threshold that keeps false alarms at `rate` or below, from scores of held-out normal images.
+/// Threshold that keeps false alarms at a rate or below, from scores of held-out normal images.
 ///
-/// It is the `k`-th smallest of the `n` scores, `k = ceil((n + 1)(1 - rate))` (split conformal
+/// For a [`FalseAlarmRate`], which is kept on average, it is the `k`-th smallest of the `n` scores, `k = ceil((n + 1)(1 - rate))` (split conformal
 /// prediction). If the held-out and the future normal images are exchangeable, a future one exceeds
 /// it with probability at most `rate`, whatever the distribution of the scores and for any `n`. This
 /// bounds the *expected* rate, over draws of the held-out set too: the rate of one given threshold
-/// scatters around it. The images must not have been trained on, else the bound is void.
+/// scatters around it, as [`false_alarm_range`](crate::false_alarm_range) says. [`Promise::WithConfidence`] takes a smaller
+/// `n - k`, such that the rate of this one threshold is kept with the confidence. The images must not have been trained on, else
+/// either bound is void.
+///
 /// # Errors
-/// [`Error::TooFewForRate`] when `n < ceil(1 / rate) - 1`; [`Error::Empty`]; [`Error::NotFinite`].
+/// [`Error::TooFewForConfidence`]; [`Error::TooFewForRate`] when `n < ceil(1 / rate) - 1`; [`Error::Empty`]; [`Error::NotFinite`].
 pub fn threshold_for(
     normal_scores: ArrayView1<'_, f64>,
-    rate: FalseAlarmRate,
+    promise: impl Into<Promise>,
 ) -> Result<Threshold, Error> {
     finite(normal_scores)?;
     let n = normal_scores.len();
-    // k = ceil((n + 1)(1 - rate)) = (n + 1) - floor((n + 1) rate); the scores above the k-th number
-    // n - k = floor((n + 1) rate) - 1.
-    let tolerated = ((n + 1) as f64 * rate.0 + ROUNDING).floor() as usize;
-    if tolerated == 0 {
-        let needed = ((1.0 - ROUNDING) / rate.0).ceil() as usize - 1;
-        return Err(Error::TooFewForRate {
-            rate: rate.0,
-            found: n,
-            needed,
-        });
-    }
+    let k = n - promise.into().above(n)?;
     let mut scores = normal_scores.to_vec();
-    let k = (n + 1 - tolerated).max(1);
     let (_, kth, _) = scores.select_nth_unstable_by(k - 1, f64::total_cmp);
     Threshold::new(*kth)
 }
