@@ -10,6 +10,7 @@
     reason = "a benchmark, not an interface"
 )]
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -210,7 +211,11 @@ fn by_images() -> Vec<Panel> {
                         mask: &mask,
                         objective: &objective,
                     };
-                    distiller.distill(roles, &images, Training::new(&mut rng, &mut |_| ()))
+                    distiller.distill(
+                        roles,
+                        &images,
+                        Training::new(&mut rng, &mut |_| ControlFlow::Continue(())),
+                    )
                 })
                 .expect("a student");
             if kept {

@@ -12,6 +12,7 @@ mod guide;
 mod views;
 
 use std::fmt::Write as _;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -230,6 +231,10 @@ fn main() -> Result<()> {
             }
             sum = (0.0, 0);
         }
+        if failed.is_some() {
+            return ControlFlow::Break(());
+        }
+        ControlFlow::Continue(())
     };
     let (distance, mut rng) = (
         FeatureDistance::default(),
@@ -242,10 +247,11 @@ fn main() -> Result<()> {
         objective: &distance,
     };
     let training = Training::new(&mut rng, &mut on_step).with_checkpoints(checkpoints.as_ref());
-    let report = Distiller::new(config)?.distill(roles, &views, training)?;
+    let report = Distiller::new(config)?.distill(roles, &views, training);
     if let Some(error) = failed {
         return Err(error);
     }
+    let report = report?;
     eprintln!(
         "losses {:.4?}, {}",
         report.losses,

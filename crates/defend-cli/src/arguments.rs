@@ -1,6 +1,7 @@
 //! What can be said on the command line.
 
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -8,6 +9,8 @@ use defend_core::data::{Mask, Region, read_image};
 use defend_core::vit::Pretrained;
 use defend_core::{Defend, DefendBuilder, DefendConfig, Detector, Device, Recipe, best_device};
 use defend_core::{TileMemory, Tiles};
+
+use crate::say::be_quiet;
 
 /// Does this image show what I have called normal, even when other things are in it too?
 #[derive(Parser)]
@@ -37,13 +40,47 @@ pub(crate) enum Command {
     Score(Score),
     /// Measures a model on labelled images.
     Evaluate(Evaluate),
+    /// Scores images as they come into a folder.
+    Watch(Watch),
+    /// Says what a model is and what it was made from.
+    Inspect(Inspect),
+    /// Whether new normal images still look as those that the model was calibrated on.
+    Drift(Drift),
     /// Renders images of everyday objects and does the whole job on them.
     Demo(Demo),
     /// Runs a benchmark of data sets, protocols and methods, and makes its report.
     #[cfg(feature = "bench")]
     Bench(Bench),
-    /// Prints the settings of a recipe as JSON, to be changed and given to `fit --config`.
+    /// Prints the settings of a recipe, to be changed and given to `fit --config`.
     Settings(Settings),
+    /// Prints what a shell needs to complete this program's commands and flags.
+    Completions(Completions),
+    /// Writes manual pages into a folder.
+    Man(Man),
+}
+
+impl Command {
+    /// What the commands have in common.
+    pub(crate) fn common(&self) -> Option<&Common> {
+        Some(match self {
+            Self::Fit(arguments) => &arguments.common,
+            Self::Background(arguments) => &arguments.look.common,
+            Self::Extend(arguments) => &arguments.common,
+            Self::Suspects(arguments) => &arguments.common,
+            Self::Sort(arguments) => &arguments.common,
+            Self::Embed(arguments) => &arguments.look.common,
+            Self::Calibrate(arguments) => &arguments.common,
+            Self::Score(arguments) => &arguments.common,
+            Self::Evaluate(arguments) => &arguments.common,
+            Self::Watch(arguments) => &arguments.common,
+            Self::Inspect(arguments) => &arguments.common,
+            Self::Drift(arguments) => &arguments.common,
+            Self::Demo(arguments) => &arguments.common,
+            #[cfg(feature = "bench")]
+            Self::Bench(arguments) => &arguments.common,
+            Self::Settings(_) | Self::Completions(_) | Self::Man(_) => return None,
+        })
+    }
 }
 
 #[cfg(feature = "bench")]
@@ -63,9 +100,8 @@ pub(crate) struct Bench {
     /// Makes the report from the records that are there, and runs nothing.
     #[arg(long)]
     pub(crate) report_only: bool,
-    /// Computes on the processor, even where there is a GPU.
-    #[arg(long)]
-    pub(crate) cpu: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
 }
 
 #[derive(Args)]
@@ -102,9 +138,6 @@ pub(crate) struct Fit {
     /// Leaves this many of the oddest normal images out, each with its near copies: see `defend suspects`.
     #[arg(long, default_value_t = 0)]
     pub(crate) drop_suspects: usize,
-    /// Seed of every random choice; overrides the settings.
-    #[arg(long)]
-    pub(crate) seed: Option<u64>,
     /// Side that images are resized to, pixels: a multiple of the backbone's patch size; what the backbone was trained at without it.
     #[arg(long)]
     pub(crate) image_size: Option<usize>,
@@ -259,18 +292,18 @@ pub(crate) struct Look {
 
 impl Look {
     /// The library's entry, with these settings.
-    pub(crate) fn builder(&self) -> DefendBuilder {
+    pub(crate) fn builder(&self) -> Result<DefendBuilder> {
         let builder = Defend::builder()
             .config(DefendConfig {
                 image_size: self.image_size,
                 ..DefendConfig::default()
             })
-            .device(self.common.device())
+            .device(self.common.device()?)
             .strict(self.common.strict);
-        match pretrained(self.backbone.as_deref()) {
+        Ok(match pretrained(self.backbone.as_deref()) {
             Some(weights) => builder.teacher(weights),
             None => builder,
-        }
+        })
     }
 }
 
@@ -317,7 +350,7 @@ pub(crate) struct Suspects {
     #[arg(long, default_value_t = 20)]
     pub(crate) count: usize,
     /// How the lines look.
-    #[arg(long, value_enum, default_value_t = Format::Text)]
+    #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(crate) format: Format,
     #[command(flatten)]
     pub(crate) common: Common,
@@ -339,7 +372,7 @@ pub(crate) struct Sort {
     #[arg(long, requires = "into")]
     pub(crate) link: bool,
     /// How the lines look.
-    #[arg(long, value_enum, default_value_t = Format::Text)]
+    #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(crate) format: Format,
     /// Images and folders of images.
     #[arg(required = true)]
@@ -391,9 +424,12 @@ pub(crate) struct Calibrate {
     /// Folder of normal images that were not fitted on. May be given several times.
     #[arg(long, required = true)]
     pub(crate) normal: Vec<PathBuf>,
-    /// Share of normal images that may be called novel, between 0 and 1.
+    /// Share of normal images that may be called novel, between 0 and 1: on average over calibrations.
     #[arg(long, default_value_t = 0.05)]
     pub(crate) false_alarm_rate: f64,
+    /// Keeps that share with this confidence, such as 0.95, and not only on average. Needs more images.
+    #[arg(long)]
+    pub(crate) confidence: Option<f64>,
     /// Model file to write; by default the model is replaced.
     #[arg(long)]
     pub(crate) out: Option<PathBuf>,
@@ -408,19 +444,89 @@ pub(crate) struct Score {
     #[arg(long, required = true)]
     pub(crate) model: Vec<PathBuf>,
     /// How the lines look.
-    #[arg(long, value_enum, default_value_t = Format::Text)]
+    #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(crate) format: Format,
     /// Scores the images as a whole, as `defend sort` does: many abnormal ones tell what abnormal ones look like.
     #[arg(long, conflicts_with = "maps")]
     pub(crate) together: bool,
-    /// Folder for images with the novelty laid over them as a heat map.
+    /// Folder for maps of where the novelty is.
     #[arg(long)]
     pub(crate) maps: Option<PathBuf>,
+    /// What a map is written as.
+    #[arg(long, value_enum, requires = "maps", default_value_t = MapFormat::Overlay)]
+    pub(crate) map_format: MapFormat,
+    /// Calls as many images of the whole batch novel as possible such that at most this share of those is normal, on average
+    /// (Benjamini-Hochberg), in place of the model's threshold. The model has to be calibrated on held-out images.
+    #[arg(long, value_name = "SHARE", conflicts_with = "together")]
+    pub(crate) fdr: Option<f64>,
     /// Images and folders of images.
     #[arg(required = true)]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Watch {
+    /// Model file.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// Folder that images come into; its sub-folders count too.
+    pub(crate) folder: PathBuf,
+    /// Scores what is there already, too.
+    #[arg(long)]
+    pub(crate) existing: bool,
+    /// Seconds between two looks at the folder. A file is taken when it has not changed from one to the next.
+    #[arg(long, default_value_t = 1.0, value_name = "SECONDS")]
+    pub(crate) every: f64,
+    /// Ends when nothing has come for so long; by default it goes on until Ctrl-C.
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) until_idle: Option<f64>,
+    /// How the lines look.
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(crate) format: Format,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Inspect {
+    /// Model file.
+    pub(crate) model: PathBuf,
+    /// Prints JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Drift {
+    /// Model file, calibrated on held-out images.
+    pub(crate) model: PathBuf,
+    /// Images and folders of new images of which about all are normal.
+    #[arg(required = true)]
+    pub(crate) paths: Vec<PathBuf>,
+    /// Chance of calling a drift where there is none, between 0 and 1.
+    #[arg(long, default_value_t = 0.01)]
+    pub(crate) level: f64,
+    /// Prints JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Completions {
+    /// The shell.
+    pub(crate) shell: clap_complete::Shell,
+}
+
+#[derive(Args)]
+pub(crate) struct Man {
+    /// Folder to write into.
+    pub(crate) folder: PathBuf,
 }
 
 #[derive(Args)]
@@ -446,53 +552,121 @@ pub(crate) struct Demo {
     /// Object that makes an image normal.
     #[arg(long, default_value = "boat")]
     pub(crate) normal: String,
-    /// Seed of images and training.
-    #[arg(long, default_value_t = 0)]
-    pub(crate) seed: u64,
     #[command(flatten)]
     pub(crate) common: Common,
 }
 
-/// What every job that reads images understands.
-#[derive(Args, Clone, Copy)]
+/// What every job understands.
+#[derive(Args, Clone)]
 pub(crate) struct Common {
     /// Stops at the first image that cannot be read, instead of naming and counting it.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "max_unreadable")]
     pub(crate) strict: bool,
-    /// Where to compute.
-    #[arg(long, value_enum, default_value_t = DeviceChoice::Best)]
+    /// Stops when more images than this cannot be read.
+    #[arg(long, value_name = "N")]
+    pub(crate) max_unreadable: Option<usize>,
+    /// Where to compute: best (the graphics card where this build and this machine have one), cpu, cuda, cuda:N or metal.
+    #[arg(long, default_value = "best")]
     pub(crate) device: DeviceChoice,
+    /// Threads to compute and decode with; as many as there are processors by default.
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<std::num::NonZeroUsize>,
+    /// Seed of every random choice: of a fit, and of the demonstration's images.
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// Says nothing beside the results but what has failed.
+    #[arg(long, short, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+    /// Says more: each stage when it begins and how long it took.
+    #[arg(long, short)]
+    pub(crate) verbose: bool,
+}
+
+/// What a map is written as.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MapFormat {
+    /// The image with the novelty laid over it in colours, and a legend.
+    Overlay,
+    /// A grey PNG of 16 bits, a pixel for each patch: 0 where the value is usual or less, 32768 where the overlay has full colour.
+    Png16,
+    /// An array of f32 for NumPy, [rows, columns]: what lies above the usual value of each patch.
+    Npy,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum Format {
-    /// `score<TAB>verdict<TAB>path`, with several models `<TAB>model` at the end; of `suspects` `score<TAB>path<TAB>nearest`.
-    Text,
-    /// A header, then comma-separated values; of `score` `path,score,verdict,posterior,contrast,patches,known,nearest,error`, the
-    /// pieces as weight times z.
+    /// Columns with tabs between them; of `score` `score p-value verdict path`, with several models the model at the end, of
+    /// `suspects` `score path nearest`. Control characters in names are escaped.
+    #[value(alias = "text")]
+    Table,
+    /// A header, then comma-separated values; of `score` `path,score,p_value,threshold,verdict,posterior,contrast,patches,known,
+    /// nearest,map,error`, the pieces as weight times z.
     Csv,
     /// A JSON object a line.
     Json,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+/// Where to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DeviceChoice {
-    /// The graphics card where this build and this machine have one.
     Best,
-    /// The processor.
     Cpu,
+    Cuda(usize),
+    Metal,
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = text.strip_prefix("cuda:").map(str::parse);
+        match (text, number) {
+            ("best", _) => Ok(Self::Best),
+            ("cpu", _) => Ok(Self::Cpu),
+            ("cuda", _) => Ok(Self::Cuda(0)),
+            ("metal", _) => Ok(Self::Metal),
+            (_, Some(Ok(number))) => Ok(Self::Cuda(number)),
+            _ => Err("expected best, cpu, cuda, cuda:N or metal".into()),
+        }
+    }
 }
 
 impl Common {
-    pub(crate) fn device(self) -> Device {
+    pub(crate) fn device(&self) -> Result<Device> {
         match self.device {
-            DeviceChoice::Best => best_device(),
-            DeviceChoice::Cpu => Device::Cpu,
+            DeviceChoice::Best => Ok(best_device()),
+            DeviceChoice::Cpu => Ok(Device::Cpu),
+            DeviceChoice::Cuda(number) => {
+                Device::new_cuda(number).with_context(|| format!("cannot use CUDA device {number}"))
+            }
+            DeviceChoice::Metal => Device::new_metal(0).context("cannot use the Metal device"),
         }
     }
 
-    pub(crate) fn load(self, model: &Path) -> Result<Detector> {
-        Ok(Detector::load(model, &self.device())?)
+    /// Most images that may be unreadable.
+    pub(crate) fn max_unreadable(&self) -> usize {
+        if self.strict {
+            return 0;
+        }
+        self.max_unreadable.unwrap_or(usize::MAX)
+    }
+
+    pub(crate) fn load(&self, model: &Path) -> Result<Detector> {
+        Ok(Detector::load(model, &self.device()?)?)
+    }
+
+    /// What holds for the whole program.
+    pub(crate) fn set_up(&self) -> Result<()> {
+        if self.quiet {
+            be_quiet();
+        }
+        if let Some(threads) = self.threads {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(threads.get())
+                .build_global()
+                .context("cannot set the number of threads")?;
+        }
+        Ok(())
     }
 }
 
@@ -508,7 +682,7 @@ impl Fit {
                     .with_context(|| format!("the settings {} are not valid", path.display()))?
             }
         };
-        if let Some(seed) = self.seed {
+        if let Some(seed) = self.common.seed {
             config.seed = seed;
         }
         if self.no_dense {
@@ -553,6 +727,22 @@ mod tests {
     fn the_command_line_is_consistent() {
         use clap::CommandFactory;
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn devices_by_name() {
+        for (text, expected) in [
+            ("best", DeviceChoice::Best),
+            ("cpu", DeviceChoice::Cpu),
+            ("cuda", DeviceChoice::Cuda(0)),
+            ("cuda:3", DeviceChoice::Cuda(3)),
+            ("metal", DeviceChoice::Metal),
+        ] {
+            assert_eq!(text.parse(), Ok(expected));
+        }
+        for text in ["gpu", "cuda:", "cuda:x", ""] {
+            assert!(text.parse::<DeviceChoice>().is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -1,26 +1,30 @@
 //! `defend background`
 
 use anyhow::Result;
-use defend_core::{BackgroundSource, ProgressBar};
+use defend_core::BackgroundSource;
 use std::path::{Path, PathBuf};
 
 use crate::arguments::Background;
+use crate::exit::Exit;
 use crate::images::{check_writable, find};
+use crate::progress::Progress;
+use crate::say::say;
 
-pub(crate) fn run(arguments: &Background) -> Result<()> {
-    check_writable(&arguments.out)?;
-    let photos = find(&arguments.images, arguments.look.common.strict)?.dataset();
+pub(crate) fn run(arguments: &Background) -> Result<Exit> {
+    let photos = find(&arguments.images, arguments.look.common.strict, None)?.distinct();
+    let out = check_writable(&arguments.out, &photos.paths)?;
+    let photos = photos.dataset();
     let source = named(&arguments.images);
-    let builder = arguments.look.builder();
-    let background = builder.look_at_background(photos, source, &mut ProgressBar::new())?;
-    background.save(&arguments.out)?;
-    eprintln!(
+    let builder = arguments.look.builder()?;
+    let background = builder.look_at_background(photos, source, &mut Progress::new())?;
+    background.save(&out)?;
+    say!(
         "wrote {}: {} photos by {}",
         arguments.out.display(),
         background.photos(),
         background.teacher()
     );
-    Ok(())
+    Ok(Exit::default())
 }
 
 /// The background that `--background` names.
@@ -29,7 +33,9 @@ pub(crate) fn source(path: &Path, strict: bool) -> Result<BackgroundSource> {
         return Ok(defend_core::Background::load(path)?.into());
     }
     let folder = path.to_owned();
-    let photos = find(std::slice::from_ref(&folder), strict)?.dataset();
+    let photos = find(std::slice::from_ref(&folder), strict, None)?
+        .distinct()
+        .dataset();
     Ok(BackgroundSource::Photos(photos, named(&[folder])))
 }
 

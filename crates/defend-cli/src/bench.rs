@@ -4,23 +4,23 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use defend_bench::{BenchConfig, Progress, RunState};
-use defend_core::{Event, Observer, ProgressBar};
+use defend_core::{Event, Observer};
 
 use crate::arguments::Bench;
+use crate::exit::Exit;
+use crate::progress;
+use crate::say::say;
+use crate::say::tell;
 
-pub(crate) fn run(arguments: &Bench) -> Result<()> {
+pub(crate) fn run(arguments: &Bench) -> Result<Exit> {
     let mut config = BenchConfig::read(&arguments.config, arguments.root.as_deref())?;
     if let Some(out) = &arguments.out {
         config.output.clone_from(out);
     }
     if !arguments.report_only {
-        let device = if arguments.cpu {
-            defend_core::Device::Cpu
-        } else {
-            defend_core::best_device()
-        };
+        let device = arguments.common.device()?;
         let mut progress = Lines {
-            bar: ProgressBar::new(),
+            bar: progress::Progress::new(),
             fresh: 0,
             known_until: 0.0,
         };
@@ -30,15 +30,15 @@ pub(crate) fn run(arguments: &Bench) -> Result<()> {
     outputs.extend(arguments.with.iter().map(PathBuf::as_path));
     let report = defend_bench::report(&outputs, &config.root)?;
     for table in &report.tables {
-        println!("{}", table.markdown());
+        tell!("{}", table.markdown())?;
     }
-    eprintln!("{}", report.page.display());
-    Ok(())
+    say!("{}", report.page.display());
+    Ok(Exit::default())
 }
 
 /// A line a run, with the time that is left.
 struct Lines {
-    bar: ProgressBar,
+    bar: progress::Progress,
     fresh: usize,
     /// Seconds that went by before the first fresh run ended.
     known_until: f64,
@@ -47,6 +47,10 @@ struct Lines {
 impl Observer for Lines {
     fn on(&mut self, event: &Event<'_>) {
         self.bar.on(event);
+    }
+
+    fn stops(&self) -> bool {
+        self.bar.stops()
     }
 }
 
@@ -59,7 +63,7 @@ impl Progress for Lines {
         self.fresh += 1;
         let each = (state.seconds - self.known_until) / self.fresh as f64;
         let key = &state.record.key;
-        eprintln!(
+        say!(
             "{}/{}  {} {} {}, {}, seed {}: AUROC {:.4}, {:.0} s; about {:.0} min left",
             state.done,
             state.total,

@@ -1,7 +1,7 @@
 //! `defend demo`: the whole job on images that it renders itself.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,42 +10,48 @@ use defend_baselines::{MethodConfig, Teacher};
 use defend_core::data::{ClassId, Dataset, ImageFolder};
 use defend_core::metrics::{FalseAlarmRate, auroc};
 use defend_core::vit::{CacheConfig, TrainScope};
-use defend_core::{Defend, DefendConfig, Detector, Device, Maps, ProgressBar, scan, scan_each};
+use defend_core::{Defend, DefendConfig, Detector, Device, Maps, scan, scan_each};
 use defend_scenes::{Object, SceneConfig, SceneSet};
 use ndarray::ArrayView1;
 
-use crate::arguments::Demo;
+use crate::arguments::{Demo, MapFormat};
 use crate::evaluate::evaluate;
+use crate::exit::Exit;
 use crate::fit::summarize;
-use crate::images::make_folder;
+use crate::images::{find, make_folder};
 use crate::maps::MapFolder;
+use crate::progress::Progress;
+use crate::say::tell;
 
 /// Overlays of each test folder.
 const OVERLAYS: usize = 8;
 
-pub(crate) fn run(arguments: &Demo) -> Result<()> {
+pub(crate) fn run(arguments: &Demo) -> Result<Exit> {
     let start = Instant::now();
-    let normal = object(&arguments.normal)?;
+    let (normal, seed) = (
+        object(&arguments.normal)?,
+        arguments.common.seed.unwrap_or(0),
+    );
     let images = arguments.out.join("images");
     make_folder(&images)?;
     let scenes = SceneConfig {
         normal,
-        seed: arguments.seed,
+        seed,
         ..SceneConfig::default()
     };
     let rendered = SceneSet::render(&scenes)?;
     rendered.save(&images)?;
-    println!(
+    tell!(
         "{}: rendered {} images of several objects each; normal = a {} is among them",
         images.display(),
         scenes.train + scenes.calibration + scenes.test,
         normal.name()
-    );
+    )?;
 
-    let (mut bar, device) = (ProgressBar::new(), arguments.common.device());
+    let (mut bar, device) = (Progress::new(), arguments.common.device()?);
     let folder = |name: &str| ImageFolder::open(images.join(name));
     let mut fitted = Defend::builder()
-        .seed(arguments.seed)
+        .seed(seed)
         .device(device.clone())
         .fit(folder("train")?, &mut bar)?;
     summarize(&fitted);
@@ -55,28 +61,35 @@ pub(crate) fn run(arguments: &Demo) -> Result<()> {
         .calibrate(folder("calibration")?, rate, &mut bar)?;
     let model = arguments.out.join("model.defend");
     fitted.detector.save(&model)?;
-    println!("{}: the fitted and calibrated model", model.display());
+    tell!("{}: the fitted and calibrated model", model.display())?;
 
     let detector = Detector::load(&model, &device)?;
     let normal_paths = folder("test/normal")?.paths().to_vec();
     let first_abnormal = normal_paths.len();
     let paths = [normal_paths, folder("test/abnormal")?.paths().to_vec()].concat();
     let test: Arc<dyn Dataset> = Arc::new(ImageFolder::from_paths(paths));
-    evaluate(&detector, &test, first_abnormal, true, &mut bar)?.print();
+    evaluate(
+        &detector,
+        &test,
+        first_abnormal,
+        &arguments.common,
+        &mut bar,
+    )?
+    .print()?;
     print_references(folder("train")?, &test, first_abnormal, &device, &mut bar)?;
 
     let pointing = Pointing::measure(&detector, rendered, &mut bar)?;
-    println!(
+    tell!(
         "maps point at it: in {} of {} abnormal images the largest value lies inside the box of a novel object ({:.0} %)",
         pointing.inside,
         pointing.images,
         100.0 * pointing.inside as f64 / pointing.images as f64
-    );
+    )?;
     let maps = arguments.out.join("maps");
     write_overlays(&detector, &images, &maps)?;
-    println!("{}: where the novelty is, image by image", maps.display());
-    println!("done in {:.0} s", start.elapsed().as_secs_f64());
-    Ok(())
+    tell!("{}: where the novelty is, image by image", maps.display())?;
+    tell!("done in {:.0} s", start.elapsed().as_secs_f64())?;
+    Ok(Exit::default())
 }
 
 /// How often the largest value of a map lies in the box of an object that no normal image shows.
@@ -86,7 +99,7 @@ struct Pointing {
 }
 
 impl Pointing {
-    fn measure(detector: &Detector, scenes: SceneSet, bar: &mut ProgressBar) -> Result<Self> {
+    fn measure(detector: &Detector, scenes: SceneSet, bar: &mut Progress) -> Result<Self> {
         let normal = &scenes.train;
         let known: HashSet<ClassId> = (0..normal.len())
             .flat_map(|i| normal.classes(i).iter().copied())
@@ -125,49 +138,50 @@ fn print_references(
     test: &Arc<dyn Dataset>,
     first_abnormal: usize,
     device: &Device,
-    bar: &mut ProgressBar,
+    bar: &mut Progress,
 ) -> Result<()> {
     let vit = defend_core::embedded_backbone().load(TrainScope::Frozen, device)?;
     let resize_mode = DefendConfig::default().resize_mode;
     let teacher = Teacher::new(vit, 1, resize_mode, device, CacheConfig::default())?;
     let train: Arc<dyn Dataset> = Arc::new(train);
     let abnormal: Vec<bool> = (0..test.len()).map(|i| i >= first_abnormal).collect();
-    println!("beside it, on the same backbone's untouched features:");
+    tell!("beside it, on the same backbone's untouched features:")?;
     for reference in MethodConfig::references() {
         let method = reference.method();
         let detector = method.fit(&teacher, train.clone(), 0, bar)?;
         let scores = scan(&*detector, test.clone(), bar)?.scores();
         let value = auroc(ArrayView1::from(&scores), ArrayView1::from(&abnormal))?;
-        println!("  {:<20} AUROC {value:.4}", method.name());
+        tell!("  {:<20} AUROC {value:.4}", method.name())?;
     }
     Ok(())
 }
 
 fn write_overlays(detector: &Detector, images: &Path, maps: &Path) -> Result<()> {
-    let mut folder = MapFolder::make(maps, detector)?;
-    for name in ["normal", "abnormal"] {
-        let mut paths = ImageFolder::open(images.join("test").join(name))?
-            .paths()
-            .to_vec();
-        paths.truncate(OVERLAYS);
-        let inside: Vec<_> = paths
-            .iter()
-            .map(|p| Path::new(name).join(p.file_name().unwrap_or_default()))
-            .collect();
-        let some: Arc<dyn Dataset> = Arc::new(ImageFolder::from_paths(paths));
-        scan_each::<anyhow::Error>(
-            detector,
-            &some,
-            Maps::Wanted,
-            &mut ProgressBar::hidden(),
-            &mut |outcome| {
-                if let Ok((finding, resized)) = outcome {
-                    let inside = inside.get(finding.index).context("unknown image")?;
-                    folder.write(inside, &finding, &some, &resized)?;
-                }
-                Ok(())
-            },
-        )?;
-    }
+    let mut found = find(&[images.join("test")], true, None)?;
+    let mut kept = [0; 2];
+    let of_each = |path: &PathBuf| {
+        let kind = usize::from(path.starts_with("abnormal"));
+        kept[kind] += 1;
+        kept[kind] <= OVERLAYS
+    };
+    let chosen: Vec<bool> = found.inside.iter().map(of_each).collect();
+    let mut chosen_paths = chosen.iter();
+    found.paths.retain(|_| chosen_paths.next() == Some(&true));
+    let mut chosen_inside = chosen.iter();
+    found.inside.retain(|_| chosen_inside.next() == Some(&true));
+    let mut folder = MapFolder::make(maps, MapFormat::Overlay, detector, &found)?;
+    let some = found.dataset();
+    scan_each::<anyhow::Error>(
+        detector,
+        &some,
+        Maps::Wanted,
+        &mut Progress::hidden(),
+        &mut |outcome| {
+            if let Ok((finding, resized)) = outcome {
+                folder.write(&finding, &some, &resized)?;
+            }
+            Ok(())
+        },
+    )?;
     Ok(())
 }

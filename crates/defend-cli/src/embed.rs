@@ -3,13 +3,16 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use defend_core::{Device, FeatureTable, ProgressBar, Tensor};
+use defend_core::{Device, FeatureTable, Tensor};
 use serde::Serialize;
 
 use crate::arguments::Embed;
+use crate::exit::Exit;
 use crate::images::{check_writable, find};
+use crate::progress::Progress;
+use crate::say::say;
 
-pub(crate) fn run(arguments: &Embed) -> Result<()> {
+pub(crate) fn run(arguments: &Embed) -> Result<Exit> {
     let extension = arguments.out.extension().and_then(|e| e.to_str());
     if !matches!(extension, Some("safetensors" | "npy" | "parquet")) {
         bail!(
@@ -20,26 +23,27 @@ pub(crate) fn run(arguments: &Embed) -> Result<()> {
     if extension == Some("parquet") && !cfg!(feature = "parquet") {
         bail!(WITHOUT_PARQUET);
     }
-    check_writable(&arguments.out)?;
-    let images = find(&arguments.paths, arguments.look.common.strict)?.dataset();
+    let images = find(&arguments.paths, arguments.look.common.strict, None)?;
+    let out = check_writable(&arguments.out, &images.paths)?;
+    let images = images.dataset();
     let (table, skipped) = arguments
         .look
-        .builder()
-        .embed(images, &mut ProgressBar::new())?;
+        .builder()?
+        .embed(images, &mut Progress::new())?;
     match extension {
-        Some("npy") => write_npy(&table, &arguments.out)?,
+        Some("npy") => write_npy(&table, &out)?,
         #[cfg(feature = "parquet")]
-        Some("parquet") => crate::parquet::write(&table, &arguments.out)?,
-        _ => table.save(&arguments.out)?,
+        Some("parquet") => crate::parquet::write(&table, &out)?,
+        _ => table.save(&out)?,
     }
-    eprintln!(
+    say!(
         "wrote {}: {} images by {}, {} could not be read",
         arguments.out.display(),
         table.len(),
         table.teacher(),
         skipped.len()
     );
-    Ok(())
+    Ok(Exit::after_skipping(skipped.len()))
 }
 
 const WITHOUT_PARQUET: &str =

@@ -5,17 +5,20 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use defend_core::data::{Dataset, ImageFolder};
 use defend_core::metrics::{Interval, Threshold, auroc_interval, average_precision, fpr_at_tpr};
-use defend_core::{Detector, Maps, Observer, ProgressBar};
+use defend_core::{Detector, Maps, Observer};
 use ndarray::{Array1, ArrayView1};
 use serde::Serialize;
 
-use crate::arguments::Evaluate;
+use crate::arguments::{Common, Evaluate};
+use crate::exit::Exit;
 use crate::images::{find, scan_all};
+use crate::progress::Progress;
+use crate::say::tell;
 
 /// Confidence of the intervals.
 const CONFIDENCE: f64 = 0.95;
 
-pub(crate) fn run(arguments: &Evaluate) -> Result<()> {
+pub(crate) fn run(arguments: &Evaluate) -> Result<Exit> {
     let strict = arguments.common.strict;
     let folder = |name: &str| {
         let path = arguments.test.join(name);
@@ -25,7 +28,7 @@ pub(crate) fn run(arguments: &Evaluate) -> Result<()> {
                 path.display()
             );
         }
-        Ok(find(&[path], strict)?.paths)
+        Ok(find(&[path], strict, None)?.paths)
     };
     let (normal, abnormal) = (folder("normal")?, folder("abnormal")?);
     let detector = arguments.common.load(&arguments.model)?;
@@ -36,15 +39,15 @@ pub(crate) fn run(arguments: &Evaluate) -> Result<()> {
         &detector,
         &images,
         first_abnormal,
-        strict,
-        &mut ProgressBar::new(),
+        &arguments.common,
+        &mut Progress::new(),
     )?;
     if arguments.json {
-        println!("{}", serde_json::to_string(&figures)?);
+        tell!("{}", serde_json::to_string(&figures)?)?;
     } else {
-        figures.print();
+        figures.print()?;
     }
-    Ok(())
+    Ok(Exit::after_skipping(figures.unreadable))
 }
 
 /// What a detector is worth on a test set.
@@ -52,6 +55,8 @@ pub(crate) fn run(arguments: &Evaluate) -> Result<()> {
 pub(crate) struct Figures {
     pub(crate) normal: usize,
     pub(crate) abnormal: usize,
+    /// Images that could not be read.
+    pub(crate) unreadable: usize,
     pub(crate) auroc: f64,
     /// Of the AUROC, by DeLong.
     pub(crate) confidence_95: [f64; 2],
@@ -68,15 +73,15 @@ pub(crate) fn evaluate(
     detector: &Detector,
     images: &Arc<dyn Dataset>,
     first_abnormal: usize,
-    strict: bool,
+    common: &Common,
     observer: &mut dyn Observer,
 ) -> Result<Figures> {
     let (mut scores, mut abnormal) = (Vec::new(), Vec::new());
-    scan_all(
+    let unreadable = scan_all(
         detector,
         images,
         Maps::Free,
-        strict,
+        common.max_unreadable(),
         observer,
         &mut |outcome| {
             if let Ok((finding, _)) = outcome {
@@ -87,7 +92,11 @@ pub(crate) fn evaluate(
         },
     )?;
     let threshold = detector.calibration().map(|c| c.threshold);
-    figures(&scores, &abnormal, threshold)
+    let figures = figures(&scores, &abnormal, threshold)?;
+    Ok(Figures {
+        unreadable,
+        ..figures
+    })
 }
 
 fn figures(scores: &[f64], abnormal: &[bool], threshold: Option<f64>) -> Result<Figures> {
@@ -111,6 +120,7 @@ fn figures(scores: &[f64], abnormal: &[bool], threshold: Option<f64>) -> Result<
     Ok(Figures {
         normal: count(false),
         abnormal: count(true),
+        unreadable: 0,
         auroc: estimate,
         confidence_95: [low, high],
         aupr: average_precision(views.0, views.1)?,
@@ -121,25 +131,27 @@ fn figures(scores: &[f64], abnormal: &[bool], threshold: Option<f64>) -> Result<
 }
 
 impl Figures {
-    pub(crate) fn print(&self) {
+    pub(crate) fn print(&self) -> std::io::Result<()> {
         let [low, high] = self.confidence_95;
-        println!(
+        tell!(
             "images          {} normal, {} abnormal",
-            self.normal, self.abnormal
-        );
-        println!(
+            self.normal,
+            self.abnormal
+        )?;
+        tell!(
             "AUROC             {:.4}  (95 % confidence {low:.4} to {high:.4})",
             self.auroc
-        );
-        println!("AUPR              {:.4}", self.aupr);
-        println!("FPR at 95 % TPR   {:.4}", self.fpr_at_95_tpr);
+        )?;
+        tell!("AUPR              {:.4}", self.aupr)?;
+        tell!("FPR at 95 % TPR   {:.4}", self.fpr_at_95_tpr)?;
         if let (Some(false_alarms), Some(detections)) = (self.false_alarms, self.detections) {
-            println!(
+            tell!(
                 "at the threshold  {:.1} % of normal and {:.1} % of abnormal images called novel",
                 100.0 * false_alarms,
                 100.0 * detections
-            );
+            )?;
         }
+        Ok(())
     }
 }
 

@@ -1,15 +1,19 @@
 //! `defend extend`
 
 use anyhow::Result;
-use defend_core::{Learnt, ProgressBar};
+use defend_core::Learnt;
 
 use crate::arguments::Extend;
+use crate::exit::Exit;
 use crate::images::{check_writable, find};
 use crate::marked::Marked;
+use crate::progress::Progress;
+use crate::say::say;
 
-pub(crate) fn run(arguments: &Extend) -> Result<()> {
+pub(crate) fn run(arguments: &Extend) -> Result<Exit> {
     let out = arguments.out.as_ref().unwrap_or(&arguments.model);
-    check_writable(out)?;
+    let inputs = [&arguments.normal[..], &arguments.abnormal].concat();
+    let out = check_writable(out, &inputs)?;
     let strict = arguments.common.strict;
     let (mut normal, mut abnormal) = (arguments.normal.clone(), arguments.abnormal.clone());
     let mut forgotten = arguments.forget.clone();
@@ -25,41 +29,42 @@ pub(crate) fn run(arguments: &Extend) -> Result<()> {
         normal.extend(marked.normal);
         abnormal.extend(marked.abnormal);
     }
-    let mut dropped = false;
+    let (mut dropped, mut unreadable) = (false, 0);
     let mut say = |what: &str, learnt: &Learnt| {
         let (images, skipped) = (learnt.images, learnt.skipped.len());
-        eprintln!("{what} {images} images, {skipped} could not be read");
+        say!("{what} {images} images, {skipped} could not be read");
         dropped |= learnt.calibration_dropped;
+        unreadable += skipped;
     };
     if !forgotten.is_empty() {
         let learnt = detector.forget(&forgotten, arguments.forget_group)?;
         say("forgot", &learnt);
     }
     if !normal.is_empty() {
-        let normal = find(&normal, strict)?.dataset();
+        let normal = find(&normal, strict, None)?.distinct().dataset();
         say(
             "learnt as normal",
-            &detector.learn_normal(normal, &mut ProgressBar::new())?,
+            &detector.learn_normal(normal, &mut Progress::new())?,
         );
     }
     if !abnormal.is_empty() {
-        let abnormal = find(&abnormal, strict)?.dataset();
+        let abnormal = find(&abnormal, strict, None)?.distinct().dataset();
         if detector
             .evidence()
             .is_some_and(|evidence| evidence.patch_weight() > 0.0)
         {
-            eprintln!(
+            say!(
                 "patches count in this model: what is faulty about these images cannot be learnt without the normal ones, as defend fit --abnormal does"
             );
         }
         say(
             "learnt as abnormal",
-            &detector.learn_abnormal(abnormal, &mut ProgressBar::new())?,
+            &detector.learn_abnormal(abnormal, &mut Progress::new())?,
         );
     }
-    detector.save(out)?;
+    detector.save(&out)?;
     if let Some(evidence) = detector.evidence() {
-        eprintln!(
+        say!(
             "the model knows {} different normal images in {} groups and {} abnormal ones",
             evidence.groups().of.len(),
             evidence.groups().len(),
@@ -67,12 +72,12 @@ pub(crate) fn run(arguments: &Extend) -> Result<()> {
         );
     }
     match detector.calibration() {
-        Some(calibration) => eprintln!("new threshold {}", calibration.threshold),
-        None if dropped => eprintln!(
-            "scores have changed, so the old threshold is gone: calibrate again with defend calibrate"
+        Some(calibration) => say!("new threshold {}", calibration.threshold),
+        None if dropped => say!(
+            "scores have changed, so the calibration on held-out images holds no longer and is gone: calibrate again with defend calibrate"
         ),
         None => {}
     }
-    eprintln!("wrote {}", out.display());
-    Ok(())
+    say!("wrote {}", out.display());
+    Ok(Exit::after_skipping(unreadable))
 }

@@ -5,20 +5,24 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use defend_core::evidence::ClosedForm;
 use defend_core::vit::Precision;
-use defend_core::{ClosedFormReport, Defend, FitCheckpoints, Fitted, ProgressBar, StudentReport};
+use defend_core::{ClosedFormReport, Defend, FitCheckpoints, Fitted, StudentReport};
 
 use crate::arguments::{Fit, pretrained};
 use crate::background;
 use crate::embed;
+use crate::exit::Exit;
 use crate::images::{check_writable, find};
+use crate::progress::Progress;
+use crate::say::say;
 
-pub(crate) fn run(arguments: &Fit) -> Result<()> {
+pub(crate) fn run(arguments: &Fit) -> Result<Exit> {
     let start = Instant::now();
     let config = arguments.settings()?;
-    check_writable(&arguments.out)?;
+    let normal = find(&arguments.normal, arguments.common.strict, None)?.distinct();
+    let out = check_writable(&arguments.out, &normal.paths)?;
     let mut builder = Defend::builder()
         .config(config)
-        .device(arguments.common.device())
+        .device(arguments.common.device()?)
         .strict(arguments.common.strict);
     if let Some(weights) = pretrained(arguments.backbone.as_deref()) {
         builder = builder.teacher(weights);
@@ -27,7 +31,7 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
         builder = builder.background(background::source(path, arguments.common.strict)?);
     }
     if !arguments.abnormal.is_empty() {
-        let abnormal = find(&arguments.abnormal, arguments.common.strict)?;
+        let abnormal = find(&arguments.abnormal, arguments.common.strict, None)?.distinct();
         builder = builder.abnormal(match &arguments.abnormal_masks {
             Some(masks) => abnormal.with_masks(masks)?,
             None => abnormal.dataset(),
@@ -45,12 +49,17 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
         );
     }
     let fitted = if let Some(table) = &arguments.features {
-        builder.fit_features(&embed::read(table)?, &mut ProgressBar::new())?
+        builder.fit_features(&embed::read(table)?, &mut Progress::new())?
     } else {
-        let normal = find(&arguments.normal, arguments.common.strict)?.dataset();
-        builder.fit(normal, &mut ProgressBar::new())?
+        if normal.paths.len() < FEW_IMAGES {
+            say!(
+                "{} images are very few to learn what is normal from: expect little, and take at least {FEW_IMAGES}",
+                normal.paths.len()
+            );
+        }
+        builder.fit(normal.dataset(), &mut Progress::new())?
     };
-    fitted.detector.save(&arguments.out)?;
+    fitted.detector.save(&out)?;
     summarize(&fitted);
     if fitted
         .closed_form()
@@ -61,7 +70,7 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
             ("--abnormal-masks", arguments.abnormal_masks.is_some()),
         ] {
             if given {
-                eprintln!(
+                say!(
                     "{flag} has no influence on scores here: normal images are too various for patches to count"
                 );
             }
@@ -74,13 +83,13 @@ pub(crate) fn run(arguments: &Fit) -> Result<()> {
         format!("defend calibrate --model {out} --normal HELD-OUT")
     };
     let seconds = start.elapsed().as_secs_f64();
-    eprintln!("wrote {out} after {seconds:.1} s; next: {next}");
-    Ok(())
+    say!("wrote {out} after {seconds:.1} s; next: {next}");
+    Ok(Exit::after_skipping(fitted.skipped.len()))
 }
 
 /// Says what was learnt from what.
 pub(crate) fn summarize(fitted: &Fitted) {
-    eprintln!(
+    say!(
         "fitted on {} images, {} could not be read",
         fitted.images,
         fitted.skipped.len()
@@ -88,7 +97,7 @@ pub(crate) fn summarize(fitted: &Fitted) {
     let losses = |name: &str, losses: &[f64]| {
         if let (Some(first), Some(last)) = (losses.first(), losses.last()) {
             let epochs = losses.len();
-            eprintln!("{name}: loss {first:.4} -> {last:.4} over {epochs} epochs");
+            say!("{name}: loss {first:.4} -> {last:.4} over {epochs} epochs");
         }
     };
     if let Some(dense) = &fitted.dense {
@@ -104,11 +113,11 @@ pub(crate) fn summarize(fitted: &Fitted) {
         let memory = fitted.detector.evidence().and_then(ClosedForm::memory);
         let faults = memory.is_some_and(|memory| !memory.faults().is_empty());
         let what = if faults { ", and their faults" } else { "" };
-        eprintln!("{known} known abnormal images{what}");
+        say!("{known} known abnormal images{what}");
     }
     match fitted.detector.calibration() {
-        None => eprintln!("no threshold yet: see defend calibrate"),
-        Some(calibration) => eprintln!(
+        None => say!("no threshold yet: see defend calibrate"),
+        Some(calibration) => say!(
             "threshold {} from {} left-out values: about {:.1} % of normal images are called novel (defend calibrate gives a \
              guarantee)",
             calibration.threshold,
@@ -118,35 +127,41 @@ pub(crate) fn summarize(fitted: &Fitted) {
     }
 }
 
+/// Fewer images than this are told of.
+const FEW_IMAGES: usize = 10;
+
 /// Fewer groups than this leave little to learn from.
 const FEW_GROUPS: usize = 20;
 
 fn describe(report: &ClosedFormReport) {
     let found = &report.summary;
     let (images, groups) = (thousands(found.images), thousands(found.groups));
-    eprintln!("closed form: {images} images, {groups} groups of near copies");
+    say!("closed form: {images} images, {groups} groups of near copies");
     for name in &report.dropped {
-        eprintln!("left out as a suspect: {name}");
+        say!("left out as a suspect: {name}");
     }
-    if found.groups < FEW_GROUPS {
-        eprintln!(
+    if found.groups == 1 && found.images > 1 {
+        say!("all normal images are near copies of one: the model knows a single image");
+    } else if found.groups < FEW_GROUPS {
+        say!(
             "with fewer than {FEW_GROUPS} groups there is little to learn from: more different normal images help most"
         );
     }
     match &report.background {
-        None => eprintln!(
+        None => say!(
             "without ordinary photos to contrast with; --background FOLDER with about a thousand photos of anything adds them"
         ),
-        Some(source) => eprintln!(
+        Some(source) => say!(
             "contrast with {} photos ({source}): weight {:.2}, since {:.1} % of them look normal",
             thousands(found.background),
             report.contrast_weight,
             100.0 * found.accepted
         ),
     }
-    eprintln!(
+    say!(
         "patches: weight {:.2}, since normal images are alike by {:.3}",
-        report.patch_weight, found.alike
+        report.patch_weight,
+        found.alike
     );
 }
 

@@ -1,11 +1,14 @@
 //! The images that a command is given.
 
+use std::io::BufRead;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use defend_core::data::{Dataset, Failure, ImageFolder};
+use defend_core::data::{Dataset, Error, Failure, ImageFolder};
 use defend_core::{Maps, NoveltyDetector, Observer, Outcome, scan_each};
+
+use crate::say::say;
 
 /// Files to work on, and where each came from.
 pub(crate) struct Found {
@@ -15,46 +18,114 @@ pub(crate) struct Found {
     pub(crate) inside: Vec<PathBuf>,
 }
 
-/// Expands folders; a file is taken whatever its extension.
+/// Expands folders; a file is taken whatever its extension, and `-` stands for paths on standard input, a line each.
 ///
-/// Files in the folders that are no images by their names are told on standard error, or are an error when
-/// `strict`.
-pub(crate) fn find(arguments: &[PathBuf], strict: bool) -> Result<Found> {
+/// What is passed over in the folders is told on standard error, or is an error when `strict`. `except`: a folder inside them that is not
+/// looked into.
+pub(crate) fn find(arguments: &[PathBuf], strict: bool, except: Option<&Path>) -> Result<Found> {
     let mut found = Found {
         paths: Vec::new(),
         inside: Vec::new(),
     };
     let mut others = Vec::new();
-    for argument in arguments {
+    let except = except.and_then(|folder| folder.canonicalize().ok());
+    let left_out = |path: &Path| {
+        let whole = except.as_ref().and_then(|_| path.canonicalize().ok());
+        matches!((&except, whole), (Some(except), Some(whole)) if whole.starts_with(except))
+    };
+    let mut empty = None;
+    for argument in expanded(arguments)? {
         if argument.is_dir() {
-            let folder = ImageFolder::open(argument)?;
+            let folder = match ImageFolder::open(&argument) {
+                Ok(folder) => folder,
+                Err(error @ Error::NoImages { .. }) if !strict => {
+                    say!("passed over {}: it holds no image", argument.display());
+                    empty = Some(error);
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
             others.extend(folder.passed_over().to_vec());
-            for path in folder.paths() {
-                let inside = path.strip_prefix(argument).unwrap_or(path);
+            for path in folder.paths().iter().filter(|path| !left_out(path)) {
+                let inside = path.strip_prefix(&argument).unwrap_or(path);
                 found.inside.push(inside.to_owned());
                 found.paths.push(path.clone());
             }
         } else if argument.exists() {
             let name = argument.file_name().map_or(argument.as_path(), Path::new);
             found.inside.push(name.to_owned());
-            found.paths.push(argument.clone());
+            found.paths.push(argument);
         } else {
             bail!("{} does not exist", argument.display());
         }
     }
+    if let (true, Some(error)) = (found.paths.is_empty(), empty) {
+        return Err(error.into());
+    }
     if let (true, Some(first)) = (strict, others.first()) {
-        bail!("{} is no image by its name (--strict)", first.display());
+        bail!("{first} (--strict)");
     }
     for other in &others {
-        eprintln!("passed over {}: no image by its name", other.display());
+        say!("passed over {other}");
     }
     if !others.is_empty() {
-        eprintln!("{} files passed over", others.len());
+        say!("{} passed over", others.len());
     }
     Ok(found)
 }
 
+/// The arguments, with paths from standard input in the place of `-`.
+fn expanded(arguments: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut paths = Vec::with_capacity(arguments.len());
+    for argument in arguments {
+        if argument.as_os_str() != "-" {
+            paths.push(argument.clone());
+            continue;
+        }
+        for line in std::io::stdin().lock().split(b'\n') {
+            let mut line = line.context("cannot read paths from standard input")?;
+            if line.last() == Some(&b'\r') {
+                line.pop();
+            }
+            if !line.is_empty() {
+                paths.push(path_of(line)?);
+            }
+        }
+    }
+    Ok(paths)
+}
+
+#[cfg(unix)]
+#[expect(clippy::unnecessary_wraps, reason = "not every path is text elsewhere")]
+fn path_of(bytes: Vec<u8>) -> Result<PathBuf> {
+    use std::os::unix::ffi::OsStringExt;
+    Ok(std::ffi::OsString::from_vec(bytes).into())
+}
+
+#[cfg(not(unix))]
+fn path_of(bytes: Vec<u8>) -> Result<PathBuf> {
+    let text = String::from_utf8(bytes).context("a path on standard input is no UTF-8")?;
+    Ok(text.into())
+}
+
 impl Found {
+    /// Each file once, whatever leads to it: what is learnt from counts once. Says how many were there again.
+    pub(crate) fn distinct(mut self) -> Self {
+        let all = ImageFolder::from_paths(std::mem::take(&mut self.paths));
+        let (once, again) = all.clone().distinct();
+        if again > 0 {
+            say!("{again} images were given twice, through links or folders: each counts once");
+        }
+        let mut kept = once.paths().iter().peekable();
+        let inside = std::mem::take(&mut self.inside);
+        let pairs = all.paths().iter().zip(inside);
+        self.inside = pairs
+            .filter_map(|(path, inside)| kept.next_if(|next| *next == path).map(|_| inside))
+            .collect();
+        self.paths = once.paths().to_vec();
+        self
+    }
+
     /// The files as a data set.
     pub(crate) fn dataset(&self) -> Arc<dyn Dataset> {
         Arc::new(ImageFolder::from_paths(self.paths.clone()))
@@ -85,46 +156,77 @@ impl Found {
                 folder.display()
             );
         }
-        eprintln!("{found} of {} images have a mask", masks.len());
+        say!("{found} of {} images have a mask", masks.len());
         Ok(Arc::new(
             ImageFolder::from_paths(self.paths.clone()).with_masks(masks)?,
         ))
     }
 }
 
-/// Scores every image and hands over what was found; unreadable ones are named on standard error and
-/// counted at the end, or end the run when `strict`.
+/// Scores every image and hands over what was found; unreadable ones are named on standard error and counted. Ends the run when there are
+/// more of them than `most`.
 pub(crate) fn scan_all(
     detector: &dyn NoveltyDetector,
     dataset: &Arc<dyn Dataset>,
     maps: Maps,
-    strict: bool,
+    most: usize,
     observer: &mut dyn Observer,
     on_result: &mut dyn FnMut(Outcome) -> Result<()>,
-) -> Result<()> {
-    let (mut unreadable, total) = (0usize, dataset.len());
-    let scanned = scan_each::<anyhow::Error>(detector, dataset, maps, observer, &mut |outcome| {
+) -> Result<usize> {
+    let mut unreadable = Unreadable::of(dataset.len(), most);
+    scan_each::<anyhow::Error>(detector, dataset, maps, observer, &mut |outcome| {
         if let Err(failure) = &outcome {
-            unreadable += 1;
-            if strict {
-                return Err(refusal(failure));
-            }
+            unreadable.count(failure)?;
         }
         on_result(outcome)
-    });
-    scanned?;
-    count(unreadable, total)
+    })?;
+    unreadable.finish()
 }
 
-/// Says how many images could not be read; an error when all of them.
-pub(crate) fn count(unreadable: usize, total: usize) -> Result<()> {
-    if unreadable > 0 {
-        eprintln!("{unreadable} of {total} images could not be read");
+/// Counts what could not be read.
+pub(crate) struct Unreadable {
+    found: usize,
+    total: usize,
+    most: usize,
+}
+
+impl Unreadable {
+    pub(crate) fn of(total: usize, most: usize) -> Self {
+        Self {
+            found: 0,
+            total,
+            most,
+        }
     }
-    if unreadable == total {
-        bail!("none of the {total} images could be read");
+
+    /// One more, or the error that it is one too many.
+    pub(crate) fn count(&mut self, failure: &Failure) -> Result<()> {
+        self.found += 1;
+        if self.found <= self.most {
+            return Ok(());
+        }
+        if self.most == 0 {
+            return Err(refusal(failure));
+        }
+        bail!(
+            "more than {} images cannot be read (--max-unreadable), the last is {}: {}",
+            self.most,
+            failure.name,
+            failure.error
+        )
     }
-    Ok(())
+
+    /// Says how many there were; an error when none of several could be read.
+    pub(crate) fn finish(self) -> Result<usize> {
+        let Self { found, total, .. } = self;
+        if found > 0 {
+            say!("{found} of {total} images could not be read");
+        }
+        if total > 0 && found == total {
+            bail!("none of the {total} images could be read");
+        }
+        Ok(found)
+    }
 }
 
 /// The error that an unreadable image is where they are not passed over.
@@ -138,13 +240,41 @@ pub(crate) fn make_folder(folder: &Path) -> Result<()> {
         .with_context(|| format!("cannot make the folder {}", folder.display()))
 }
 
-/// Fails early when a file could not be written, before hours are spent on its content.
-pub(crate) fn check_writable(file: &Path) -> Result<()> {
-    if file.is_dir() {
-        bail!("{} is a folder, expected a file to write", file.display());
+/// Fails early when a file could not be written, before hours are spent on its content, or when it would replace one of `inputs`.
+///
+/// A link is followed, so that what it leads to is written; devices and folders are refused.
+pub(crate) fn check_writable(file: &Path, inputs: &[PathBuf]) -> Result<PathBuf> {
+    let target = file.canonicalize().unwrap_or_else(|_| file.to_owned());
+    if inputs
+        .iter()
+        .any(|input| input.canonicalize().is_ok_and(|input| input == target))
+    {
+        bail!(
+            "{} is one of the images that are read: write to another file",
+            file.display()
+        );
     }
-    match file.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => make_folder(parent),
-        _ => Ok(()),
+    if let Ok(found) = std::fs::metadata(&target) {
+        if found.is_dir() {
+            bail!("{} is a folder, expected a file to write", file.display());
+        }
+        if !found.is_file() {
+            bail!("{} is a device, expected a file to write", file.display());
+        }
+        std::fs::OpenOptions::new()
+            .append(true)
+            .open(&target)
+            .with_context(|| format!("cannot write {}", file.display()))?;
     }
+    let folder = match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    make_folder(folder)?;
+    // The file is written beside its place and then moved there.
+    let probe = folder.join(format!(".defend-{}", std::process::id()));
+    std::fs::write(&probe, b"")
+        .and_then(|()| std::fs::remove_file(&probe))
+        .with_context(|| format!("cannot write into {}", folder.display()))?;
+    Ok(target)
 }

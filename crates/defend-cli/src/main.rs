@@ -8,63 +8,89 @@ mod background;
 mod bench;
 mod calibrate;
 mod demo;
+mod drift;
 mod embed;
 mod evaluate;
+mod exit;
 mod extend;
 mod fit;
 mod images;
+mod inspect;
 mod maps;
 mod marked;
 #[cfg(feature = "parquet")]
 mod parquet;
+mod progress;
+mod say;
 mod score;
+mod settings;
 mod sort;
 mod suspects;
 mod table;
+mod watch;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use crate::arguments::{Arguments, Command};
+use crate::exit::Exit;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    let result = run(Arguments::parse().command);
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
+    match run(&Arguments::parse().command) {
+        Ok(exit) => exit.into(),
         // A reader that has seen enough, such as `head`, is no fault.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("defend: {error:#}");
-            ExitCode::FAILURE
+            let _ = writeln!(std::io::stderr(), "defend: {error:#}");
+            Exit::FAILED.into()
         }
     }
 }
 
-fn run(command: Command) -> Result<()> {
+fn run(command: &Command) -> Result<Exit> {
+    if let Some(common) = command.common() {
+        common.set_up()?;
+    }
+    progress::stop_on_ctrl_c()?;
     match command {
-        Command::Fit(arguments) => fit::run(&arguments),
-        Command::Background(arguments) => background::run(&arguments),
-        Command::Extend(arguments) => extend::run(&arguments),
-        Command::Suspects(arguments) => suspects::run(&arguments),
-        Command::Sort(arguments) => sort::run(&arguments),
-        Command::Embed(arguments) => embed::run(&arguments),
-        Command::Calibrate(arguments) => calibrate::run(&arguments),
-        Command::Score(arguments) => score::run(&arguments),
-        Command::Evaluate(arguments) => evaluate::run(&arguments),
-        Command::Demo(arguments) => demo::run(&arguments),
+        Command::Fit(arguments) => fit::run(arguments),
+        Command::Background(arguments) => background::run(arguments),
+        Command::Extend(arguments) => extend::run(arguments),
+        Command::Suspects(arguments) => suspects::run(arguments),
+        Command::Sort(arguments) => sort::run(arguments),
+        Command::Embed(arguments) => embed::run(arguments),
+        Command::Calibrate(arguments) => calibrate::run(arguments),
+        Command::Score(arguments) => score::run(arguments),
+        Command::Evaluate(arguments) => evaluate::run(arguments),
+        Command::Watch(arguments) => watch::run(arguments),
+        Command::Inspect(arguments) => inspect::run(arguments),
+        Command::Drift(arguments) => drift::run(arguments),
+        Command::Demo(arguments) => demo::run(arguments),
         #[cfg(feature = "bench")]
-        Command::Bench(arguments) => bench::run(&arguments),
-        Command::Settings(arguments) => {
-            println!(
-                "{}",
-                serde_json::to_string_pretty(&arguments.recipe.config())?
+        Command::Bench(arguments) => bench::run(arguments),
+        Command::Settings(arguments) => settings::run(arguments),
+        Command::Completions(arguments) => {
+            // Into memory first: the generator panics where it cannot write.
+            let mut script = Vec::new();
+            clap_complete::generate(
+                arguments.shell,
+                &mut Arguments::command(),
+                "defend",
+                &mut script,
             );
-            Ok(())
+            std::io::stdout().write_all(&script)?;
+            Ok(Exit::default())
+        }
+        Command::Man(arguments) => {
+            images::make_folder(&arguments.folder)?;
+            clap_mangen::generate_to(Arguments::command(), &arguments.folder)?;
+            Ok(Exit::default())
         }
     }
 }

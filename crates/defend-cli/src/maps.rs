@@ -1,84 +1,192 @@
 //! Heat maps beside the scores.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use defend_core::data::{Dataset, ResizeMode, RgbImage};
-use defend_core::{Detector, Finding, MapScale, NoveltyDetector, overlay};
+use defend_core::vit::Grid;
+use defend_core::{
+    Detector, Device, Finding, MapScale, NoveltyDetector, PatchMap, Tensor, overlay,
+};
+use image::{ImageBuffer, Luma, Rgb};
 
-use crate::images::make_folder;
+use crate::arguments::MapFormat;
+use crate::images::{Found, make_folder};
 
 /// Longest side of an overlay, pixels: the few hundred or thousand values of a map have no detail for more.
 const LONGEST_SIDE: u32 = 1024;
 
-/// A folder of images with their novelty laid over them.
+/// A folder of maps.
 pub(crate) struct MapFolder {
     folder: PathBuf,
+    format: MapFormat,
     scale: MapScale,
     /// Whether the detector saw the whole image, so that its map covers it; what it saw is shown otherwise.
     whole: bool,
-    written: HashSet<PathBuf>,
+    /// File of each image, by its position among the images.
+    files: Vec<PathBuf>,
+    /// Files that no map may replace.
+    inputs: HashSet<PathBuf>,
+    written: usize,
 }
 
 impl MapFolder {
-    pub(crate) fn make(folder: &Path, detector: &Detector) -> Result<Self> {
+    pub(crate) fn make(
+        folder: &Path,
+        format: MapFormat,
+        detector: &Detector,
+        found: &Found,
+    ) -> Result<Self> {
         make_folder(folder)?;
+        let inputs = found.paths.iter().filter_map(|p| p.canonicalize().ok());
         Ok(Self {
             folder: folder.to_owned(),
+            format,
             scale: detector.map_scale().clone(),
             whole: detector.config().resize_mode == ResizeMode::Squash
                 && detector.preprocess().region.is_none(),
-            written: HashSet::new(),
+            files: names(found, extension(format)),
+            inputs: inputs.collect(),
+            written: 0,
         })
     }
 
     /// Whether no map was written.
     pub(crate) fn is_empty(&self) -> bool {
-        self.written.is_empty()
+        self.written == 0
     }
 
-    /// Writes the overlay of a finding; `inside` is its path within what was asked for.
+    /// Writes the map of a finding, and says where; `None` for one without a map.
     pub(crate) fn write(
         &mut self,
-        inside: &Path,
         finding: &Finding,
         images: &Arc<dyn Dataset>,
         resized: &RgbImage,
-    ) -> Result<()> {
+    ) -> Result<Option<PathBuf>> {
         let Some(map) = &finding.novelty.map else {
-            return Ok(());
+            return Ok(None);
         };
-        let original = if self.whole {
-            shrunk(images.image(finding.index)?)
-        } else {
-            resized.clone()
-        };
-        let path = self.free_path(inside);
+        let file = self.files.get(finding.index);
+        let path = self
+            .folder
+            .join(file.context("a finding without an image")?);
+        if path
+            .canonicalize()
+            .is_ok_and(|path| self.inputs.contains(&path))
+        {
+            bail!(
+                "the map {} would replace an image that is scored",
+                path.display()
+            );
+        }
         if let Some(parent) = path.parent() {
             make_folder(parent)?;
         }
-        overlay(&original, map, &self.scale)
-            .save(&path)
-            .with_context(|| format!("cannot write the map {}", path.display()))
+        let said = || format!("cannot write the map {}", path.display());
+        match self.format {
+            MapFormat::Overlay => {
+                let original = if self.whole {
+                    shrunk(images.image(finding.index)?)
+                } else {
+                    resized.clone()
+                };
+                let image = with_legend(&overlay(&original, map, &self.scale), self.scale.span);
+                image.save(&path).with_context(said)?;
+            }
+            MapFormat::Png16 => self.sixteen_bits(map).save(&path).with_context(said)?,
+            MapFormat::Npy => {
+                let Grid { rows, columns } = map.grid;
+                Tensor::from_vec(self.scale.above(map), (rows, columns), &Device::Cpu)?
+                    .write_npy(&path)
+                    .with_context(said)?;
+            }
+        }
+        self.written += 1;
+        Ok(Some(path))
     }
 
-    /// `a/b.jpg` becomes `a/b.jpg.png`, and a number tells images of one name apart.
-    fn free_path(&mut self, inside: &Path) -> PathBuf {
-        let inside: PathBuf = inside
-            .components()
-            .filter(|part| matches!(part, std::path::Component::Normal(_)))
-            .collect();
-        let name = inside.display();
-        let mut path = self.folder.join(format!("{name}.png"));
-        let mut number = 2;
-        while !self.written.insert(path.clone()) {
-            path = self.folder.join(format!("{name}.{number}.png"));
-            number += 1;
-        }
-        path
+    /// Half of the range up to the overlay's full colour.
+    fn sixteen_bits(&self, map: &PatchMap) -> ImageBuffer<Luma<u16>, Vec<u16>> {
+        let (columns, above) = (map.grid.columns, self.scale.above(map));
+        let per_level = 32768.0 / self.scale.span.max(f32::EPSILON);
+        ImageBuffer::from_fn(columns as u32, map.grid.rows as u32, |x, y| {
+            let value = above.get(y as usize * columns + x as usize);
+            // A cast of a float saturates.
+            Luma([(value.copied().unwrap_or(0.0) * per_level) as u16])
+        })
     }
+}
+
+fn extension(format: MapFormat) -> &'static str {
+    match format {
+        MapFormat::Overlay | MapFormat::Png16 => "png",
+        MapFormat::Npy => "npy",
+    }
+}
+
+/// Longest name of a file, bytes, with room for what is added to it; file systems allow 255.
+const LONGEST_NAME: usize = 200;
+
+/// The file of each image's map: `a/b.jpg` becomes `a/b.jpg.png`. Where two images have one name, or a name is too long, the hash of the image's
+/// path is added: it does not depend on the order in which they were given.
+fn names(found: &Found, extension: &str) -> Vec<PathBuf> {
+    let plain: Vec<PathBuf> = found
+        .inside
+        .iter()
+        .map(|inside| {
+            let parts = inside.components();
+            let parts = parts.filter(|part| matches!(part, std::path::Component::Normal(_)));
+            parts.collect()
+        })
+        .collect();
+    let mut times: HashMap<&Path, usize> = HashMap::new();
+    for path in &plain {
+        *times.entry(path).or_default() += 1;
+    }
+    let pairs = plain.iter().zip(&found.paths);
+    pairs
+        .map(|(inside, path)| {
+            let name = inside.file_name().unwrap_or_default().to_string_lossy();
+            let long = name.len() > LONGEST_NAME;
+            let twice = times.get(inside.as_path()).is_some_and(|times| *times > 1);
+            if !(long || twice) && inside.to_str().is_some() {
+                return inside.with_file_name(format!("{name}.{extension}"));
+            }
+            let whole = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            let hash = blake3::hash(whole.as_os_str().as_encoded_bytes()).to_hex();
+            let start: String = name.chars().take(LONGEST_NAME / 4).collect();
+            inside.with_file_name(format!("{start}.{}.{extension}", &hash[..8]))
+        })
+        .collect()
+}
+
+/// Height of the legend below an overlay, pixels.
+const LEGEND: u32 = 12;
+
+/// The overlay with a bar of its colours below: from what is usual at the left to full novelty at the right.
+fn with_legend(overlay: &RgbImage, span: f32) -> RgbImage {
+    let (width, height) = overlay.dimensions();
+    let mut image = RgbImage::from_pixel(width, height + LEGEND, Rgb([255; 3]));
+    image::imageops::replace(&mut image, overlay, 0, 0);
+    let scale = MapScale {
+        usual: vec![0.0; width as usize],
+        span,
+    };
+    let ramp = PatchMap {
+        grid: Grid {
+            rows: 1,
+            columns: width as usize,
+        },
+        values: (0..width)
+            .map(|x| span * (x as f32 + 0.5) / width as f32)
+            .collect(),
+    };
+    let grey = RgbImage::from_pixel(width, LEGEND - 2, Rgb([128; 3]));
+    let bar = defend_core::overlay(&grey, &ramp, &scale);
+    image::imageops::replace(&mut image, &bar, 0, i64::from(height) + 2);
+    image
 }
 
 fn shrunk(image: RgbImage) -> RgbImage {
@@ -99,27 +207,40 @@ mod tests {
     use super::*;
 
     #[test]
-    fn images_of_one_name_get_maps_of_their_own() {
-        let mut maps = MapFolder {
-            folder: "maps".into(),
-            scale: MapScale {
-                usual: Vec::new(),
-                span: 0.0,
-            },
-            whole: true,
-            written: HashSet::new(),
+    fn names_of_maps_do_not_depend_on_the_order() {
+        let found = |pairs: &[(&str, &str)]| Found {
+            paths: pairs.iter().map(|(path, _)| path.into()).collect(),
+            inside: pairs.iter().map(|(_, inside)| inside.into()).collect(),
         };
-        assert_eq!(
-            maps.free_path(Path::new("a/b.jpg")),
-            Path::new("maps/a/b.jpg.png")
-        );
-        assert_eq!(
-            maps.free_path(Path::new("a/b.jpg")),
-            Path::new("maps/a/b.jpg.2.png")
-        );
-        assert_eq!(
-            maps.free_path(Path::new("../b.jpg")),
-            Path::new("maps/b.jpg.png")
+        let long = "x".repeat(252);
+        let pairs = [
+            ("one/a/b.jpg", "a/b.jpg"),
+            ("two/a/b.jpg", "a/b.jpg"),
+            ("c.jpg", "../c.jpg"),
+            (&long, &long),
+        ];
+        let there = names(&found(&pairs), "png");
+        assert_eq!(there[2], Path::new("c.jpg.png"));
+        assert_ne!(there[0], there[1]);
+        assert!(there[0].starts_with("a") && there[3].as_os_str().len() < 255);
+        let mut back = pairs;
+        back.reverse();
+        let mut back = names(&found(&back), "png");
+        back.reverse();
+        assert_eq!(there, back);
+    }
+
+    #[test]
+    fn the_legend_goes_from_grey_to_full_colour() {
+        let image = with_legend(&RgbImage::new(40, 30), 2.0);
+        assert_eq!(image.dimensions(), (40, 42));
+        let bar = |x| image.get_pixel(x, 38).0;
+        let strength = |[r, g, b]: [u8; 3]| r.abs_diff(g).max(g.abs_diff(b));
+        assert!(
+            strength(bar(0)) < 10 && strength(bar(39)) > 60,
+            "{:?} {:?}",
+            bar(0),
+            bar(39)
         );
     }
 

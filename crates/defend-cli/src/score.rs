@@ -1,20 +1,27 @@
 //! `defend score`
 
-use std::io::{IsTerminal, stdout};
+use std::io::{IsTerminal, Write, stdout};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use defend_core::data::Failure;
 use defend_core::evidence::Weighed;
-use defend_core::{Explanation, Finding, Maps, Novelty, Outcome, ProfileSet, ProgressBar, Verdict};
+use defend_core::metrics::{FalseAlarmRate, benjamini_hochberg};
+use defend_core::{
+    Calibration, CalibrationSource, Explanation, Finding, Maps, Novelty, Outcome, ProfileSet,
+    Verdict,
+};
 use serde::Serialize;
 
-use crate::arguments::{Score, Sort};
-use crate::images::{count, find, refusal, scan_all};
+use crate::arguments::{Format, Score, Sort};
+use crate::exit::Exit;
+use crate::images::{Unreadable, find, scan_all};
 use crate::maps::MapFolder;
+use crate::progress::Progress;
+use crate::say::say;
 use crate::sort;
-use crate::table::Table;
+use crate::table::{Table, escaped};
 
-pub(crate) fn run(arguments: &Score) -> Result<()> {
+pub(crate) fn run(arguments: &Score) -> Result<Exit> {
     let [model] = arguments.model.as_slice() else {
         return of_many(arguments);
     };
@@ -26,102 +33,180 @@ pub(crate) fn run(arguments: &Score) -> Result<()> {
             link: false,
             format: arguments.format,
             paths: arguments.paths.clone(),
-            common: arguments.common,
+            common: arguments.common.clone(),
         });
     }
+    let rate = arguments.fdr.map(FalseAlarmRate::new).transpose()?;
     let detector = arguments.common.load(model)?;
-    let found = find(&arguments.paths, arguments.common.strict)?;
+    let calibration = detector.calibration();
+    if rate.is_some() && calibration.is_none_or(|c| c.source != CalibrationSource::HeldOut) {
+        bail!("--fdr needs p-values of held-out images: see defend calibrate");
+    }
+    let found = find(
+        &arguments.paths,
+        arguments.common.strict,
+        arguments.maps.as_deref(),
+    )?;
     let mut maps = match &arguments.maps {
-        Some(folder) => Some(MapFolder::make(folder, &detector)?),
+        Some(folder) => Some(MapFolder::make(
+            folder,
+            arguments.map_format,
+            &detector,
+            &found,
+        )?),
         None => None,
     };
-    if detector.calibration().is_none() {
-        eprintln!("the model has no threshold yet, so there are no verdicts: see defend calibrate");
+    let wanted = if maps.is_some() {
+        Maps::Wanted
+    } else {
+        Maps::Free
+    };
+    match calibration {
+        None => {
+            say!("the model has no threshold yet, so there are no verdicts: see defend calibrate");
+        }
+        Some(calibration) => {
+            say!("threshold {}", calibration.threshold);
+        }
     }
-    let mut bar = progress();
-    let mut table = Table::new(arguments.format, stdout().lock());
+    let mut lines = Lines::new(arguments.format, stdout().lock());
+    let (mut kept, mut exit, mut unwritten) = (Vec::new(), Exit::default(), 0);
     let dataset = found.dataset();
-    scan_all(
+    let unreadable = scan_all(
         &detector,
         &dataset,
-        if maps.is_some() {
-            Maps::Wanted
-        } else {
-            Maps::Free
-        },
-        arguments.common.strict,
-        &mut bar,
+        wanted,
+        arguments.common.max_unreadable(),
+        &mut progress(),
         &mut |outcome| {
-            let record = Record::of_outcome(&outcome);
-            table.row(&text(&record), &record)?;
-            let (Some(maps), Ok((finding, resized))) = (&mut maps, outcome) else {
+            let mut record = Record::of_outcome(&outcome, calibration);
+            if let (Some(maps), Ok((finding, resized))) = (&mut maps, &outcome) {
+                // The scores go on without a map.
+                match maps.write(finding, &dataset, resized) {
+                    Ok(path) => record.map = path.map(|path| path.display().to_string()),
+                    Err(error) => {
+                        unwritten += 1;
+                        say!("{error:#}");
+                    }
+                }
+            }
+            if rate.is_some() {
+                kept.push(record);
                 return Ok(());
-            };
-            let inside = found.inside.get(finding.index);
-            let inside = inside.context("a finding without an image")?;
-            maps.write(inside, &finding, &dataset, &resized)
+            }
+            exit.novel |= record.is_novel();
+            lines.write(&record)
         },
     )?;
+    if let Some(rate) = rate {
+        decide_together(&mut kept, rate);
+        for record in &kept {
+            exit.novel |= record.is_novel();
+            lines.write(record)?;
+        }
+    }
+    exit.unreadable = unreadable > 0;
+    if unwritten > 0 {
+        bail!("{unwritten} maps could not be written");
+    }
     if maps.is_some_and(|maps| maps.is_empty()) {
-        eprintln!(
+        say!(
             "no map was written: the model has none, as one that was fitted on features or on a single image"
         );
     }
-    Ok(())
+    Ok(exit)
+}
+
+/// Verdicts of a batch with a bounded share of false discoveries.
+fn decide_together(records: &mut [Record], rate: FalseAlarmRate) {
+    let p_values: Vec<f64> = records.iter().filter_map(|r| r.p_value).collect();
+    let mut novel = benjamini_hochberg(&p_values, rate).into_iter();
+    for record in records.iter_mut().filter(|r| r.p_value.is_some()) {
+        record.verdict = novel.next().map(|novel| {
+            if novel {
+                Verdict::Novel
+            } else {
+                Verdict::Normal
+            }
+        });
+        // It is not the model's threshold that has decided.
+        record.threshold = None;
+    }
 }
 
 /// Scores against several models in one pass of their backbone.
-fn of_many(arguments: &Score) -> Result<()> {
+fn of_many(arguments: &Score) -> Result<Exit> {
     let for_one = [
         ("--maps", arguments.maps.is_some()),
         ("--together", arguments.together),
+        ("--fdr", arguments.fdr.is_some()),
     ];
     if let Some((flag, _)) = for_one.iter().find(|(_, given)| *given) {
         let models = arguments.model.len();
         bail!("{flag} is for one --model, there are {models}");
     }
-    let device = arguments.common.device();
+    let device = arguments.common.device()?;
     let profiles = ProfileSet::load(&arguments.model, &device)?;
-    let dataset = find(&arguments.paths, arguments.common.strict)?.dataset();
-    let mut table = Table::new(arguments.format, stdout().lock());
-    let (mut unreadable, total) = (0, dataset.len());
-    let mut bar = progress();
-    profiles.scan_each::<anyhow::Error>(&dataset, &mut bar, &mut |outcome| {
+    let dataset = find(&arguments.paths, arguments.common.strict, None)?.dataset();
+    let mut lines = Lines::new(arguments.format, stdout().lock());
+    let mut unreadable = Unreadable::of(dataset.len(), arguments.common.max_unreadable());
+    let mut exit = Exit::default();
+    profiles.scan_each::<anyhow::Error>(&dataset, &mut progress(), &mut |outcome| {
         match &outcome {
             Ok((name, novelties)) => {
                 for (model, novelty) in profiles.names().iter().zip(novelties) {
-                    let record = Record::new(name, novelty, Some(model));
-                    table.row(&text(&record), &record)?;
+                    let mut record = Record::new(name, novelty, None);
+                    record.model = Some(model.clone());
+                    exit.novel |= record.is_novel();
+                    lines.write(&record)?;
                 }
             }
-            Err(failure) if arguments.common.strict => return Err(refusal(failure)),
             Err(failure) => {
-                unreadable += 1;
+                unreadable.count(failure)?;
                 for model in profiles.names() {
-                    let record = Record::of_failure(failure, Some(model));
-                    table.row(&text(&record), &record)?;
+                    let mut record = Record::of_failure(failure);
+                    record.model = Some(model.clone());
+                    lines.write(&record)?;
                 }
             }
         }
         Ok(())
     })?;
-    count(unreadable, total)
+    exit.unreadable = unreadable.finish()? > 0;
+    Ok(exit)
 }
 
 /// On a terminal the lines themselves show the progress, and a bar would write over them.
-fn progress() -> ProgressBar {
+fn progress() -> Progress {
     if stdout().is_terminal() {
-        ProgressBar::hidden()
+        Progress::hidden()
     } else {
-        ProgressBar::new()
+        Progress::new()
+    }
+}
+
+/// Writes a line for each image.
+pub(crate) struct Lines<W: Write>(Table<W>);
+
+impl<W: Write> Lines<W> {
+    pub(crate) fn new(format: Format, out: W) -> Self {
+        Self(Table::new(format, out))
+    }
+
+    pub(crate) fn write(&mut self, record: &Record) -> Result<()> {
+        self.0.row(&text(record), record)
     }
 }
 
 /// What is known of an image, for CSV and JSON.
 #[derive(Serialize)]
-struct Record<'a> {
-    path: &'a str,
+pub(crate) struct Record {
+    path: String,
     score: Option<f64>,
+    /// Share of normal images that score at least as high.
+    p_value: Option<f64>,
+    /// A score above it is novel.
+    threshold: Option<f64>,
     verdict: Option<Verdict>,
     /// Parts of the score, weight times z, for the closed form.
     posterior: Option<f64>,
@@ -129,22 +214,24 @@ struct Record<'a> {
     patches: Option<f64>,
     known: Option<f64>,
     /// The normal image that explains it most.
-    nearest: Option<&'a str>,
+    nearest: Option<String>,
+    /// Where its map was written.
+    map: Option<String>,
     /// Where there are several.
     #[serde(skip_serializing_if = "Option::is_none")]
-    model: Option<&'a str>,
+    model: Option<String>,
     error: Option<String>,
 }
 
-impl<'a> Record<'a> {
-    fn of_outcome(outcome: &'a Outcome) -> Self {
+impl Record {
+    pub(crate) fn of_outcome(outcome: &Outcome, calibration: Option<&Calibration>) -> Self {
         match outcome {
-            Ok((Finding { name, novelty, .. }, _)) => Self::new(name, novelty, None),
-            Err(failure) => Self::of_failure(failure, None),
+            Ok((Finding { name, novelty, .. }, _)) => Self::new(name, novelty, calibration),
+            Err(failure) => Self::of_failure(failure),
         }
     }
 
-    fn new(path: &'a str, novelty: &'a Novelty, model: Option<&'a str>) -> Self {
+    fn new(path: &str, novelty: &Novelty, calibration: Option<&Calibration>) -> Self {
         let explanation = novelty.explanation.as_ref();
         let part = |piece: fn(&Explanation) -> Option<Weighed>| {
             explanation
@@ -152,46 +239,50 @@ impl<'a> Record<'a> {
                 .map(|piece| piece.weight * piece.z)
         };
         Self {
-            path,
+            path: path.to_owned(),
             score: Some(novelty.score),
+            p_value: novelty.p_value,
+            threshold: calibration.map(|c| c.threshold),
             verdict: novelty.verdict,
             posterior: part(|e| Some(e.posterior)),
             contrast: part(|e| e.contrast),
             patches: part(|e| e.patches),
             known: part(|e| e.known),
-            nearest: explanation.and_then(|e| e.nearest.first().map(|near| near.name.as_str())),
-            model,
+            nearest: explanation.and_then(|e| e.nearest.first().map(|near| near.name.clone())),
+            map: None,
+            model: None,
             error: None,
         }
     }
 
-    fn of_failure(failure: &'a Failure, model: Option<&'a str>) -> Self {
+    fn of_failure(failure: &Failure) -> Self {
         Self {
-            path: &failure.name,
-            score: None,
-            verdict: None,
-            posterior: None,
-            contrast: None,
-            patches: None,
-            known: None,
-            nearest: None,
-            model,
             error: Some(failure.error.to_string()),
+            score: None,
+            ..Self::new(&failure.name, &Novelty::of_score(0.0), None)
         }
+    }
+
+    pub(crate) fn is_novel(&self) -> bool {
+        self.verdict == Some(Verdict::Novel)
     }
 }
 
-/// `score<TAB>verdict<TAB>path`
-fn text(record: &Record<'_>) -> String {
-    let path = match record.model {
-        Some(model) => format!("{}\t{model}", record.path),
-        None => record.path.to_owned(),
+/// `score<TAB>p-value<TAB>verdict<TAB>path`. Numbers have all their digits, so that none contradicts a verdict.
+fn text(record: &Record) -> String {
+    let number = |value: Option<f64>| value.map_or("-".into(), |value| value.to_string());
+    let verdict = match (record.score, record.verdict) {
+        (None, _) => "unreadable",
+        (_, Some(verdict)) => word(verdict),
+        (_, None) => "-",
     };
-    match (record.score, record.verdict) {
-        (Some(score), Some(verdict)) => format!("{score:.6}\t{}\t{path}", word(verdict)),
-        (Some(score), None) => format!("{score:.6}\t-\t{path}"),
-        (None, _) => format!("-\tunreadable\t{path}"),
+    let (score, p_value) = (number(record.score), number(record.p_value));
+    let mut line = format!("{score}\t{p_value}\t{verdict}\t{}", escaped(&record.path));
+    if let Some(model) = &record.model {
+        line.push('\t');
+        line.push_str(&escaped(model));
     }
+    line
 }
 
 fn word(verdict: Verdict) -> &'static str {
@@ -204,12 +295,12 @@ fn word(verdict: Verdict) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arguments::Format;
     use defend_core::data::{Error, Failure, RgbImage};
 
     fn lines(format: Format) -> String {
         let novelty = Novelty {
             verdict: Some(Verdict::Novel),
+            p_value: Some(0.1),
             ..Novelty::of_score(0.25)
         };
         let name = "a, \"b\".jpg".to_owned();
@@ -226,29 +317,33 @@ mod tests {
             },
         };
         let mut bytes = Vec::new();
-        let mut table = Table::new(format, &mut bytes);
+        let mut lines = Lines::new(format, &mut bytes);
         for outcome in [Ok((good, RgbImage::new(1, 1))), Err(bad)] {
-            let record = Record::of_outcome(&outcome);
-            table.row(&text(&record), &record).unwrap();
+            lines.write(&Record::of_outcome(&outcome, None)).unwrap();
         }
-        drop(table);
+        drop(lines);
         String::from_utf8(bytes).unwrap()
     }
 
     #[test]
     fn every_image_has_a_line_in_every_format() {
         assert_eq!(
-            lines(Format::Text),
-            "0.250000\tnovel\ta, \"b\".jpg\n-\tunreadable\tc.jpg\n"
+            lines(Format::Table),
+            "0.25\t0.1\tnovel\ta, \"b\".jpg\n-\t-\tunreadable\tc.jpg\n"
         );
         let csv = lines(Format::Csv);
         let mut csv = csv.lines();
         assert_eq!(
             csv.next(),
-            Some("path,score,verdict,posterior,contrast,patches,known,nearest,error")
+            Some(
+                "path,score,p_value,threshold,verdict,posterior,contrast,patches,known,nearest,map,error"
+            )
         );
-        assert_eq!(csv.next(), Some("\"a, \"\"b\"\".jpg\",0.25,novel,,,,,,"));
-        assert!(csv.next().unwrap().starts_with("c.jpg,,,,,,,,"));
+        assert_eq!(
+            csv.next(),
+            Some("\"a, \"\"b\"\".jpg\",0.25,0.1,,novel,,,,,,,")
+        );
+        assert!(csv.next().unwrap().starts_with("c.jpg,,,,,,,,,,,"));
         let json = lines(Format::Json);
         let rows: Vec<serde_json::Value> = json
             .lines()

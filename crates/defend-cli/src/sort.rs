@@ -4,16 +4,23 @@ use std::io::stdout;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use defend_core::{Place, ProgressBar, SortedFinding, sort};
+use defend_core::{Place, SortedFinding, sort};
 use serde::Serialize;
 
 use crate::arguments::Sort;
+use crate::exit::Exit;
 use crate::images::{Found, find, make_folder};
-use crate::table::Table;
+use crate::progress::Progress;
+use crate::say::say;
+use crate::table::{Table, escaped};
 
-pub(crate) fn run(arguments: &Sort) -> Result<()> {
+pub(crate) fn run(arguments: &Sort) -> Result<Exit> {
     let detector = arguments.common.load(&arguments.model)?;
-    let found = find(&arguments.paths, arguments.common.strict)?;
+    let found = find(
+        &arguments.paths,
+        arguments.common.strict,
+        arguments.into.as_deref(),
+    )?;
     if arguments.into.is_some() && detector.calibration().is_none() {
         bail!("the model has no threshold, so nothing is normal or novel: see defend calibrate");
     }
@@ -22,21 +29,26 @@ pub(crate) fn run(arguments: &Sort) -> Result<()> {
             make_folder(&folder.join(word(place)))?;
         }
     }
-    let mut bar = ProgressBar::new();
+    let mut bar = Progress::new();
     let sorted = sort(
         &detector,
         found.dataset(),
         arguments.expect_abnormal,
         &mut bar,
     )?;
-    if let (true, Some(first)) = (arguments.common.strict, sorted.skipped.first()) {
-        bail!("{first} (--strict)");
+    let most = arguments.common.max_unreadable();
+    if let Some(first) = sorted
+        .skipped
+        .first()
+        .filter(|_| sorted.skipped.len() > most)
+    {
+        bail!("{first} (--strict or --max-unreadable)");
     }
     let mut table = Table::new(arguments.format, stdout().lock());
     for finding in &sorted.findings {
         let row = Row::new(finding);
         let place = row.place.map_or("-", word);
-        let text = format!("{:.6}\t{place}\t{}", row.score, row.path);
+        let text = format!("{}\t{place}\t{}", row.score, escaped(row.path));
         table.row(&text, &row)?;
         if let (Some(folder), Some(place)) = (&arguments.into, finding.place) {
             put(
@@ -49,7 +61,7 @@ pub(crate) fn run(arguments: &Sort) -> Result<()> {
     }
     let percent = |share: f64| 100.0 * share;
     let share = sorted.abnormal;
-    eprintln!(
+    say!(
         "{} images, {} could not be read; about {:.0} % are abnormal (95 % interval {:.0} to {:.0})",
         sorted.findings.len(),
         sorted.skipped.len(),
@@ -58,13 +70,19 @@ pub(crate) fn run(arguments: &Sort) -> Result<()> {
         percent(share.high)
     );
     if sorted.weight > 0.0 {
-        eprintln!("compared with each other, weight {:.2}", sorted.weight);
+        say!("compared with each other, weight {:.2}", sorted.weight);
     } else {
-        eprintln!(
+        say!(
             "not compared with each other, since so few may be chance: these are the scores of each alone"
         );
     }
-    Ok(())
+    Ok(Exit {
+        novel: sorted
+            .findings
+            .iter()
+            .any(|f| f.place == Some(Place::Novel)),
+        unreadable: !sorted.skipped.is_empty(),
+    })
 }
 
 /// Copies or links an image into a folder, under its path inside the folder that was given.

@@ -3,14 +3,17 @@
 use std::io::stdout;
 
 use anyhow::Result;
-use defend_core::{Defend, Detector, ProgressBar, SuspectImage};
+use defend_core::{Defend, Detector, SuspectImage};
 use serde::Serialize;
 
 use crate::arguments::{Suspects, pretrained};
+use crate::exit::Exit;
 use crate::images::find;
-use crate::table::Table;
+use crate::progress::Progress;
+use crate::say::say;
+use crate::table::{Table, escaped};
 
-pub(crate) fn run(arguments: &Suspects) -> Result<()> {
+pub(crate) fn run(arguments: &Suspects) -> Result<Exit> {
     let detector = match &arguments.model {
         Some(model) => arguments.common.load(model)?,
         None => of_folder(arguments)?,
@@ -19,25 +22,32 @@ pub(crate) fn run(arguments: &Suspects) -> Result<()> {
     let mut table = Table::new(arguments.format, stdout().lock());
     for suspect in &suspects {
         let row = Row::new(suspect);
-        let text = format!("{:.6}\t{}\t{}", row.score, row.path, row.nearest);
+        let text = format!(
+            "{}\t{}\t{}",
+            row.score,
+            escaped(row.path),
+            escaped(row.nearest)
+        );
         table.row(&text, &row)?;
     }
     if suspects.is_empty() {
-        eprintln!("all images are near copies of one: there is nothing to compare");
+        say!("all images are near copies of one: there is nothing to compare");
     }
-    Ok(())
+    Ok(Exit::default())
 }
 
 /// What the images of a folder say of each other.
 fn of_folder(arguments: &Suspects) -> Result<Detector> {
-    let normal = find(&arguments.normal, arguments.common.strict)?.dataset();
+    let normal = find(&arguments.normal, arguments.common.strict, None)?
+        .distinct()
+        .dataset();
     let mut builder = Defend::builder()
-        .device(arguments.common.device())
+        .device(arguments.common.device()?)
         .strict(arguments.common.strict);
     if let Some(weights) = pretrained(arguments.backbone.as_deref()) {
         builder = builder.teacher(weights);
     }
-    Ok(builder.fit(normal, &mut ProgressBar::new())?.detector)
+    Ok(builder.fit(normal, &mut Progress::new())?.detector)
 }
 
 #[derive(Serialize)]

@@ -1,5 +1,6 @@
 //! Lines of a table in the format that was asked for.
 
+use std::borrow::Cow;
 use std::io::Write;
 
 use anyhow::Result;
@@ -9,7 +10,7 @@ use crate::arguments::Format;
 
 /// Writes a line a row, at once.
 pub(crate) enum Table<W: Write> {
-    Text(W),
+    Columns(W),
     Csv(Box<csv::Writer<W>>),
     Json(W),
 }
@@ -17,16 +18,16 @@ pub(crate) enum Table<W: Write> {
 impl<W: Write> Table<W> {
     pub(crate) fn new(format: Format, out: W) -> Self {
         match format {
-            Format::Text => Self::Text(out),
+            Format::Table => Self::Columns(out),
             Format::Csv => Self::Csv(Box::new(csv::Writer::from_writer(out))),
             Format::Json => Self::Json(out),
         }
     }
 
-    /// Writes `text` or the `row`.
+    /// Writes `text`, whose columns have tabs between them, or the `row`.
     pub(crate) fn row(&mut self, text: &str, row: &impl Serialize) -> Result<()> {
         match self {
-            Self::Text(out) => writeln!(out, "{text}")?,
+            Self::Columns(out) => writeln!(out, "{text}")?,
             Self::Csv(out) => {
                 out.serialize(row)?;
                 out.flush()?;
@@ -37,5 +38,29 @@ impl<W: Write> Table<W> {
             }
         }
         Ok(())
+    }
+}
+
+/// A name in a line of text: tabs, ends of lines and other control characters are escaped.
+pub(crate) fn escaped(name: &str) -> Cow<'_, str> {
+    if !name.contains(char::is_control) {
+        return name.into();
+    }
+    let escape = |c: char| match c {
+        c if c.is_control() => c.escape_default().to_string(),
+        c => c.to_string(),
+    };
+    name.chars().map(escape).collect::<String>().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_do_not_break_lines() {
+        assert_eq!(escaped("a\tb\nc\\d"), "a\\tb\\nc\\d");
+        assert_eq!(escaped("\u{1b}[2J"), "\\u{1b}[2J");
+        assert_eq!(escaped("ärger 1.jpg"), "ärger 1.jpg");
     }
 }

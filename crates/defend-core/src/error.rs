@@ -96,6 +96,9 @@ pub enum Error {
         /// The teacher of the fit.
         teacher: String,
     },
+    /// The run was stopped by its [`Observer`](crate::Observer).
+    #[error("stopped")]
+    Stopped,
     /// An image was given to calibrate on that the detector was fitted on.
     #[error(
         "{name} is one of the normal images that were fitted on: their scores say nothing of new images; calibrate on others"

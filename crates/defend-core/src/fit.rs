@@ -1,5 +1,6 @@
 //! From normal images to a detector.
 
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use defend_distill::{DistillRoles, Distiller, MaskPolicy};
 use defend_evidence::EvidenceConfig;
 use defend_metrics::FalseAlarmRate;
 use defend_nn::Rng;
-use defend_train::{Training, TrainingReport, TrainingStep};
+use defend_train::{OnStep, Training, TrainingReport};
 use defend_vit::{Backbone, Encoder, ImageSource, Precision, Trainable};
 
 use crate::background::Checked;
@@ -306,21 +307,35 @@ pub(crate) fn finish(
 }
 
 /// Runs a training stage between its events.
-fn observed<R, E>(
+fn observed<R, E: Into<Error>>(
     observer: &mut dyn Observer,
     stage: Stage,
     images: usize,
-    run: impl FnOnce(&mut dyn FnMut(TrainingStep)) -> Result<R, E>,
-) -> Result<R, E> {
+    run: impl FnOnce(&mut OnStep<'_>) -> Result<R, E>,
+) -> Result<R, Error> {
     observer.on(&Event::Started {
         stage,
         images: images as u64,
     });
+    let mut stopped = false;
     let result = run(&mut |step| {
         observer.on(&Event::Advanced {
             images: step.images as u64,
             loss: Some(step.loss),
         });
+        stopped = observer.stops();
+        if stopped {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    });
+    let result = result.map_err(|error| {
+        if stopped {
+            Error::Stopped
+        } else {
+            error.into()
+        }
     })?;
     observer.on(&Event::Finished { stage });
     Ok(result)

@@ -62,6 +62,12 @@ pub struct MapScale {
 }
 
 impl MapScale {
+    /// What each patch of a map has above what is usual there, row-major; of a map of another grid as many values as both have.
+    pub fn above(&self, map: &PatchMap) -> Vec<f32> {
+        let pairs = map.values.iter().zip(&self.usual);
+        pairs.map(|(value, usual)| value - usual).collect()
+    }
+
     /// Centre of the patch that lies farthest above what is usual there, in shares of the image's width and height; the first of
     /// equals. `None` for a map of another grid and one without numbers.
     pub fn peak(&self, map: &PatchMap) -> Option<[f32; 2]> {
@@ -69,8 +75,11 @@ impl MapScale {
         if map.values.len() != self.usual.len() || map.values.len() != rows * columns {
             return None;
         }
-        let above = map.values.iter().zip(&self.usual).map(|(v, u)| v - u);
-        let numbers = above.enumerate().filter(|(_, value)| !value.is_nan());
+        let numbers = self
+            .above(map)
+            .into_iter()
+            .enumerate()
+            .filter(|(_, value)| !value.is_nan());
         let (patch, _) = numbers.reduce(|best, next| if next.1 > best.1 { next } else { best })?;
         let centre = |at: usize, of: usize| (at as f32 + 0.5) / of as f32;
         Some([

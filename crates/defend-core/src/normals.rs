@@ -5,7 +5,7 @@ use defend_vit::{Encoder, ImageSource};
 use ndarray::{Array3, Axis};
 
 use crate::fit::PASS_BATCH;
-use crate::observer::{Event, Observer, Stage};
+use crate::observer::{Event, Observer, Stage, advance};
 use crate::tokens::{Embedded, TokenBlocks, Wanted};
 use crate::{Error, ResizedImages};
 
@@ -178,10 +178,7 @@ impl<'a> Normals<'a> {
                 image.map_or_else(String::new, |&i| self.images.name(i))
             };
             on_batch(embedded.map_err(|error| error.naming(name))?)?;
-            observer.on(&Event::Advanced {
-                images: batch.len() as u64,
-                loss: None,
-            });
+            advance(observer, batch.len())?;
         }
         observer.on(&Event::Finished { stage });
         Ok(())

@@ -2,6 +2,8 @@
 
 use defend_data::Failure;
 
+use crate::Error;
+
 /// Part of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -79,6 +81,24 @@ pub enum Event<'a> {
 pub trait Observer {
     /// Called for every event, on the thread that runs the stage.
     fn on(&mut self, event: &Event<'_>);
+
+    /// Whether the run is to stop; asked after every batch and every step of training. The run then ends with
+    /// [`Error::Stopped`](crate::Error::Stopped), and a training run that has checkpoints saves one first.
+    fn stops(&self) -> bool {
+        false
+    }
+}
+
+/// Tells of images that are done, and hears whether to go on.
+pub(crate) fn advance(observer: &mut dyn Observer, images: usize) -> Result<(), Error> {
+    observer.on(&Event::Advanced {
+        images: images as u64,
+        loss: None,
+    });
+    if observer.stops() {
+        return Err(Error::Stopped);
+    }
+    Ok(())
 }
 
 /// Hears nothing.

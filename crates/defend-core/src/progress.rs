@@ -1,15 +1,54 @@
 //! A progress bar on the terminal.
 
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
 use indicatif::{ProgressBar as Bar, ProgressStyle};
 
 use crate::{Event, Observer, Stage};
 
-/// Shows rate and time left of each stage on standard error, and nothing when that is no terminal;
-/// skipped images are always named there.
+/// How often a line is written where standard error is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(30);
+
+/// Shows rate and time left of each stage on standard error: as a bar on a terminal, elsewhere as a line every 30 seconds. Skipped images are
+/// always named there.
 #[derive(Debug)]
 pub struct ProgressBar {
     bar: Bar,
     visible: bool,
+    lines: Option<Lines>,
+}
+
+/// A stage that is told of in lines.
+#[derive(Debug)]
+struct Lines {
+    title: &'static str,
+    images: u64,
+    done: u64,
+    started: Instant,
+    last: Instant,
+}
+
+impl Lines {
+    fn advance(&mut self, images: u64) {
+        self.done += images;
+        if self.last.elapsed() < LINE_EVERY {
+            return;
+        }
+        self.last = Instant::now();
+        let seconds = self.started.elapsed().as_secs_f64();
+        let left = seconds * self.images.saturating_sub(self.done) as f64 / self.done.max(1) as f64;
+        let Self {
+            title,
+            images,
+            done,
+            ..
+        } = self;
+        let _ = writeln!(
+            std::io::stderr(),
+            "{title}: {done} of {images} images after {seconds:.0} s, about {left:.0} s left"
+        );
+    }
 }
 
 impl ProgressBar {
@@ -18,6 +57,7 @@ impl ProgressBar {
         Self {
             bar: Bar::hidden(),
             visible: true,
+            lines: None,
         }
     }
 
@@ -26,6 +66,7 @@ impl ProgressBar {
         Self {
             bar: Bar::hidden(),
             visible: false,
+            lines: None,
         }
     }
 }
@@ -49,6 +90,16 @@ impl Observer for ProgressBar {
                     Stage::Distill => "distilling",
                     Stage::Score => "scoring",
                 };
+                if !std::io::stderr().is_terminal() {
+                    self.lines = Some(Lines {
+                        title,
+                        images: *images,
+                        done: 0,
+                        started: Instant::now(),
+                        last: Instant::now(),
+                    });
+                    return;
+                }
                 let template =
                     "{prefix:>12} {wide_bar} {pos}/{len} images, {per_sec}, {eta} left {msg}";
                 let style = ProgressStyle::with_template(template);
@@ -62,14 +113,26 @@ impl Observer for ProgressBar {
                     self.bar.set_message(format!("loss {loss:.4}"));
                 }
                 self.bar.inc(*images);
+                if let Some(lines) = &mut self.lines {
+                    lines.advance(*images);
+                }
             }
             Event::Skipped(failure) => {
                 // Not println on the bar: a hidden bar would swallow the name.
-                self.bar
-                    .suspend(|| eprintln!("skipped {}: {}", failure.name, failure.error));
+                self.bar.suspend(|| {
+                    let _ = writeln!(
+                        std::io::stderr(),
+                        "skipped {}: {}",
+                        failure.name,
+                        failure.error
+                    );
+                });
             }
             Event::Started { .. } => {}
-            Event::Finished { .. } => self.bar.finish_and_clear(),
+            Event::Finished { .. } => {
+                self.bar.finish_and_clear();
+                self.lines = None;
+            }
         }
     }
 }

@@ -9,7 +9,7 @@ use defend_vit::ImageSource;
 use rayon::prelude::*;
 
 use crate::Error;
-use crate::observer::{Event, Observer, Stage};
+use crate::observer::{Event, Observer, Stage, advance};
 use crate::scan::Skipped;
 
 /// Images that are read and decoded together.
@@ -99,10 +99,7 @@ impl ResizedImages {
                 }
                 skipped.push(Skipped::from(failure));
             }
-            observer.on(&Event::Advanced {
-                images: handled as u64,
-                loss: None,
-            });
+            advance(observer, handled)?;
         }
         observer.on(&Event::Finished { stage: Stage::Read });
         if images.is_empty() {

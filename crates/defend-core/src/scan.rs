@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use defend_data::{Batches, Dataset, Failure, Preprocess, RgbImage};
 
 use crate::input::to_tensor;
-use crate::observer::{Event, Observer, Stage};
+use crate::observer::{Event, Observer, Stage, advance};
 use crate::{Error, Novelty, NoveltyDetector};
 
 /// What was found in an image.
@@ -148,8 +148,11 @@ impl<F: Fn(&Tensor) -> Result<Vec<Novelty>, Error> + Send + Sync> NoveltyDetecto
 /// A finding with its resized image, or why there is none.
 pub type Outcome = Result<(Finding, RgbImage), Failure>;
 
+/// What takes the results one by one.
+type OnResult<'a, E> = dyn FnMut(Outcome) -> Result<(), E> + 'a;
+
 /// As [`scan()`], handing over each result as soon as it is there, for any number of images in constant
-/// memory; an error of `on_result` ends the run.
+/// memory, in the data set's order; an error of `on_result` ends the run.
 ///
 /// # Errors
 /// As [`scan()`], and those of `on_result`.
@@ -158,7 +161,7 @@ pub fn scan_each<E: From<Error>>(
     images: &Arc<dyn Dataset>,
     maps: Maps,
     observer: &mut dyn Observer,
-    on_result: &mut dyn FnMut(Outcome) -> Result<(), E>,
+    on_result: &mut OnResult<'_, E>,
 ) -> Result<(), E> {
     let total = images.len();
     observer.on(&Event::Started {
@@ -174,7 +177,17 @@ pub fn scan_each<E: From<Error>>(
     )
     .map_err(Error::from)?;
     for batch in batches {
-        let handled = (batch.indices.len() + batch.failures.len()) as u64;
+        let handled = batch.indices.len() + batch.failures.len();
+        let mut failures = batch.failures.into_iter().peekable();
+        // A failure stands where its image stands.
+        let mut hand_over =
+            |before: usize, observer: &mut dyn Observer, on_result: &mut OnResult<'_, E>| {
+                while let Some(failure) = failures.next_if(|failure| failure.index < before) {
+                    observer.on(&Event::Skipped(&failure));
+                    on_result(Err(failure))?;
+                }
+                Ok::<(), E>(())
+            };
         if !batch.images.is_empty() {
             let tensor = to_tensor(&batch.images, preprocess, detector.device())?;
             let novelties = match maps {
@@ -198,17 +211,12 @@ pub fn scan_each<E: From<Error>>(
                     name,
                     novelty,
                 };
+                hand_over(index, observer, on_result)?;
                 on_result(Ok((finding, image)))?;
             }
         }
-        for failure in batch.failures {
-            observer.on(&Event::Skipped(&failure));
-            on_result(Err(failure))?;
-        }
-        observer.on(&Event::Advanced {
-            images: handled,
-            loss: None,
-        });
+        hand_over(total, observer, on_result)?;
+        advance(observer, handled)?;
     }
     observer.on(&Event::Finished {
         stage: Stage::Score,

@@ -12,6 +12,7 @@ mod small;
 mod stripes;
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -162,7 +163,7 @@ fn both_stages_announce_the_order_in_which_they_ask_for_images() {
         &tuned,
         &objective,
         &source,
-        Training::new(&mut rng, &mut |_| ()),
+        Training::new(&mut rng, &mut |_| ControlFlow::Continue(())),
     );
     report.unwrap();
     let [announced, found] = asked();
@@ -175,7 +176,11 @@ fn both_stages_announce_the_order_in_which_they_ask_for_images() {
         mask: &distill.mask,
         objective: &distill.distance,
     };
-    let report = distiller.distill(roles, &source, Training::new(&mut rng, &mut |_| ()));
+    let report = distiller.distill(
+        roles,
+        &source,
+        Training::new(&mut rng, &mut |_| ControlFlow::Continue(())),
+    );
     report.unwrap();
     let [announced, found] = asked();
     assert_eq!((announced.len(), &announced), (20, &found));

@@ -7,7 +7,7 @@ use std::path::Path;
 use image::metadata::Orientation;
 use image::{DynamicImage, GrayImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
 
-use crate::{Error, jpeg};
+use crate::{Error, jpeg, walk};
 
 /// Memory that one decoded image may take: 1 GiB, enough for 10,000 x 10,000 px in any format.
 pub const MAX_DECODED_BYTES: u64 = 1 << 30;
@@ -130,6 +130,13 @@ fn open_decoder<'a>(bytes: &'a [u8], origin: &str) -> Result<impl ImageDecoder +
         .with_guessed_format()
         .map_err(|source| fault(source.into()))?;
     match reader.format() {
+        None if let Some((format, convert)) = walk::unsupported(bytes) => {
+            return Err(Error::NotSupported {
+                origin: origin.into(),
+                format,
+                convert,
+            });
+        }
         None => {
             return Err(Error::UnknownFormat {
                 origin: origin.into(),

@@ -52,6 +52,18 @@ pub enum Error {
         /// Path or name of the image.
         origin: String,
     },
+    /// An image in a format that is not read.
+    #[error(
+        "{origin:?} is in the format {format}, which is not supported: convert it with {convert}"
+    )]
+    NotSupported {
+        /// Path or name of the image.
+        origin: String,
+        /// Its format.
+        format: &'static str,
+        /// A command that converts it.
+        convert: &'static str,
+    },
     /// A JPEG ends before its last byte.
     #[error("{origin:?} is a truncated JPEG: its {bytes} bytes hold no end-of-image marker")]
     Truncated {

@@ -1,23 +1,21 @@
 //! Folders of image files, with and without a sub-folder for each class.
 
 use std::borrow::Cow;
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use image::{GrayImage, RgbImage};
-use walkdir::{DirEntry, WalkDir};
+use walkdir::WalkDir;
 
 use crate::decode::mask_of;
+use crate::walk::{PassedOver, distinct, files_under, visible};
 use crate::{ClassId, Dataset, Error, dataset::sample, read_image};
-
-const EXTENSIONS: [&str; 13] = [
-    "jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff", "pnm", "ppm", "pgm", "pbm",
-];
 
 /// Image files without labels.
 #[derive(Debug, Clone)]
 pub struct ImageFolder {
     paths: Vec<PathBuf>,
-    passed_over: Vec<PathBuf>,
+    passed_over: Vec<PassedOver>,
     /// Mask of each image; none where no image has one.
     masks: Vec<Option<PathBuf>>,
 }
@@ -26,8 +24,9 @@ impl ImageFolder {
     /// Finds the images in `folder` and its sub-folders, sorted by path.
     ///
     /// A file counts by its extension, in upper or lower case; other files are passed over
-    /// ([`ImageFolder::passed_over`]), and so are all whose name or folder starts with a dot. Links are
-    /// followed.
+    /// ([`ImageFolder::passed_over`]), and so are links that lead nowhere or in a circle, folders that cannot be read and those of
+    /// archives and systems. What starts with a dot is not told of. Links are followed.
+    ///
     /// # Errors
     /// [`Error::Walk`] when the folder cannot be listed; [`Error::NoImages`].
     pub fn open(folder: impl AsRef<Path>) -> Result<Self, Error> {
@@ -72,13 +71,31 @@ impl ImageFolder {
         Ok(self)
     }
 
+    /// The same without files that stand in it twice, through links or under one path; how many these were. A fit would count
+    /// them twice.
+    #[must_use]
+    pub fn distinct(self) -> (Self, usize) {
+        let kept = distinct(&self.paths);
+        let dropped = self.paths.len() - kept.len();
+        let of = |masks: &[Option<PathBuf>]| {
+            let kept = kept.iter().filter_map(|&i| masks.get(i).cloned());
+            kept.collect()
+        };
+        let once = Self {
+            paths: kept.iter().map(|&i| self.paths[i].clone()).collect(),
+            masks: of(&self.masks),
+            passed_over: self.passed_over,
+        };
+        (once, dropped)
+    }
+
     /// The files.
     pub fn paths(&self) -> &[PathBuf] {
         &self.paths
     }
 
-    /// Files of the folder that are no images by their extension, sorted by path.
-    pub fn passed_over(&self) -> &[PathBuf] {
+    /// What in the folder is no image or cannot be read, sorted by path: files, links that lead nowhere, folders.
+    pub fn passed_over(&self) -> &[PassedOver] {
         &self.passed_over
     }
 }
@@ -91,7 +108,7 @@ impl Dataset for ImageFolder {
     fn name(&self, index: usize) -> Cow<'_, str> {
         self.paths
             .get(index)
-            .map_or(Cow::Borrowed(""), |path| path.to_string_lossy())
+            .map_or(Cow::Borrowed(""), |path| name_of(path))
     }
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
@@ -184,42 +201,19 @@ impl Dataset for ClassFolder {
     }
 }
 
-/// Entries in the order of their names without the hidden ones; the folder itself may be hidden.
-fn visible(walk: WalkDir) -> impl Iterator<Item = walkdir::Result<DirEntry>> {
-    walk.follow_links(true)
-        .sort_by_file_name()
-        .into_iter()
-        .filter_entry(|entry| {
-            entry.depth() == 0 || !entry.file_name().as_encoded_bytes().starts_with(b".")
-        })
-}
-
-/// Images and other files below `folder`, both sorted by path.
-fn files_under(folder: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>), Error> {
-    let (mut images, mut others) = (Vec::new(), Vec::new());
-    for entry in visible(WalkDir::new(folder)) {
-        let entry = entry.map_err(|source| Error::Walk {
-            path: folder.into(),
-            source,
-        })?;
-        if !entry.file_type().is_file() {
-            continue;
-        }
-        let files = if has_image_extension(entry.path()) {
-            &mut images
-        } else {
-            &mut others
-        };
-        files.push(entry.into_path());
+/// A path as text: bytes that are no UTF-8 stay apart, as `\\xFF`.
+fn name_of(path: &Path) -> Cow<'_, str> {
+    if let Some(name) = path.to_str() {
+        return Cow::Borrowed(name);
     }
-    images.sort_unstable();
-    others.sort_unstable();
-    Ok((images, others))
-}
-
-fn has_image_extension(path: &Path) -> bool {
-    let extension = path.extension().and_then(|e| e.to_str());
-    extension.is_some_and(|e| EXTENSIONS.iter().any(|known| e.eq_ignore_ascii_case(known)))
+    let mut name = String::new();
+    for chunk in path.as_os_str().as_encoded_bytes().utf8_chunks() {
+        name.push_str(chunk.valid());
+        for byte in chunk.invalid() {
+            let _ = write!(name, "\\x{byte:02X}");
+        }
+    }
+    Cow::Owned(name)
 }
 
 #[cfg(test)]
@@ -261,6 +255,65 @@ mod tests {
             found.image(3),
             Err(Error::Index { index: 3, len: 3 })
         ));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_cannot_be_used_is_named_with_its_reason() {
+        use std::os::unix::fs::symlink;
+        let folder = tree(&[
+            "a.png",
+            "sub/b.jfif",
+            "phone.HEIC",
+            "new.avif",
+            "Thumbs.db",
+            "__MACOSX/c.png",
+            ".hidden/d.png",
+        ]);
+        let at = |name: &str| folder.path().join(name);
+        symlink(at("nowhere.png"), at("dangling.png")).unwrap();
+        symlink(folder.path(), at("sub/loop")).unwrap();
+        symlink(at("a.png"), at("again.png")).unwrap();
+        symlink(at("x.png"), at("y.png")).unwrap();
+        symlink(at("y.png"), at("x.png")).unwrap();
+        fs::create_dir(at("empty")).unwrap();
+        let found = ImageFolder::open(folder.path()).unwrap();
+        let inside = |path: &Path| {
+            path.strip_prefix(folder.path())
+                .unwrap()
+                .display()
+                .to_string()
+        };
+        let names: Vec<_> = found.paths().iter().map(|p| inside(p)).collect();
+        assert_eq!(names, ["a.png", "again.png", "sub/b.jfif"]);
+        let others = found.passed_over().iter();
+        let others: Vec<String> = others
+            .map(|other| format!("{}: {}", inside(&other.path), other.reason))
+            .collect();
+        assert_eq!(
+            others,
+            [
+                "Thumbs.db: no image by its name",
+                "__MACOSX: a folder of the system or of an archive",
+                "dangling.png: a link to something that is not there",
+                "new.avif: AVIF is not supported, convert with avifdec IN.avif OUT.png",
+                "phone.HEIC: HEIC is not supported, convert with heif-convert IN.heic OUT.jpg",
+                "sub/loop: a link to a folder that it is in",
+                "x.png: a link to a folder that it is in",
+                "y.png: a link to a folder that it is in",
+            ]
+        );
+        let (once, dropped) = found.distinct();
+        assert_eq!((once.len(), dropped), (2, 1));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn names_that_are_no_text_stay_apart() {
+        use std::os::unix::ffi::OsStringExt;
+        let path = |byte| PathBuf::from(std::ffi::OsString::from_vec(vec![b'a', byte, b'.']));
+        let found = ImageFolder::from_paths(vec![path(0xFE), path(0xFF)]);
+        assert_eq!([found.name(0), found.name(1)], ["a\\xFE.", "a\\xFF."]);
     }
 
     #[test]

@@ -48,6 +48,7 @@ mod published;
 mod region;
 mod subset;
 mod voc;
+mod walk;
 
 pub use batches::{Batch, Batches, Failure};
 pub use cifar::{Cifar, CifarLabels};
@@ -67,3 +68,4 @@ pub use protocol::{AllVsOne, Label, MultiObject, Protocol};
 pub use region::{Mask, Region};
 pub use subset::Subset;
 pub use voc::{Difficult, VOC_CLASSES, Voc};
+pub use walk::{PassedOver, Reason};

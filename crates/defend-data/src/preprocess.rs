@@ -3,8 +3,9 @@
 use std::borrow::Cow;
 
 use fast_image_resize::{
-    FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer,
-    images::{Image, ImageRef},
+    FilterType, ResizeAlg, ResizeOptions, Resizer,
+    images::{TypedImage, TypedImageRef},
+    pixels::U8x3,
 };
 use image::{RgbImage, imageops};
 use serde::{Deserialize, Serialize};
@@ -237,12 +238,13 @@ impl Preprocess {
         let mut resized = RgbImage::new(width, height);
         let fault = |source: Box<dyn std::error::Error + Send + Sync>| Error::Resize { source };
         let (from_width, from_height) = image.dimensions();
-        let from = ImageRef::new(from_width, from_height, image.as_raw(), PixelType::U8x3)
+        // The one pixel type that there is: code for the others would double the time that this crate compiles.
+        let from = TypedImageRef::<U8x3>::from_buffer(from_width, from_height, image.as_raw())
             .map_err(|source| fault(source.into()))?;
-        let mut to = Image::from_slice_u8(width, height, &mut resized, PixelType::U8x3)
+        let mut to = TypedImage::<U8x3>::from_buffer(width, height, &mut resized)
             .map_err(|source| fault(source.into()))?;
         Resizer::new()
-            .resize(&from, &mut to, &options)
+            .resize_typed(&from, &mut to, &options)
             .map_err(|source| fault(source.into()))?;
         Ok(resized)
     }

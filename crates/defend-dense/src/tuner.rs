@@ -223,6 +223,7 @@ mod tests {
     use candle_core::{DType, Device};
     use defend_train::Checkpoints;
     use defend_vit::{Architecture, BackboneSpec, Encoder, TrainScope, Vit};
+    use std::ops::ControlFlow;
 
     fn backbone() -> Vit {
         let architecture = Architecture {
@@ -351,7 +352,7 @@ mod tests {
                 let objective = PrototypeObjective::random(&config, 32, &mut rng, &Device::Cpu)?;
                 let tuner = DenseTuner::new(config)?;
                 let images = Stopping(images(), AtomicUsize::new(stop));
-                let on_step = &mut |_| ();
+                let on_step = &mut |_| ControlFlow::Continue(());
                 let training = Training::new(&mut rng, on_step).with_checkpoints(checkpoints);
                 let report = tuner.tune(&vit, &objective, &images, training)?;
                 let prototypes = objective
@@ -390,7 +391,7 @@ mod tests {
             &backbone(),
             &objective,
             &none,
-            Training::new(&mut rng, &mut |_| ()),
+            Training::new(&mut rng, &mut |_| ControlFlow::Continue(())),
         );
         assert!(matches!(
             result,
@@ -402,7 +403,7 @@ mod tests {
             &frozen,
             &objective,
             &images(),
-            Training::new(&mut rng, &mut |_| ()),
+            Training::new(&mut rng, &mut |_| ControlFlow::Continue(())),
         );
         assert!(matches!(result, Err(Error::FrozenBackbone)));
         let tuner = DenseTuner::new(DenseConfig {
@@ -413,7 +414,7 @@ mod tests {
             &backbone(),
             &objective,
             &images(),
-            Training::new(&mut rng, &mut |_| ()),
+            Training::new(&mut rng, &mut |_| ControlFlow::Continue(())),
         );
         assert!(matches!(
             result,

@@ -158,6 +158,7 @@ mod tests {
     use crate::{Aggregation, FeatureDistance, Mask, Score, Selection, discrepancy};
     use candle_core::Device;
     use defend_vit::{Architecture, BackboneSpec, Vit};
+    use std::ops::ControlFlow;
 
     fn vit(seed: u64) -> Vit {
         let architecture = Architecture {
@@ -199,7 +200,11 @@ mod tests {
         };
         let distiller = Distiller::new(config)?;
         let (images, rng) = (images(0.0), &mut Rng::seed(3));
-        distiller.distill(roles, &images, Training::new(rng, &mut |_| ()))
+        distiller.distill(
+            roles,
+            &images,
+            Training::new(rng, &mut |_| ControlFlow::Continue(())),
+        )
     }
 
     fn trained(mask: Mask) -> Result<(TrainingReport, Vit), Error> {

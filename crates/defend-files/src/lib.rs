@@ -44,9 +44,10 @@ pub fn write_with<E: From<Error>>(
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        // Temporary files are private; a model is as readable as any file.
+        // Temporary files are private; a model is as readable as any file, or as the one that it replaces.
+        let mode = std::fs::metadata(path).map_or(0o644, |old| old.permissions().mode());
         file.as_file()
-            .set_permissions(std::fs::Permissions::from_mode(0o644))?;
+            .set_permissions(std::fs::Permissions::from_mode(mode))?;
     }
     file.persist(path).map_err(|e| e.error)?;
     // The name is in the folder only once the folder is on the disk.
@@ -58,6 +59,22 @@ pub fn write_with<E: From<Error>>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_keeps_its_mode() -> Result<(), Error> {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("model");
+        let mode =
+            |path: &Path| Ok::<_, Error>(std::fs::metadata(path)?.permissions().mode() & 0o777);
+        write(&path, b"first")?;
+        assert_eq!(mode(&path)?, 0o644);
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640))?;
+        write(&path, b"second")?;
+        assert_eq!(mode(&path)?, 0o640);
+        Ok(())
+    }
 
     #[test]
     fn a_failure_leaves_the_old_file_and_nothing_else() -> Result<(), Error> {

@@ -30,6 +30,7 @@
 
 mod bootstrap;
 mod conformal;
+mod drift;
 mod error;
 mod experiments;
 mod interval;
@@ -42,6 +43,7 @@ mod threshold;
 
 pub use bootstrap::bootstrap_interval;
 pub use conformal::{Promise, benjamini_hochberg, false_alarm_range, p_value};
+pub use drift::{Drift, drift};
 pub use error::{Class, Error};
 pub use experiments::{Comparison, Experiment, compare, mean_interval};
 pub use interval::{Interval, auroc_interval};

@@ -19,6 +19,12 @@ pub enum Error {
     /// There is nothing to train on.
     #[error("no images to train on, expected at least one")]
     NoImages,
+    /// The run was stopped by whoever watches it.
+    #[error("stopped after step {step}")]
+    Stopped {
+        /// Steps taken.
+        step: usize,
+    },
     /// Training ran away; no parameter was changed by this step.
     #[error("the loss is {loss} at step {step}: lower the learning rate or check the images")]
     Diverged {

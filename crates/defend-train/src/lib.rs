@@ -18,7 +18,8 @@ pub use error::Error;
 pub use moving_average::MovingAverage;
 pub use schedule::{Schedule, half_cosine};
 pub use training::{
-    Training, TrainingPlan, TrainingReport, TrainingStage, TrainingStep, shuffled_batches, train,
+    OnStep, Training, TrainingPlan, TrainingReport, TrainingStage, TrainingStep, shuffled_batches,
+    train,
 };
 
 /// The README's example runs.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::ControlFlow;
 
 use candle_core::{DType, Tensor};
 use defend_nn::{Rng, backward, release_memory};
@@ -110,19 +111,22 @@ pub struct TrainingReport {
     pub steps: usize,
 }
 
+/// Hears of every step of a run, and may stop it.
+pub type OnStep<'a> = dyn FnMut(TrainingStep) -> ControlFlow<()> + 'a;
+
 /// What a run is given beside its stage: randomness, someone who watches, a place for checkpoints.
 pub struct Training<'a> {
     /// Source of all randomness of the run.
     pub rng: &'a mut Rng,
-    /// Called after every step.
-    pub on_step: &'a mut dyn FnMut(TrainingStep),
+    /// Called after every step; what it answers with [`ControlFlow::Break`] is the last one.
+    pub on_step: &'a mut OnStep<'a>,
     /// Where and how often the run is saved; `None`: never.
     pub checkpoints: Option<&'a Checkpoints>,
 }
 
 impl<'a> Training<'a> {
     /// A run that is watched and not saved.
-    pub fn new(rng: &'a mut Rng, on_step: &'a mut dyn FnMut(TrainingStep)) -> Self {
+    pub fn new(rng: &'a mut Rng, on_step: &'a mut OnStep<'a>) -> Self {
         Self {
             rng,
             on_step,
@@ -162,7 +166,7 @@ pub fn shuffled_batches(images: usize, batch_size: usize, rng: &mut Rng) -> Vec<
 /// GPU.
 ///
 /// # Errors
-/// [`Error::NoImages`], [`Error::Diverged`], [`Error::NonFiniteGradient`], what the stage returns, and with checkpoints
+/// [`Error::NoImages`], [`Error::Diverged`], [`Error::NonFiniteGradient`], [`Error::Stopped`] by `on_step`, what the stage returns, and with checkpoints
 /// [`Error::Checkpoint`] and [`Error::Io`].
 pub fn train<S: TrainingStage>(
     stage: &mut S,
@@ -187,7 +191,7 @@ pub fn train<S: TrainingStage>(
         at = progress;
         if let Some(loss) = at.last_loss {
             let images = at.losses.len() * plan.images + at.batches_done * plan.batch_size;
-            on_step(TrainingStep {
+            let _ = on_step(TrainingStep {
                 epoch: at.losses.len() - usize::from(at.batches_done == 0),
                 step: optimiser.steps(),
                 steps,
@@ -218,7 +222,7 @@ pub fn train<S: TrainingStage>(
             at.total += value * indices.len() as f64;
             at.batches_done += 1;
             at.last_loss = Some(value);
-            on_step(TrainingStep {
+            let wish = on_step(TrainingStep {
                 epoch: at.losses.len(),
                 step: optimiser.steps(),
                 steps,
@@ -226,11 +230,17 @@ pub fn train<S: TrainingStage>(
                 loss: value,
             });
             let last = at.batches_done == batches.len();
-            if let (Some(checkpoints), Some(due), false) = (checkpoints, &mut due, last)
-                && due.is_over()
+            let stopped = wish.is_break() && !(last && at.losses.len() + 1 == plan.epochs);
+            if let (Some(checkpoints), Some(due)) = (checkpoints, &mut due)
+                && !last
+                && (stopped || due.is_over())
             {
                 at.rng = rng.position();
                 checkpoints.save(&at, optimiser, &stage.state()?)?;
+            }
+            if stopped {
+                let step = optimiser.steps();
+                return Err(Error::Stopped { step }.into());
             }
         }
         at.losses.push(at.total / plan.images as f64);

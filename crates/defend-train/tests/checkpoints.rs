@@ -56,7 +56,7 @@ impl Follow {
         checkpoints: Option<&Checkpoints>,
     ) -> Result<(TrainingReport, Vec<f32>), Error> {
         let (mut stage, mut optimiser) = Self::new(stop_at);
-        let (mut rng, mut on_step) = (Rng::seed(2), |_| ());
+        let (mut rng, mut on_step) = (Rng::seed(2), |_| std::ops::ControlFlow::Continue(()));
         let training = Training::new(&mut rng, &mut on_step).with_checkpoints(checkpoints);
         let report = train(&mut stage, &mut optimiser, &PLAN, training)?;
         let mut values = stage.weight.flatten_all()?.to_vec1::<f32>()?;

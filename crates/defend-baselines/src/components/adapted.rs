@@ -1,5 +1,7 @@
 //! Methods that train the teacher's last blocks by a loss on the CLS token, and score by nearest neighbours.
 
+use std::ops::ControlFlow;
+
 use std::sync::Arc;
 
 use candle_core::{Tensor, Var};
@@ -63,6 +65,11 @@ pub(crate) fn train_by_loss(
             images: step.images as u64,
             loss: Some(step.loss),
         });
+        if observer.stops() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     };
     let training = Training::new(rng, &mut on_step);
     train(&mut ByLoss(loss), &mut optimiser, &plan, training)?;

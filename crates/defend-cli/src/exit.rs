@@ -1,0 +1,59 @@
+//! How the program ends, for scripts.
+
+use std::process::ExitCode;
+
+/// What was found: 0 all normal, 1 something novel, 3 something unreadable; the highest that applies. Beside these, 2 is a wrong command line and
+/// 4 a run that failed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Exit {
+    pub(crate) novel: bool,
+    pub(crate) unreadable: bool,
+}
+
+impl Exit {
+    /// The code of a run that failed.
+    pub(crate) const FAILED: u8 = 4;
+
+    /// After a job that finds nothing novel.
+    pub(crate) fn after_skipping(unreadable: usize) -> Self {
+        Self {
+            novel: false,
+            unreadable: unreadable > 0,
+        }
+    }
+
+    pub(crate) fn code(self) -> u8 {
+        match self {
+            Self {
+                unreadable: true, ..
+            } => 3,
+            Self { novel: true, .. } => 1,
+            Self { .. } => 0,
+        }
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        exit.code().into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_highest_code_that_applies() {
+        let code = |novel, unreadable| Exit { novel, unreadable }.code();
+        assert_eq!(
+            [
+                code(false, false),
+                code(true, false),
+                code(false, true),
+                code(true, true)
+            ],
+            [0, 1, 3, 3]
+        );
+    }
+}
