@@ -38,6 +38,8 @@ pub(crate) enum Command {
     Calibrate(Calibrate),
     /// Prints a line for each image: score, verdict, path.
     Score(Score),
+    /// Writes one page with images sorted by novelty, their maps and what speaks for each score.
+    Report(Report),
     /// Measures a model on labelled images.
     Evaluate(Evaluate),
     /// Scores images as they come into a folder.
@@ -71,6 +73,7 @@ impl Command {
             Self::Embed(arguments) => &arguments.look.common,
             Self::Calibrate(arguments) => &arguments.common,
             Self::Score(arguments) => &arguments.common,
+            Self::Report(arguments) => &arguments.common,
             Self::Evaluate(arguments) => &arguments.common,
             Self::Watch(arguments) => &arguments.common,
             Self::Inspect(arguments) => &arguments.common,
@@ -462,6 +465,26 @@ pub(crate) struct Score {
     /// Images and folders of images.
     #[arg(required = true)]
     pub(crate) paths: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Args)]
+pub(crate) struct Report {
+    /// Model file.
+    pub(crate) model: PathBuf,
+    /// Images and folders of images.
+    #[arg(required = true)]
+    pub(crate) paths: Vec<PathBuf>,
+    /// Page to write: one file that needs no network.
+    #[arg(long, default_value = "report.html")]
+    pub(crate) out: PathBuf,
+    /// Images that are shown, the most novel first; the histogram and the figures are of all.
+    #[arg(long, default_value_t = 200)]
+    pub(crate) most: usize,
+    /// Shows the nearest normal images too, where they still are where the fit found them.
+    #[arg(long)]
+    pub(crate) show_normal: bool,
     #[command(flatten)]
     pub(crate) common: Common,
 }

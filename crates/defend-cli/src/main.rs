@@ -21,6 +21,7 @@ mod marked;
 #[cfg(feature = "parquet")]
 mod parquet;
 mod progress;
+mod report;
 mod say;
 mod score;
 mod settings;
@@ -67,6 +68,7 @@ fn run(command: &Command) -> Result<Exit> {
         Command::Embed(arguments) => embed::run(arguments),
         Command::Calibrate(arguments) => calibrate::run(arguments),
         Command::Score(arguments) => score::run(arguments),
+        Command::Report(arguments) => report::run(arguments),
         Command::Evaluate(arguments) => evaluate::run(arguments),
         Command::Watch(arguments) => watch::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments),

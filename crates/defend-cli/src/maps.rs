@@ -166,7 +166,7 @@ fn names(found: &Found, extension: &str) -> Vec<PathBuf> {
 const LEGEND: u32 = 12;
 
 /// The overlay with a bar of its colours below: from what is usual at the left to full novelty at the right.
-fn with_legend(overlay: &RgbImage, span: f32) -> RgbImage {
+pub(crate) fn with_legend(overlay: &RgbImage, span: f32) -> RgbImage {
     let (width, height) = overlay.dimensions();
     let mut image = RgbImage::from_pixel(width, height + LEGEND, Rgb([255; 3]));
     image::imageops::replace(&mut image, overlay, 0, 0);

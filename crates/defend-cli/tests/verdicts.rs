@@ -343,6 +343,40 @@ fn folders_are_taken_as_they_are() {
 }
 
 #[test]
+fn a_report_is_one_page_that_asks_for_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    fitted(folder);
+    fs::rename(folder.join("new/b.png"), folder.join("new/<b> & 'c'.png")).unwrap();
+    fs::write(folder.join("new/broken.png"), "no image").unwrap();
+    let words = [
+        "report",
+        "model",
+        "new",
+        "--out",
+        "page.html",
+        "--show-normal",
+    ];
+    let (code, _, errors) = call(&words, folder);
+    assert_eq!(code, 3, "{errors}");
+    let page = fs::read_to_string(folder.join("page.html")).unwrap();
+    assert_eq!(page.matches("<section").count(), 3);
+    assert_eq!(page.matches("</section>").count(), 3);
+    assert_eq!(page.matches("<div").count(), page.matches("</div>").count());
+    assert!(page.contains("&lt;b&gt; &amp; &#39;c&#39;.png") && !page.contains("<b>"));
+    assert!(page.contains("broken.png") && page.contains("class=\"threshold\""));
+    assert!(!page.contains("http://") && !page.contains("https://") && !page.contains("<script"));
+    // The most novel comes first, with its map and its nearest normal images.
+    let first = page.split("<section").nth(1).unwrap();
+    assert!(
+        first.contains("&lt;b&gt;") && first.contains("badge novel"),
+        "{first}"
+    );
+    assert!(first.matches("data:image/jpeg;base64,").count() >= 3);
+    assert!(first.contains("p-value"));
+}
+
+#[test]
 fn images_are_scored_as_they_come() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
