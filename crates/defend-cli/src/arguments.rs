@@ -11,6 +11,7 @@ use defend_core::{Defend, DefendBuilder, DefendConfig, Detector, Device, Recipe,
 use defend_core::{TileMemory, Tiles};
 
 use crate::say::be_quiet;
+use crate::settings;
 
 /// Does this image show what I have called normal, even when other things are in it too?
 #[derive(Parser)]
@@ -123,9 +124,12 @@ pub(crate) struct Fit {
     /// What is learnt and how: by default nothing is trained, and a fit takes seconds.
     #[arg(long, value_enum, default_value_t = RecipeName::Default)]
     pub(crate) recipe: RecipeName,
-    /// Settings as JSON, in place of a recipe; see `defend settings`.
+    /// Settings as TOML or JSON, in place of a recipe; see `defend settings`.
     #[arg(long, conflicts_with = "recipe")]
     pub(crate) config: Option<PathBuf>,
+    /// Changes a setting, such as student.closed-form.posterior.ridge=0.2; see `defend settings` for all. May be given several times.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
     /// Ordinary photos to contrast with: a file of `defend background`, or a folder of about a thousand photos, which may show
     /// anything. Without it, the one that ships with the embedded backbone, and none for another backbone.
     #[arg(long)]
@@ -389,6 +393,12 @@ pub(crate) struct Settings {
     /// The recipe.
     #[arg(long, value_enum, default_value_t = RecipeName::Default)]
     pub(crate) recipe: RecipeName,
+    /// Changes a setting, as for `defend fit`.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Prints JSON, without the comments.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Settings by name.
@@ -698,13 +708,9 @@ impl Fit {
     pub(crate) fn settings(&self) -> Result<DefendConfig> {
         let mut config = match &self.config {
             None => self.recipe.config(),
-            Some(path) => {
-                let text = std::fs::read_to_string(path)
-                    .with_context(|| format!("cannot read the settings {}", path.display()))?;
-                serde_json::from_str(&text)
-                    .with_context(|| format!("the settings {} are not valid", path.display()))?
-            }
+            Some(path) => settings::read(path)?,
         };
+        config = settings::changed(config, &self.set)?;
         if let Some(seed) = self.common.seed {
             config.seed = seed;
         }
