@@ -45,8 +45,7 @@ impl MapFolder {
             folder: folder.to_owned(),
             format,
             scale: detector.map_scale().clone(),
-            whole: detector.config().resize_mode == ResizeMode::Squash
-                && detector.preprocess().region.is_none(),
+            whole: sees_whole(detector),
             files: names(found, extension(format)),
             inputs: inputs.collect(),
             written: 0,
@@ -117,6 +116,11 @@ impl MapFolder {
             Luma([(value.copied().unwrap_or(0.0) * per_level) as u16])
         })
     }
+}
+
+/// Whether a detector sees whole images, so that its maps cover them.
+pub(crate) fn sees_whole(detector: &Detector) -> bool {
+    detector.config().resize_mode == ResizeMode::Squash && detector.preprocess().region.is_none()
 }
 
 fn extension(format: MapFormat) -> &'static str {

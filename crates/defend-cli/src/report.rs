@@ -20,7 +20,7 @@ use image::imageops::FilterType;
 use crate::arguments::Report;
 use crate::exit::Exit;
 use crate::images::{check_writable, find, scan_all};
-use crate::maps::with_legend;
+use crate::maps::{sees_whole, with_legend};
 use crate::progress::Progress;
 use crate::say::say;
 
@@ -127,7 +127,11 @@ impl Content<'_> {
         let shown = fitted(&images.image(index)?, SIDE);
         let map = novelty.map.as_ref().map(|map| {
             // The map is of what the detector saw, which may be a part of the image.
-            let seen = fitted(resized, SIDE);
+            let seen = if sees_whole(self.detector) {
+                shown.clone()
+            } else {
+                fitted(resized, SIDE)
+            };
             let scale = self.detector.map_scale();
             address(&with_legend(&overlay(&seen, map, scale), scale.span))
         });

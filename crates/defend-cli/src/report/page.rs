@@ -11,13 +11,13 @@ use crate::calibrate::promised;
 const STYLE: &str = "
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1080px;padding:0 1rem;color:#1c1c1c;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
-.entry{display:flex;gap:1rem;flex-wrap:wrap;border-top:1px solid #ddd;padding:1rem 0}
+.entry{display:flex;gap:1rem;flex-wrap:wrap;align-items:flex-start;border-top:1px solid #ddd;padding:1rem 0}
 .entry img{max-width:256px;height:auto;display:block}
 .facts{flex:1;min-width:300px}.name{font-weight:600;overflow-wrap:anywhere}
 .badge{border-radius:3px;padding:0 .45em;color:#fff;background:#3b7a57}.badge.novel{background:#b3261e}
 table{border-collapse:collapse;margin:.5em 0}td,th{padding:.1em .9em .1em 0;text-align:left;font-weight:400}
 td.n{text-align:right;font-variant-numeric:tabular-nums}
-.nearest{display:flex;gap:.8rem;flex-wrap:wrap;font-size:.85em;overflow-wrap:anywhere}.nearest img{max-width:96px}
+figure{margin:0}.nearest{display:flex;gap:.8rem;flex-wrap:wrap;font-size:.85em;overflow-wrap:anywhere}.nearest img{max-width:96px}
 svg{width:100%;max-width:720px}svg text{font-size:12px;fill:#555}
 rect.normal{fill:#3b7a57}rect.novel{fill:#b3261e}line.threshold{stroke:#1c1c1c;stroke-dasharray:4 3}
 @media(prefers-color-scheme:dark){body{color:#e8e8e8;background:#161616}.entry{border-color:#444}svg text{fill:#aaa}line.threshold{stroke:#e8e8e8}}
