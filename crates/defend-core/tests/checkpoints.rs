@@ -106,6 +106,60 @@ fn a_fit_that_is_ended_in_either_stage_goes_on_to_the_same_bits() -> Result<(), 
     Ok(())
 }
 
+/// Asks for the end after some images of a stage.
+struct Stops {
+    stage: Stage,
+    images: u64,
+    now: Option<Stage>,
+}
+
+impl Observer for Stops {
+    fn on(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Started { stage, .. } => self.now = Some(*stage),
+            Event::Advanced { images, .. } if self.now == Some(self.stage) => {
+                self.images = self.images.saturating_sub(*images);
+            }
+            _ => (),
+        }
+    }
+
+    fn stops(&self) -> bool {
+        self.now == Some(self.stage) && self.images == 0
+    }
+}
+
+#[test]
+fn an_observer_stops_every_stage() -> Result<(), Error> {
+    let detector = fit(None, 3, &mut Silent)?;
+    let mut scores = Vec::new();
+    for stage in [Stage::Read, Stage::Dense, Stage::Distill, Stage::Score] {
+        let mut stops = Stops {
+            stage,
+            images: 9,
+            now: None,
+        };
+        let error = if stage == Stage::Score {
+            scan(&detector, set(5, 40), &mut stops).err()
+        } else {
+            let folder = tempfile::tempdir().unwrap();
+            let place = FitCheckpoints::new(folder.path());
+            let error = fit(Some(place), 3, &mut stops).err();
+            let place = FitCheckpoints::new(folder.path()).resuming(true);
+            let resumed = fit(Some(place), 3, &mut Silent)?;
+            scores.push(scan(&resumed, set(5, 4), &mut Silent)?.scores());
+            error
+        };
+        assert!(
+            matches!(error, Some(Error::Stopped)),
+            "{stage:?}: {error:?}"
+        );
+    }
+    let whole = scan(&detector, set(5, 4), &mut Silent)?.scores();
+    assert!(scores.iter().all(|scores| *scores == whole));
+    Ok(())
+}
+
 #[test]
 fn checkpoints_of_a_fit_that_trains_nothing_are_refused() {
     let folder = tempfile::tempdir().unwrap();

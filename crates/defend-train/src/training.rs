@@ -201,6 +201,7 @@ pub fn train<S: TrainingStage>(
         }
     }
     let mut due = checkpoints.map(Checkpoints::timer);
+    let mut stopped = false;
     while at.losses.len() < plan.epochs {
         let batches = if at.batches_done == 0 {
             at.epoch_start = rng.position();
@@ -230,7 +231,7 @@ pub fn train<S: TrainingStage>(
                 loss: value,
             });
             let last = at.batches_done == batches.len();
-            let stopped = wish.is_break() && !(last && at.losses.len() + 1 == plan.epochs);
+            stopped = wish.is_break();
             if let (Some(checkpoints), Some(due)) = (checkpoints, &mut due)
                 && !last
                 && (stopped || due.is_over())
@@ -238,7 +239,7 @@ pub fn train<S: TrainingStage>(
                 at.rng = rng.position();
                 checkpoints.save(&at, optimiser, &stage.state()?)?;
             }
-            if stopped {
+            if stopped && !last {
                 let step = optimiser.steps();
                 return Err(Error::Stopped { step }.into());
             }
@@ -247,10 +248,15 @@ pub fn train<S: TrainingStage>(
         (at.total, at.batches_done) = (0.0, 0);
         let finished = at.losses.len() == plan.epochs;
         if let (Some(checkpoints), Some(due)) = (checkpoints, &mut due)
-            && (finished || due.is_over())
+            && (finished || stopped || due.is_over())
         {
             at.rng = rng.position();
             checkpoints.save(&at, optimiser, &stage.state()?)?;
+        }
+        // A run that has come to its end was not stopped.
+        if stopped && !finished {
+            let step = optimiser.steps();
+            return Err(Error::Stopped { step }.into());
         }
     }
     release_memory();

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use candle_core::{Device, Tensor, Var};
 use defend_nn::{Rng, normal};
 use defend_train::{
     AdamW, AdamWConfig, Checkpoints, Error, MovingAverage, ParameterGroup, Training, TrainingPlan,
-    TrainingReport, TrainingStage, train,
+    TrainingReport, TrainingStage, TrainingStep, train,
 };
 
 const PLAN: TrainingPlan = TrainingPlan {
@@ -56,7 +57,7 @@ impl Follow {
         checkpoints: Option<&Checkpoints>,
     ) -> Result<(TrainingReport, Vec<f32>), Error> {
         let (mut stage, mut optimiser) = Self::new(stop_at);
-        let (mut rng, mut on_step) = (Rng::seed(2), |_| std::ops::ControlFlow::Continue(()));
+        let (mut rng, mut on_step) = (Rng::seed(2), |_| ControlFlow::Continue(()));
         let training = Training::new(&mut rng, &mut on_step).with_checkpoints(checkpoints);
         let report = train(&mut stage, &mut optimiser, &PLAN, training)?;
         let mut values = stage.weight.flatten_all()?.to_vec1::<f32>()?;
@@ -121,6 +122,36 @@ fn a_resumed_run_ends_with_the_same_bits() -> Result<(), Error> {
         );
         // What is over stays so.
         assert_eq!(Follow::run(Some(0), Some(&resumed))?, whole);
+    }
+    Ok(())
+}
+
+/// Whoever watches may stop a run at any step; what was saved then goes on to the same bits.
+#[test]
+fn a_run_that_is_stopped_saves_itself() -> Result<(), Error> {
+    let whole = Follow::run(None, None)?;
+    for last in 1..9 {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        // No checkpoint would be due by time.
+        let saved = Checkpoints::new(&path, "run").every(Duration::from_secs(3600));
+        let (mut stage, mut optimiser) = Follow::new(None);
+        let (mut rng, mut on_step) = (Rng::seed(2), |step: TrainingStep| {
+            if step.step == last {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        });
+        let training = Training::new(&mut rng, &mut on_step).with_checkpoints(Some(&saved));
+        let stopped = train(&mut stage, &mut optimiser, &PLAN, training);
+        assert!(matches!(stopped, Err(Error::Stopped { step }) if step == last));
+        assert!(path.exists(), "{last}");
+        assert_eq!(
+            Follow::run(None, Some(&saved.resuming(true)))?,
+            whole,
+            "{last}"
+        );
     }
     Ok(())
 }
