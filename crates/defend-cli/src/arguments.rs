@@ -3,14 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use defend_core::data::{Mask, Region, read_image};
 use defend_core::vit::Pretrained;
-use defend_core::{Defend, DefendBuilder, DefendConfig, Detector, Device, Recipe, best_device};
+use defend_core::{
+    Defend, DefendBuilder, DefendConfig, Detector, Device, Recipe, Skipped, best_device,
+};
 use defend_core::{TileMemory, Tiles};
 
-use crate::say::be_quiet;
+use crate::say::{be_quiet, be_verbose};
 use crate::settings;
 
 /// Does this image show what I have called normal, even when other things are in it too?
@@ -37,7 +39,7 @@ pub(crate) enum Command {
     Embed(Embed),
     /// Chooses a model's threshold from held-out normal images.
     Calibrate(Calibrate),
-    /// Prints a line for each image: score, verdict, path.
+    /// Prints a line for each image: score, p-value, verdict, path.
     Score(Score),
     /// Writes one page with images sorted by novelty, their maps and what speaks for each score.
     Report(Report),
@@ -610,7 +612,7 @@ pub(crate) struct Common {
     /// Says nothing beside the results but what has failed.
     #[arg(long, short, conflicts_with = "verbose")]
     pub(crate) quiet: bool,
-    /// Says more: each stage when it begins and how long it took.
+    /// Says how long each stage took.
     #[arg(long, short)]
     pub(crate) verbose: bool,
 }
@@ -684,6 +686,15 @@ impl Common {
         self.max_unreadable.unwrap_or(usize::MAX)
     }
 
+    /// How many images could not be read; an error when they are more than may be.
+    pub(crate) fn check_unreadable(&self, skipped: &[Skipped]) -> Result<usize> {
+        let most = self.max_unreadable();
+        match skipped.get(most) {
+            Some(first) => bail!("{first} (--strict or --max-unreadable)"),
+            None => Ok(skipped.len()),
+        }
+    }
+
     pub(crate) fn load(&self, model: &Path) -> Result<Detector> {
         Ok(Detector::load(model, &self.device()?)?)
     }
@@ -692,6 +703,9 @@ impl Common {
     pub(crate) fn set_up(&self) -> Result<()> {
         if self.quiet {
             be_quiet();
+        }
+        if self.verbose {
+            be_verbose();
         }
         if let Some(threads) = self.threads {
             rayon::ThreadPoolBuilder::new()

@@ -1,6 +1,6 @@
 //! `defend calibrate`
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use defend_core::Calibration;
 use defend_core::metrics::{FalseAlarmRate, Promise};
 
@@ -24,10 +24,7 @@ pub(crate) fn run(arguments: &Calibrate) -> Result<Exit> {
     let out = check_writable(out, &held_out.paths)?;
     let mut detector = arguments.common.load(&arguments.model)?;
     let scan = detector.calibrate(held_out.dataset(), promise, &mut Progress::new())?;
-    let most = arguments.common.max_unreadable();
-    if let Some(first) = scan.skipped.first().filter(|_| scan.skipped.len() > most) {
-        bail!("{first} (--strict or --max-unreadable)");
-    }
+    arguments.common.check_unreadable(&scan.skipped)?;
     detector.save(&out)?;
     if let Some(calibration) = detector.calibration() {
         let copies = scan.findings.len() - calibration.images;

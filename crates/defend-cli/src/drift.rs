@@ -1,13 +1,13 @@
 //! `defend drift`
 
 use anyhow::{Result, bail};
+use defend_core::CalibrationSource;
 use defend_core::metrics::{Drift, drift};
-use defend_core::{CalibrationSource, Maps};
 use serde::Serialize;
 
 use crate::arguments;
 use crate::exit::Exit;
-use crate::images::{find, scan_all};
+use crate::images::find;
 use crate::progress::Progress;
 use crate::say::tell;
 
@@ -26,18 +26,10 @@ pub(crate) fn run(arguments: &arguments::Drift) -> Result<Exit> {
         );
     };
     let found = find(&arguments.paths, arguments.common.strict, None)?;
-    let mut scores = Vec::new();
-    let unreadable = scan_all(
-        &detector,
-        &found.dataset(),
-        Maps::Free,
-        arguments.common.max_unreadable(),
-        &mut Progress::new(),
-        &mut |outcome| {
-            scores.extend(outcome.ok().map(|(finding, _)| finding.novelty.score));
-            Ok(())
-        },
-    )?;
+    // As the calibration counted its images: near copies once.
+    let (scan, scores) =
+        detector.scan_without_copies(found.distinct().dataset(), &mut Progress::new())?;
+    let unreadable = arguments.common.check_unreadable(&scan.skipped)?;
     let Drift { distance, p_value } = drift(&calibration.scores, &scores)?;
     let p_values = scores.iter().filter_map(|s| calibration.p_value(*s));
     let small = p_values.filter(|p| *p <= SMALL).count() as f64 / scores.len() as f64;

@@ -30,6 +30,7 @@ pub(crate) fn run(arguments: &Embed) -> Result<Exit> {
         .look
         .builder()?
         .embed(images, &mut Progress::new())?;
+    arguments.look.common.check_unreadable(&skipped)?;
     match extension {
         Some("npy") => write_npy(&table, &out)?,
         #[cfg(feature = "parquet")]

@@ -13,6 +13,8 @@ pub(crate) struct Exit {
 impl Exit {
     /// The code of a run that failed.
     pub(crate) const FAILED: u8 = 4;
+    /// The code of a run whose reader has gone: what a shell says of a program that SIGPIPE ends.
+    pub(crate) const CLOSED_PIPE: u8 = 141;
 
     /// After a job that finds nothing novel.
     pub(crate) fn after_skipping(unreadable: usize) -> Self {

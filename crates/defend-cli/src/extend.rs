@@ -12,7 +12,12 @@ use crate::say::say;
 
 pub(crate) fn run(arguments: &Extend) -> Result<Exit> {
     let out = arguments.out.as_ref().unwrap_or(&arguments.model);
-    let inputs = [&arguments.normal[..], &arguments.abnormal].concat();
+    let inputs = [
+        &arguments.normal[..],
+        &arguments.abnormal,
+        &arguments.marked,
+    ]
+    .concat();
     let out = check_writable(out, &inputs)?;
     let strict = arguments.common.strict;
     let (mut normal, mut abnormal) = (arguments.normal.clone(), arguments.abnormal.clone());
@@ -30,22 +35,24 @@ pub(crate) fn run(arguments: &Extend) -> Result<Exit> {
         abnormal.extend(marked.abnormal);
     }
     let (mut dropped, mut unreadable) = (false, 0);
-    let mut say = |what: &str, learnt: &Learnt| {
-        let (images, skipped) = (learnt.images, learnt.skipped.len());
+    let mut tell_of = |what: &str, learnt: &Learnt| -> Result<()> {
+        let images = learnt.images;
+        let skipped = arguments.common.check_unreadable(&learnt.skipped)?;
         say!("{what} {images} images, {skipped} could not be read");
         dropped |= learnt.calibration_dropped;
         unreadable += skipped;
+        Ok(())
     };
     if !forgotten.is_empty() {
         let learnt = detector.forget(&forgotten, arguments.forget_group)?;
-        say("forgot", &learnt);
+        tell_of("forgot", &learnt)?;
     }
     if !normal.is_empty() {
         let normal = find(&normal, strict, None)?.distinct().dataset();
-        say(
+        tell_of(
             "learnt as normal",
             &detector.learn_normal(normal, &mut Progress::new())?,
-        );
+        )?;
     }
     if !abnormal.is_empty() {
         let abnormal = find(&abnormal, strict, None)?.distinct().dataset();
@@ -57,10 +64,10 @@ pub(crate) fn run(arguments: &Extend) -> Result<Exit> {
                 "patches count in this model: what is faulty about these images cannot be learnt without the normal ones, as defend fit --abnormal does"
             );
         }
-        say(
+        tell_of(
             "learnt as abnormal",
             &detector.learn_abnormal(abnormal, &mut Progress::new())?,
-        );
+        )?;
     }
     detector.save(&out)?;
     if let Some(evidence) = detector.evidence() {

@@ -59,6 +59,7 @@ pub(crate) fn run(arguments: &Fit) -> Result<Exit> {
         }
         builder.fit(normal.dataset(), &mut Progress::new())?
     };
+    arguments.common.check_unreadable(&fitted.skipped)?;
     fitted.detector.save(&out)?;
     summarize(&fitted);
     if fitted

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use defend_core::data::{Dataset, Error, Failure, ImageFolder};
+use defend_core::data::{Dataset, Error, Failure, ImageFolder, Reason};
 use defend_core::{Maps, NoveltyDetector, Observer, Outcome, scan_each};
 
 use crate::say::say;
@@ -29,6 +29,12 @@ pub(crate) fn find(arguments: &[PathBuf], strict: bool, except: Option<&Path>) -
     };
     let mut others = Vec::new();
     let except = except.and_then(|folder| folder.canonicalize().ok());
+    // A folder that is itself in there was asked for by name.
+    let asked_for = |except: &PathBuf| {
+        let inside = |path: &PathBuf| path.canonicalize().is_ok_and(|p| p.starts_with(except));
+        arguments.iter().any(inside)
+    };
+    let except = except.filter(|except| !asked_for(except));
     let left_out = |path: &Path| {
         let whole = except.as_ref().and_then(|_| path.canonicalize().ok());
         matches!((&except, whole), (Some(except), Some(whole)) if whole.starts_with(except))
@@ -45,7 +51,8 @@ pub(crate) fn find(arguments: &[PathBuf], strict: bool, except: Option<&Path>) -
                 }
                 Err(error) => return Err(error.into()),
             };
-            others.extend(folder.passed_over().to_vec());
+            let passed_over = folder.passed_over().iter();
+            others.extend(passed_over.filter(|o| !left_out(&o.path)).cloned());
             for path in folder.paths().iter().filter(|path| !left_out(path)) {
                 let inside = path.strip_prefix(&argument).unwrap_or(path);
                 found.inside.push(inside.to_owned());
@@ -62,7 +69,8 @@ pub(crate) fn find(arguments: &[PathBuf], strict: bool, except: Option<&Path>) -
     if let (true, Some(error)) = (found.paths.is_empty(), empty) {
         return Err(error.into());
     }
-    if let (true, Some(first)) = (strict, others.first()) {
+    let mut faults = others.iter().filter(|other| is_fault(&other.reason));
+    if let (true, Some(first)) = (strict, faults.next()) {
         bail!("{first} (--strict)");
     }
     for other in &others {
@@ -71,7 +79,15 @@ pub(crate) fn find(arguments: &[PathBuf], strict: bool, except: Option<&Path>) -
     if !others.is_empty() {
         say!("{} passed over", others.len());
     }
+    if found.paths.is_empty() {
+        bail!("there are no images to look at");
+    }
     Ok(found)
+}
+
+/// Whether it may be an image that was meant to be looked at.
+fn is_fault(reason: &Reason) -> bool {
+    !matches!(reason, Reason::NoImageByName | Reason::SystemFolder)
 }
 
 /// The arguments, with paths from standard input in the place of `-`.
@@ -222,7 +238,7 @@ impl Unreadable {
         if found > 0 {
             say!("{found} of {total} images could not be read");
         }
-        if total > 0 && found == total {
+        if total > 1 && found == total {
             bail!("none of the {total} images could be read");
         }
         Ok(found)

@@ -45,8 +45,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     match run(&Arguments::parse().command) {
         Ok(exit) => exit.into(),
-        // A reader that has seen enough, such as `head`, is no fault.
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        // A reader that has seen enough, such as `head`, is no fault; but nothing is known of the images that it did not see.
+        Err(error) if is_broken_pipe(&error) => Exit::CLOSED_PIPE.into(),
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "defend: {error:#}");
             Exit::FAILED.into()

@@ -1,11 +1,12 @@
 //! Progress on standard error, and a run that Ctrl-C ends between two batches.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use anyhow::Result;
 use defend_core::{Event, Observer, ProgressBar};
 
-use crate::say::is_quiet;
+use crate::say::{is_quiet, is_verbose, say};
 
 static STOPPED: AtomicBool = AtomicBool::new(false);
 
@@ -25,11 +26,14 @@ pub(crate) fn is_stopped() -> bool {
 }
 
 /// A bar on a terminal, a line now and then elsewhere.
-pub(crate) struct Progress(ProgressBar);
+pub(crate) struct Progress {
+    bar: ProgressBar,
+    started: Instant,
+}
 
 impl Progress {
     pub(crate) fn new() -> Self {
-        Self(if is_quiet() {
+        Self::with(if is_quiet() {
             ProgressBar::hidden()
         } else {
             ProgressBar::new()
@@ -38,13 +42,28 @@ impl Progress {
 
     /// For jobs whose lines show the progress.
     pub(crate) fn hidden() -> Self {
-        Self(ProgressBar::hidden())
+        Self::with(ProgressBar::hidden())
+    }
+
+    fn with(bar: ProgressBar) -> Self {
+        Self {
+            bar,
+            started: Instant::now(),
+        }
     }
 }
 
 impl Observer for Progress {
     fn on(&mut self, event: &Event<'_>) {
-        self.0.on(event);
+        self.bar.on(event);
+        match event {
+            Event::Started { .. } => self.started = Instant::now(),
+            Event::Finished { stage } if is_verbose() => {
+                let seconds = self.started.elapsed().as_secs_f64();
+                say!("{stage:?}: {seconds:.1} s");
+            }
+            _ => {}
+        }
     }
 
     fn stops(&self) -> bool {

@@ -124,7 +124,9 @@ impl Content<'_> {
     ) -> Result<()> {
         self.scores.push(novelty.score);
         self.novel += usize::from(novelty.verdict == Some(Verdict::Novel));
-        let shown = fitted(&images.image(index)?, SIDE);
+        // It may be gone by now.
+        let image = images.image(index);
+        let shown = fitted(image.as_ref().unwrap_or(resized), SIDE);
         let map = novelty.map.as_ref().map(|map| {
             // The map is of what the detector saw, which may be a part of the image.
             let seen = if sees_whole(self.detector) {
@@ -146,7 +148,7 @@ impl Content<'_> {
 
     /// Forgets what will not be shown, now and then: memory does not grow with the images.
     fn keep(&mut self, most: usize) {
-        if self.entries.len() >= 2 * most.max(32) {
+        if self.entries.len() >= most.max(32).saturating_mul(2) {
             self.sort();
             self.entries.truncate(most);
         }

@@ -9,6 +9,17 @@ pub(crate) fn be_quiet() {
     QUIET.store(true, Ordering::Relaxed);
 }
 
+static VERBOSE: AtomicBool = AtomicBool::new(false);
+
+/// Says more from now on.
+pub(crate) fn be_verbose() {
+    VERBOSE.store(true, Ordering::Relaxed);
+}
+
+pub(crate) fn is_verbose() -> bool {
+    VERBOSE.load(Ordering::Relaxed)
+}
+
 pub(crate) fn is_quiet() -> bool {
     QUIET.load(Ordering::Relaxed)
 }
@@ -23,6 +34,14 @@ macro_rules! say {
     };
 }
 
+/// A line on standard error on what has failed, also from a program that is quiet.
+macro_rules! complain {
+    ($($what:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($what)*);
+    }};
+}
+
 /// A line on standard output; an error when it cannot be written.
 macro_rules! tell {
     ($($what:tt)*) => {{
@@ -31,4 +50,4 @@ macro_rules! tell {
     }};
 }
 
-pub(crate) use {say, tell};
+pub(crate) use {complain, say, tell};

@@ -17,7 +17,7 @@ use crate::exit::Exit;
 use crate::images::{Unreadable, find, scan_all};
 use crate::maps::MapFolder;
 use crate::progress::Progress;
-use crate::say::say;
+use crate::say::{complain, say};
 use crate::sort;
 use crate::table::{Table, escaped};
 
@@ -39,7 +39,9 @@ pub(crate) fn run(arguments: &Score) -> Result<Exit> {
     let rate = arguments.fdr.map(FalseAlarmRate::new).transpose()?;
     let detector = arguments.common.load(model)?;
     let calibration = detector.calibration();
-    if rate.is_some() && calibration.is_none_or(|c| c.source != CalibrationSource::HeldOut) {
+    if rate.is_some()
+        && calibration.is_none_or(|c| c.source != CalibrationSource::HeldOut || c.scores.is_empty())
+    {
         bail!("--fdr needs p-values of held-out images: see defend calibrate");
     }
     let found = find(
@@ -86,7 +88,7 @@ pub(crate) fn run(arguments: &Score) -> Result<Exit> {
                     Ok(path) => record.map = path.map(|path| path.display().to_string()),
                     Err(error) => {
                         unwritten += 1;
-                        say!("{error:#}");
+                        complain!("{error:#}");
                     }
                 }
             }

@@ -46,7 +46,7 @@ pub(crate) fn read(path: &Path) -> Result<DefendConfig> {
     toml::from_str(&text).with_context(invalid)
 }
 
-/// The settings with changes of the form `a.b=c`, the value as in TOML; what is no TOML is a text.
+/// The settings with changes of the form `a.b=c`, the value as in TOML; `unset` takes it away, and what else is no TOML is a text.
 pub(crate) fn changed(config: DefendConfig, changes: &[String]) -> Result<DefendConfig> {
     if changes.is_empty() {
         return Ok(config);
@@ -62,14 +62,13 @@ pub(crate) fn changed(config: DefendConfig, changes: &[String]) -> Result<Defend
         }
         let value = match toml::from_str::<Map<String, Value>>(&format!("value = {value}")) {
             Ok(mut parsed) => parsed.remove("value").unwrap_or_default(),
+            Err(_) if value.trim() == "unset" => Value::Null,
             Err(_) => Value::String(value.trim().to_owned()),
         };
         put(&mut settings, key, value);
-        // Each by itself, so that an error names the change.
-        serde_json::from_value::<DefendConfig>(settings.clone())
-            .with_context(|| format!("--set {change}"))?;
     }
-    Ok(serde_json::from_value(settings)?)
+    // Together: some forms have two settings that need each other.
+    serde_json::from_value(settings).with_context(|| format!("--set {}", changes.join(" --set ")))
 }
 
 fn put(settings: &mut Value, key: &str, value: Value) {
@@ -193,6 +192,17 @@ mod tests {
         let expected = serde_json::to_value(&config).unwrap();
         assert_eq!(expected["student"]["masked"]["distill"]["epochs"], 3);
         assert_eq!(expected["dense"]["epochs"], 2);
+        let two = [
+            "dense.view.random.count=2",
+            "dense.view.random.area=[0.2, 1.0]",
+        ];
+        assert!(set(&two).unwrap().dense.is_some());
+        assert!(
+            set(&["dense.epochs=2", "dense=unset"])
+                .unwrap()
+                .dense
+                .is_none()
+        );
         for (change, part) in [
             ("seed", "expected KEY=VALUE"),
             ("sead=7", "there is no setting sead"),

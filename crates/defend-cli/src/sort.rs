@@ -36,14 +36,7 @@ pub(crate) fn run(arguments: &Sort) -> Result<Exit> {
         arguments.expect_abnormal,
         &mut bar,
     )?;
-    let most = arguments.common.max_unreadable();
-    if let Some(first) = sorted
-        .skipped
-        .first()
-        .filter(|_| sorted.skipped.len() > most)
-    {
-        bail!("{first} (--strict or --max-unreadable)");
-    }
+    arguments.common.check_unreadable(&sorted.skipped)?;
     let mut table = Table::new(arguments.format, stdout().lock());
     for finding in &sorted.findings {
         let row = Row::new(finding);

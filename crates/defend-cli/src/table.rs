@@ -33,8 +33,7 @@ impl<W: Write> Table<W> {
                 out.flush()?;
             }
             Self::Json(out) => {
-                serde_json::to_writer(&mut *out, row)?;
-                writeln!(out)?;
+                writeln!(out, "{}", serde_json::to_string(row)?)?;
             }
         }
         Ok(())

@@ -40,13 +40,12 @@ pub(crate) fn run(arguments: &Watch) -> Result<Exit> {
     while !is_stopped() {
         let ready = folder.ready()?;
         if ready.is_empty() {
-            if idle.is_some_and(|idle| last.elapsed() >= idle) {
+            if idle.is_some_and(|idle| last.elapsed() >= idle && !folder.waits()) {
                 break;
             }
-            std::thread::sleep(every);
+            sleep(every);
             continue;
         }
-        last = Instant::now();
         let images: Arc<dyn Dataset> = Arc::new(ImageFolder::from_paths(ready));
         let done = scan_each::<anyhow::Error>(
             &detector,
@@ -67,11 +66,21 @@ pub(crate) fn run(arguments: &Watch) -> Result<Exit> {
             Err(_) if is_stopped() => break,
             done => done?,
         }
+        last = Instant::now();
         if unreadable > arguments.common.max_unreadable() {
             bail!("{unreadable} images could not be read (--strict or --max-unreadable)");
         }
     }
     Ok(exit)
+}
+
+/// Sleeps, and wakes up for Ctrl-C.
+fn sleep(time: Duration) {
+    const SLICE: Duration = Duration::from_millis(200);
+    let start = Instant::now();
+    while !is_stopped() && start.elapsed() < time {
+        std::thread::sleep(SLICE.min(time.saturating_sub(start.elapsed())));
+    }
 }
 
 fn duration(flag: &str, seconds: f64) -> Result<Duration> {
@@ -97,6 +106,12 @@ impl Folder {
             path,
             seen: HashMap::new(),
         }
+    }
+
+    /// Whether a file has been seen that is still being written.
+    fn waits(&self) -> bool {
+        let mut seen = self.seen.values();
+        seen.any(|((length, _), done)| !done && *length > 0)
     }
 
     fn ignore_what_is_there(&mut self) -> Result<()> {

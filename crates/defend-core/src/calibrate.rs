@@ -33,24 +33,52 @@ impl Detector {
         let tried = held_out.len();
         let held_out: Arc<dyn Dataset> = Arc::new(held_out);
         let (scan, embeddings) = self.scan_keeping_embeddings(&held_out, observer)?;
-        let mut scores = scan.scores();
-        if scores.is_empty() {
+        if scan.findings.is_empty() {
             return Err(Error::no_images(tried, &scan.skipped));
         }
-        if let (StudentStage::ClosedForm(closed), Some(embeddings)) = (&self.student, embeddings) {
-            if let Some(image) = closed.evidence.first_known(&embeddings)? {
-                let found = scan.findings.get(image);
-                return Err(Error::FittedOn {
-                    name: found.map_or_else(String::new, |f| f.name.clone()),
-                });
-            }
-            let groups = closed.evidence.near_copies(&embeddings)?;
-            let leaders = groups.leaders.iter();
-            scores = leaders.filter_map(|&i| scores.get(i).copied()).collect();
+        if let (StudentStage::ClosedForm(closed), Some(embeddings)) = (&self.student, &embeddings)
+            && let Some(image) = closed.evidence.first_known(embeddings)?
+        {
+            let found = scan.findings.get(image);
+            return Err(Error::FittedOn {
+                name: found.map_or_else(String::new, |f| f.name.clone()),
+            });
         }
+        let scores = self.one_a_group(&scan, embeddings.as_ref())?;
         let found = calibration(scores, promise.into(), CalibrationSource::HeldOut)?;
         self.calibration = Some(found);
         Ok(scan)
+    }
+
+    /// Scores images, and gives beside all findings the scores of those that are no near copies of an earlier one, as
+    /// [`Detector::calibrate`] counts them: what new scores are compared with a calibration by. With a masked student that is all of
+    /// them.
+    ///
+    /// # Errors
+    /// As [`scan`](crate::scan()).
+    pub fn scan_without_copies(
+        &self,
+        images: impl Dataset + 'static,
+        observer: &mut dyn Observer,
+    ) -> Result<(Scan, Vec<f64>), Error> {
+        let images: Arc<dyn Dataset> = Arc::new(images);
+        let (scan, embeddings) = self.scan_keeping_embeddings(&images, observer)?;
+        let scores = self.one_a_group(&scan, embeddings.as_ref())?;
+        Ok((scan, scores))
+    }
+
+    /// The score of the first image of each group of near copies: which one must not depend on what it shows, or the scores would not be
+    /// a sample of normal ones.
+    fn one_a_group(&self, scan: &Scan, embeddings: Option<&Embeddings>) -> Result<Vec<f64>, Error> {
+        let scores = scan.scores();
+        let (StudentStage::ClosedForm(closed), Some(embeddings)) = (&self.student, embeddings)
+        else {
+            return Ok(scores);
+        };
+        let groups = closed.evidence.near_copies(embeddings)?;
+        let members = groups.members();
+        let first = members.iter().filter_map(|group| group.iter().min());
+        Ok(first.filter_map(|&i| scores.get(i).copied()).collect())
     }
 
     /// Scores images, without maps, and gives their embeddings too, for the closed form; memory grows with the images, about 5 KB each.

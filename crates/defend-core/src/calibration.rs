@@ -25,8 +25,8 @@ pub struct Calibration {
 }
 
 impl Calibration {
-    /// Share of normal images that score at least as high, the image itself counted: of new normal images no more than a share `p`
-    /// has a p-value of `p` or less. `None` for a model of an earlier version, which has no scores to compare with.
+    /// Share of normal images that score at least as high, the image itself counted. Where the scores are of held-out images, no more than
+    /// a share `p` of new normal images has a p-value of `p` or less; where they are left-out scores of the fit, about that share. `None` for a model of an earlier version, which has no scores to compare with.
     pub fn p_value(&self, score: f64) -> Option<f64> {
         (!self.scores.is_empty()).then(|| p_value(&self.scores, score))
     }

@@ -196,6 +196,17 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether a training run says that it was stopped.
+    pub(crate) fn is_stop(&self) -> bool {
+        use defend_train::Error::Stopped;
+        matches!(
+            self,
+            Self::Train(Stopped { .. })
+                | Self::Dense(defend_dense::Error::Train(Stopped { .. }))
+                | Self::Distill(defend_distill::Error::Train(Stopped { .. }))
+        )
+    }
+
     /// Features that are not finite under the name of their image; `name`: of an image of the batch.
     pub(crate) fn naming(self, name: impl FnOnce(usize) -> String) -> Self {
         match self {

@@ -330,12 +330,10 @@ fn observed<R, E: Into<Error>>(
             ControlFlow::Continue(())
         }
     });
-    let result = result.map_err(|error| {
-        if stopped {
-            Error::Stopped
-        } else {
-            error.into()
-        }
+    let result = result.map_err(|error| match error.into() {
+        // A checkpoint that could not be saved is told of as what it is.
+        error if stopped && error.is_stop() => Error::Stopped,
+        error => error,
     })?;
     observer.on(&Event::Finished { stage });
     Ok(result)

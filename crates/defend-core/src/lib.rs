@@ -122,7 +122,7 @@ pub mod prelude {
     };
 }
 
-/// The small backbone that ships with the library: a ViT of width 192 and 4 blocks, distilled from
+/// The small backbone that ships with the library: a ViT of width 192 and 8 blocks, distilled from
 /// ViT-Ti/16 with this library (`examples/train_backbone`).
 #[cfg(feature = "embedded")]
 pub fn embedded_backbone() -> vit::Pretrained {

@@ -15,6 +15,8 @@ use crate::{Dataset, Error, Preprocess};
 /// otherwise hold the very thread that has to decode it.
 static POOL: LazyLock<Option<ThreadPool>> = LazyLock::new(|| {
     ThreadPoolBuilder::new()
+        // As many as whoever set up the global pool allows.
+        .num_threads(rayon::current_num_threads())
         .thread_name(|i| format!("defend-decode-{i}"))
         .build()
         .ok()

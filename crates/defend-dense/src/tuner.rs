@@ -300,6 +300,7 @@ mod tests {
                 &images(),
                 Training::new(&mut rng, &mut |s| {
                     seen.push(s.step);
+                    ControlFlow::Continue(())
                 }),
             )?;
             assert_eq!(seen, (1..=18).collect::<Vec<_>>());

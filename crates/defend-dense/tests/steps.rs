@@ -71,7 +71,10 @@ fn three_steps_match_pytorch() {
             &vit,
             &objective,
             &golden.get("images"),
-            Training::new(&mut Rng::seed(0), &mut |step| losses.push(step.loss)),
+            Training::new(&mut Rng::seed(0), &mut |step| {
+                losses.push(step.loss);
+                std::ops::ControlFlow::Continue(())
+            }),
         )
         .unwrap();
     let losses = Tensor::new(losses, &Device::Cpu).unwrap();

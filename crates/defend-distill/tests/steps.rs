@@ -64,7 +64,10 @@ fn three_steps_match_pytorch() {
                 objective: &FeatureDistance::default(),
             },
             &golden.get("images"),
-            Training::new(&mut Rng::seed(0), &mut |step| losses.push(step.loss)),
+            Training::new(&mut Rng::seed(0), &mut |step| {
+                losses.push(step.loss);
+                std::ops::ControlFlow::Continue(())
+            }),
         )
         .unwrap();
     let losses = Tensor::new(losses, &Device::Cpu).unwrap();

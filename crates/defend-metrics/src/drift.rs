@@ -64,7 +64,7 @@ mod tests {
         let found = drift(&a, &b).unwrap();
         assert!((found.distance - 0.275).abs() < 1e-12, "{found:?}");
         assert!(
-            (found.p_value - 0.149549377153492).abs() < 1e-9,
+            (found.p_value - 0.149_549_377_153_492).abs() < 1e-9,
             "{found:?}"
         );
         let same = drift(&a, &a).unwrap();

@@ -1,9 +1,8 @@
 //! The small Vision Transformer that ships with `defend`, as the bytes of a safetensors file.
 //!
-//! Width 192, 4 blocks, 3 heads, patches of 16 pixels at 224: two million parameters as `f16`, with the
-//! specification in the file's metadata. It was distilled from timm's
-//! `vit_tiny_patch16_224.augreg_in21k_ft_in1k` (Apache-2.0) by this library's own masked distillation;
-//! `examples/train_backbone` is the program that made it and `docs/RESULTS.md` says how good it is.
+//! Width 192, 8 blocks, 3 heads, patches of 16 pixels at 224: 3.7 million parameters, matrices as `int8` with a scale for each output
+//! channel, with the specification in the file's metadata. It was distilled from timm's `vit_tiny_patch16_224.augreg_in21k_ft_in1k`
+//! (Apache-2.0) by `examples/train_backbone`; the model card in `docs/MODEL_CARD.md` says from what photos and how good it is.
 //! `defend_core::embedded_backbone()` loads it.
 
 /// Content of the weight file, read with `defend_vit::Pretrained::Bytes`.

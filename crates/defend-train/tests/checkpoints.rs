@@ -134,7 +134,7 @@ fn a_run_that_is_stopped_saves_itself() -> Result<(), Error> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run");
         // No checkpoint would be due by time.
-        let saved = Checkpoints::new(&path, "run").every(Duration::from_secs(3600));
+        let saved = Checkpoints::new(&path, "run").every(Duration::from_hours(1));
         let (mut stage, mut optimiser) = Follow::new(None);
         let (mut rng, mut on_step) = (Rng::seed(2), |step: TrainingStep| {
             if step.step == last {

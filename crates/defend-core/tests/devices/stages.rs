@@ -55,7 +55,10 @@ fn dense(place: &Place, config: &DenseConfig) -> Steps {
             &vit,
             &objective,
             &images,
-            Training::new(&mut Rng::seed(9), &mut |step| losses.push(step.loss)),
+            Training::new(&mut Rng::seed(9), &mut |step| {
+                losses.push(step.loss);
+                std::ops::ControlFlow::Continue(())
+            }),
         )
         .unwrap();
     Steps {
@@ -141,7 +144,10 @@ fn masked_distillation_steps() {
                     objective: &FeatureDistance::default(),
                 },
                 &place.noise(&[6, 3, 32, 32], 12),
-                Training::new(&mut Rng::seed(13), &mut |step| losses.push(step.loss)),
+                Training::new(&mut Rng::seed(13), &mut |step| {
+                    losses.push(step.loss);
+                    std::ops::ControlFlow::Continue(())
+                }),
             )
             .unwrap();
         Steps {
