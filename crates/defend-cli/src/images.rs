@@ -44,7 +44,7 @@ pub(crate) fn find(arguments: &[PathBuf], strict: bool, except: Option<&Path>) -
         if argument.is_dir() {
             let folder = match ImageFolder::open(&argument) {
                 Ok(folder) => folder,
-                Err(error @ Error::NoImages { .. }) if !strict => {
+                Err(error @ (Error::NoImages { .. } | Error::NotSupported { .. })) if !strict => {
                     say!("passed over {}: it holds no image", argument.display());
                     empty = Some(error);
                     continue;

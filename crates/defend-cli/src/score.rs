@@ -156,8 +156,9 @@ fn of_many(arguments: &Score) -> Result<Exit> {
     profiles.scan_each::<anyhow::Error>(&dataset, &mut progress(), &mut |outcome| {
         match &outcome {
             Ok((name, novelties)) => {
-                for (model, novelty) in profiles.names().iter().zip(novelties) {
-                    let mut record = Record::new(name, novelty, None);
+                let models = profiles.names().iter().zip(profiles.detectors());
+                for ((model, detector), novelty) in models.zip(novelties) {
+                    let mut record = Record::new(name, novelty, detector.calibration());
                     record.model = Some(model.clone());
                     exit.novel |= record.is_novel();
                     lines.write(&record)?;

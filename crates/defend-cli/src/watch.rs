@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Result, bail};
-use defend_core::data::{Dataset, ImageFolder};
+use defend_core::data::{Dataset, Error, ImageFolder};
 use defend_core::{Maps, scan_each};
 
 use crate::arguments::Watch;
@@ -147,7 +147,7 @@ impl Folder {
     fn look(&self) -> Result<Vec<(PathBuf, Look)>> {
         let folder = match ImageFolder::open(&self.path) {
             Ok(folder) => folder,
-            Err(defend_core::data::Error::NoImages { .. }) => return Ok(Vec::new()),
+            Err(Error::NoImages { .. } | Error::NotSupported { .. }) => return Ok(Vec::new()),
             Err(error) => return Err(error.into()),
         };
         let look = |path: &PathBuf| {

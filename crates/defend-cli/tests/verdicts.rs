@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests may panic")]
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -396,15 +396,16 @@ fn images_are_scored_as_they_come() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // Written in two parts: half an image is no image yet.
-    std::thread::sleep(std::time::Duration::from_millis(1500));
+    // What comes after the program has looked at the folder is new.
+    let mut errors = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("watching") {
+        line.clear();
+        assert!(errors.read_line(&mut line).unwrap() > 0, "it ended");
+    }
     fs::copy(folder.join("new/b.png"), folder.join("later.png")).unwrap();
     fs::rename(folder.join("later.png"), folder.join("new/later.png")).unwrap();
-    let output = child
-        .wait()
-        .map(|_| ())
-        .and_then(|()| child.wait_with_output())
-        .unwrap();
+    let output = child.wait_with_output().unwrap();
     let (code, lines, errors) = answer(&output);
     assert_eq!((code, lines.lines().count()), (1, 1), "{lines} {errors}");
     assert!(lines.contains("novel\tnew/later.png"), "{lines}");

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::Tensor;
 use defend_data::Dataset;
 use defend_evidence::Embeddings;
-use defend_metrics::Error::{Empty, TooFewForRate};
+use defend_metrics::Error::{Empty, TooFewForConfidence, TooFewForRate};
 use defend_metrics::{Promise, Threshold, threshold_for};
 use ndarray::ArrayView1;
 
@@ -143,7 +143,9 @@ impl Detector {
     ) -> Result<bool, Error> {
         match self.calibrate_on_left_out(promise) {
             Ok(_) => Ok(true),
-            Err(Error::Metrics(TooFewForRate { .. } | Empty { .. })) => Ok(false),
+            Err(Error::Metrics(
+                TooFewForRate { .. } | TooFewForConfidence { .. } | Empty { .. },
+            )) => Ok(false),
             Err(error) => Err(error),
         }
     }

@@ -1,6 +1,6 @@
 //! The threshold of a detector: where it comes from, and the verdicts that it gives.
 
-use defend_metrics::{Error, false_alarm_range, p_value};
+use defend_metrics::{Error, FalseAlarmRate, Promise, false_alarm_range, p_value};
 use serde::{Deserialize, Serialize};
 
 /// The threshold of a detector and where it comes from.
@@ -25,6 +25,18 @@ pub struct Calibration {
 }
 
 impl Calibration {
+    /// What the threshold was chosen for.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a model file with a rate out of range.
+    pub fn promise(&self) -> Result<Promise, Error> {
+        let rate = FalseAlarmRate::new(self.false_alarm_rate)?;
+        Ok(match self.confidence {
+            None => Promise::OnAverage(rate),
+            Some(confidence) => Promise::WithConfidence { rate, confidence },
+        })
+    }
+
     /// Share of normal images that score at least as high, the image itself counted. Where the scores are of held-out images, no more than
     /// a share `p` of new normal images has a p-value of `p` or less; where they are left-out scores of the fit, about that share. `None` for a model of an earlier version, which has no scores to compare with.
     pub fn p_value(&self, score: f64) -> Option<f64> {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use defend_data::Dataset;
 use defend_evidence::Embeddings;
-use defend_metrics::FalseAlarmRate;
 use defend_vit::ImageSource;
 
 use crate::normals::Normals;
@@ -189,7 +188,6 @@ impl Detector {
         if calibration.source == CalibrationSource::HeldOut {
             return Ok(true);
         }
-        let rate = FalseAlarmRate::new(calibration.false_alarm_rate)?;
-        Ok(!self.calibrate_if_enough(rate)?)
+        Ok(!self.calibrate_if_enough(calibration.promise()?)?)
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use defend_data::Dataset;
 use defend_evidence::Share;
-use defend_metrics::{FalseAlarmRate, threshold_for};
+use defend_metrics::threshold_for;
 use ndarray::ArrayView1;
 use serde::{Deserialize, Serialize};
 
@@ -73,8 +73,8 @@ pub fn sort(
     let scores: Vec<f64> = findings.iter().map(|f| f.novelty.score).collect();
     let together = closed.evidence.together(&embeddings, &scores, expected)?;
     let threshold = detector.calibration().and_then(|calibration| {
-        let rate = FalseAlarmRate::new(calibration.false_alarm_rate).ok()?;
-        threshold_for(ArrayView1::from(&together.left_out), rate).ok()
+        let promise = calibration.promise().ok()?;
+        threshold_for(ArrayView1::from(&together.left_out), promise).ok()
     });
     let place = |alone: Verdict, score: f64| {
         // Where nothing was compared there is nothing to differ in.

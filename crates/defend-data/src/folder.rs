@@ -8,7 +8,7 @@ use image::{GrayImage, RgbImage};
 use walkdir::WalkDir;
 
 use crate::decode::mask_of;
-use crate::walk::{PassedOver, distinct, files_under, visible};
+use crate::walk::{PassedOver, Reason, distinct, files_under, visible};
 use crate::{ClassId, Dataset, Error, dataset::sample, read_image};
 
 /// Image files without labels.
@@ -28,11 +28,24 @@ impl ImageFolder {
     /// archives and systems. What starts with a dot is not told of. Links are followed.
     ///
     /// # Errors
-    /// [`Error::Walk`] when the folder cannot be listed; [`Error::NoImages`].
+    /// [`Error::Walk`] when the folder cannot be listed; [`Error::NoImages`], or [`Error::NotSupported`] for the first image in a
+    /// format that is not read when there are no others.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self, Error> {
         let folder = folder.as_ref();
         let (paths, passed_over) = files_under(folder)?;
         if paths.is_empty() {
+            // What would help most is said first: how to convert what is there.
+            let unsupported = passed_over.iter().find_map(|other| match other.reason {
+                Reason::NotSupported { format, convert } => Some((other, format, convert)),
+                _ => None,
+            });
+            if let Some((other, format, convert)) = unsupported {
+                return Err(Error::NotSupported {
+                    origin: other.path.display().to_string(),
+                    format,
+                    convert,
+                });
+            }
             let expected = "files that end in .jpg, .png, .webp, .bmp, .gif, .tif or .ppm";
             return Err(Error::NoImages {
                 path: folder.into(),
@@ -305,6 +318,12 @@ mod tests {
         );
         let (once, dropped) = found.distinct();
         assert_eq!((once.len(), dropped), (2, 1));
+        let phone = tree(&["a.heic", "b.txt"]);
+        let error = ImageFolder::open(phone.path()).unwrap_err().to_string();
+        assert!(
+            error.contains("a.heic") && error.contains("heif-convert"),
+            "{error}"
+        );
     }
 
     #[cfg(unix)]
