@@ -79,7 +79,7 @@ pub(crate) fn find(arguments: &[PathBuf], strict: bool, except: Option<&Path>) -
     if !others.is_empty() {
         say!("{} passed over", others.len());
     }
-    if found.paths.is_empty() {
+    if found.paths.is_empty() && !arguments.is_empty() {
         bail!("there are no images to look at");
     }
     Ok(found)

@@ -31,15 +31,16 @@ fn pattern(number: u32, odd: bool) -> RgbImage {
     let (period, shade) = (9 + number % 5, (number * 37 % 120) as u8);
     RgbImage::from_fn(96, 96, |x, y| {
         let stripe = (x + y * (number % 3) / 4 + number).is_multiple_of(period);
-        let check = (x / 12 + y / 12).is_multiple_of(2);
+        let side = 6 + number % 11;
+        let check = (x / side + y / side).is_multiple_of(2);
         let block =
             x.abs_diff(15 + number * 53 % 67) < 12 && y.abs_diff(15 + number * 29 % 61) < 12;
         if block && !odd {
             return Rgb([30, shade / 2 + 90, 200]);
         }
         match (odd, stripe, check) {
-            (true, _, true) => Rgb([230, 20, 120]),
-            (true, ..) => Rgb([10, 240, 60]),
+            (true, _, true) => Rgb([230, 20 + shade, 120]),
+            (true, ..) => Rgb([10, 240, 60 + shade]),
             (false, true, _) => Rgb([240, 230, shade]),
             (false, ..) => Rgb([shade, 60, 90]),
         }

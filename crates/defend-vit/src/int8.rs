@@ -170,7 +170,7 @@ mod tests {
         let matrix = Int8Matrix::round(&tensor).unwrap();
         assert_eq!(matrix.values, [127, -127, 0, 0, 0, 0, 127, 1, -2]);
         let scales: Vec<f32> = matrix.scales.iter().map(|s| s.to_f32()).collect();
-        assert_eq!(scales, [0.100_097_66, 0.0, 2.0]);
+        assert_eq!(scales, [0.100_097_656, 0.0, 2.0]);
         let read = matrix.dequantize().unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(read[0], [12.712_402, -12.712_402, 0.0]);
         assert_eq!(read[2], [254.0, 2.0, -4.0]);
