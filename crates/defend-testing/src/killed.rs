@@ -33,7 +33,7 @@ fn run(program: &str, arguments: &[&str], folder: &Path, moment: Option<Duration
     output.status.success()
 }
 
-/// Runs a program to its end in peace, then again with [`KILLS`] kills at random moments, and gives what both have written.
+/// Runs a program to its end in peace, then again with twenty kills at random moments, and gives what both have written.
 ///
 /// The program gets `arguments` and `--out FILE`; the runs that are killed also `checkpointing`, with which they go on.
 pub fn in_peace_and_killed(
