@@ -1,7 +1,7 @@
 //! `defend demo`: the whole job on images that it renders itself.
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -157,18 +157,14 @@ fn print_references(
 }
 
 fn write_overlays(detector: &Detector, images: &Path, maps: &Path) -> Result<()> {
-    let mut found = find(&[images.join("test")], true, None)?;
-    let mut kept = [0; 2];
-    let of_each = |path: &PathBuf| {
-        let kind = usize::from(path.starts_with("abnormal"));
-        kept[kind] += 1;
-        kept[kind] <= OVERLAYS
+    let all = find(&[images.join("test")], true, None)?;
+    let first_of = |kind: &'static str| {
+        let numbered = all.inside.iter().enumerate();
+        let of_kind = numbered.filter(move |(_, inside)| inside.starts_with(kind));
+        of_kind.map(|(position, _)| position).take(OVERLAYS)
     };
-    let chosen: Vec<bool> = found.inside.iter().map(of_each).collect();
-    let mut chosen_paths = chosen.iter();
-    found.paths.retain(|_| chosen_paths.next() == Some(&true));
-    let mut chosen_inside = chosen.iter();
-    found.inside.retain(|_| chosen_inside.next() == Some(&true));
+    let chosen: Vec<usize> = first_of("abnormal").chain(first_of("normal")).collect();
+    let found = all.at(&chosen);
     let mut folder = MapFolder::make(maps, MapFormat::Overlay, detector, &found)?;
     let some = found.dataset();
     scan_each::<anyhow::Error>(

@@ -126,20 +126,25 @@ fn path_of(bytes: Vec<u8>) -> Result<PathBuf> {
 
 impl Found {
     /// Each file once, whatever leads to it: what is learnt from counts once. Says how many were there again.
-    pub(crate) fn distinct(mut self) -> Self {
-        let all = ImageFolder::from_paths(std::mem::take(&mut self.paths));
-        let (once, again) = all.clone().distinct();
+    pub(crate) fn distinct(self) -> Self {
+        let first = ImageFolder::from_paths(self.paths.clone()).distinct_positions();
+        let again = self.paths.len() - first.len();
         if again > 0 {
             say!("{again} images were given twice, through links or folders: each counts once");
         }
-        let mut kept = once.paths().iter().peekable();
-        let inside = std::mem::take(&mut self.inside);
-        let pairs = all.paths().iter().zip(inside);
-        self.inside = pairs
-            .filter_map(|(path, inside)| kept.next_if(|next| *next == path).map(|_| inside))
-            .collect();
-        self.paths = once.paths().to_vec();
-        self
+        self.at(&first)
+    }
+
+    /// The files at these positions.
+    pub(crate) fn at(&self, positions: &[usize]) -> Self {
+        let of = |paths: &[PathBuf]| {
+            let chosen = positions.iter().filter_map(|&i| paths.get(i).cloned());
+            chosen.collect()
+        };
+        Self {
+            paths: of(&self.paths),
+            inside: of(&self.inside),
+        }
     }
 
     /// The files as a data set.
@@ -222,7 +227,7 @@ impl Unreadable {
             return Ok(());
         }
         if self.most == 0 {
-            return Err(refusal(failure));
+            bail!("{}: {} (--strict)", failure.name, failure.error);
         }
         bail!(
             "more than {} images cannot be read (--max-unreadable), the last is {}: {}",
@@ -243,11 +248,6 @@ impl Unreadable {
         }
         Ok(found)
     }
-}
-
-/// The error that an unreadable image is where they are not passed over.
-pub(crate) fn refusal(failure: &Failure) -> anyhow::Error {
-    anyhow::anyhow!("{}: {} (--strict)", failure.name, failure.error)
 }
 
 /// Makes a folder that results go to, before any work is done for them.

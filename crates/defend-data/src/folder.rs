@@ -88,7 +88,7 @@ impl ImageFolder {
     /// them twice.
     #[must_use]
     pub fn distinct(self) -> (Self, usize) {
-        let kept = distinct(&self.paths);
+        let kept = self.distinct_positions();
         let dropped = self.paths.len() - kept.len();
         let of = |masks: &[Option<PathBuf>]| {
             let kept = kept.iter().filter_map(|&i| masks.get(i).cloned());
@@ -100,6 +100,11 @@ impl ImageFolder {
             passed_over: self.passed_over,
         };
         (once, dropped)
+    }
+
+    /// Positions of the files that stand in it for the first time: those that [`ImageFolder::distinct`] keeps.
+    pub fn distinct_positions(&self) -> Vec<usize> {
+        distinct(&self.paths)
     }
 
     /// The files.

@@ -1,6 +1,7 @@
 //! What lies under a folder: images, and what is passed over and why.
 
 use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -84,9 +85,11 @@ pub(crate) fn visible(walk: WalkDir) -> impl Iterator<Item = walkdir::Result<Dir
     walk.follow_links(true)
         .sort_by_file_name()
         .into_iter()
-        .filter_entry(|entry| {
-            entry.depth() == 0 || !entry.file_name().as_encoded_bytes().starts_with(b".")
-        })
+        .filter_entry(|entry| entry.depth() == 0 || !is_hidden(entry.file_name()))
+}
+
+fn is_hidden(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(b".")
 }
 
 /// Images below `folder` and what is passed over, both sorted by path.
@@ -112,7 +115,7 @@ pub(crate) fn files_under(folder: &Path) -> Result<(Vec<PathBuf>, Vec<PassedOver
         };
         let name = entry.file_name().to_string_lossy();
         let is_folder = entry.file_type().is_dir();
-        if entry.depth() > 0 && name.starts_with('.') {
+        if entry.depth() > 0 && is_hidden(entry.file_name()) {
             if is_folder {
                 walk.skip_current_dir();
             }
@@ -140,8 +143,7 @@ pub(crate) fn files_under(folder: &Path) -> Result<(Vec<PathBuf>, Vec<PassedOver
 /// A fault below the folder; hidden entries are not told of.
 fn passed_over(fault: &walkdir::Error) -> Option<PassedOver> {
     let path = fault.path()?;
-    let hidden = |name: &std::ffi::OsStr| name.as_encoded_bytes().starts_with(b".");
-    if path.file_name().is_some_and(hidden) {
+    if path.file_name().is_some_and(is_hidden) {
         return None;
     }
     let is_link = path.is_symlink();
