@@ -15,7 +15,8 @@ nothing of heads, which are of 64 channels in all of that family).
                                    antialiased with registers and plain without
 
 views/views.pth holds two views of one storage 0, 1, ..., 11: `rows` [2,3] from 4 on, `turned` [3,2], the transpose of
-[2,3] from 6 on.
+[2,3] from 6 on. views/archive.pt, legacy.pt (the stream of before PyTorch 1.6) and protocol4.pt hold both and a vector of
+each type.
 """
 
 import json
@@ -138,6 +139,18 @@ def main():
     shared = torch.arange(12.0)
     views = {"rows": shared[4:10].view(2, 3), "turned": shared[6:].view(2, 3).t()}
     torch.save(views, folder("views") / "views.pth")
+
+    # Both ways to store a file, with what may be in one: other types, a parameter, integers that are no weights.
+    mixed = views | {"half": shared[:3].half(), "bfloat": shared[:3].bfloat16(), "double": shared[:3].double()}
+    mixed |= {"parameter": torch.nn.Parameter(shared[:2].clone()), "steps": torch.arange(3)}
+    torch.save({"state_dict": mixed, "epoch": 3, "rate": 0.1}, FOLDER / "views/archive.pt")
+    torch.save({"state_dict": mixed, "epoch": 3, "rate": 0.1}, FOLDER / "views/legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save({"state_dict": mixed}, FOLDER / "views/protocol4.pt", pickle_protocol=4)
+
+    deit3 = VisionTransformer(**TIMM, num_classes=0, no_embed_class=True, init_values=1e-5)
+    add_timm("timm_deit3", deit3, "deit3_test_patch4_16", 0)
+    registers = VisionTransformer(**TIMM, num_classes=0, reg_tokens=2)
+    add_timm("timm_reg_positions", registers, "vit_test_patch4_reg2_16", 2)
 
     for file in FOLDER.glob("*/*"):
         file.chmod(0o644)

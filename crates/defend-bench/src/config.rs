@@ -150,23 +150,19 @@ impl BenchConfig {
         Ok(config)
     }
 
-    /// The model id of a backbone on the hub.
-    #[cfg(feature = "hub")]
-    fn model_id(&self) -> Option<&str> {
-        self.backbone.to_str()?.strip_prefix("hub:")
-    }
-
     /// Where the teacher's weights come from.
-    pub(crate) fn weights(&self) -> Pretrained {
-        #[cfg(feature = "hub")]
-        if let Some(model) = self.model_id() {
-            return Pretrained::hub(model);
-        }
-        if self.backbone == Path::new(EMBEDDED) {
+    ///
+    /// # Errors
+    /// [`Error::Vit`] for a model id that cannot be one, and for a path where nothing is.
+    pub(crate) fn weights(&self) -> Result<Pretrained, Error> {
+        let name = self.backbone.to_string_lossy();
+        Ok(if self.backbone == Path::new(EMBEDDED) {
             defend_core::embedded_backbone()
+        } else if name.starts_with("hub:") {
+            Pretrained::parse(&name)?
         } else {
             Pretrained::local(self.root.join(&self.backbone))
-        }
+        })
     }
 
     /// The background, read or to be looked at by the teacher.
@@ -290,7 +286,7 @@ mod tests {
         let config = read(&GOOD.replace("embedded", "hub:timm/vit_base")).unwrap();
         assert_eq!(config.backbone, Path::new("hub:timm/vit_base"));
         assert!(
-            matches!(config.weights(), Pretrained::Hub { model, .. } if model == "timm/vit_base")
+            matches!(config.weights(), Ok(Pretrained::Hub { model, .. }) if model == "timm/vit_base")
         );
     }
 

@@ -57,7 +57,7 @@ pub fn run(
     device: &Device,
     progress: &mut dyn Progress,
 ) -> Result<(), Error> {
-    let vit = config.weights().load(TrainScope::Frozen, device)?;
+    let vit = config.weights()?.load(TrainScope::Frozen, device)?;
     let depth = vit.spec().architecture.depth;
     let weights = weights_hash(&vit)?;
     let layers = config

@@ -1,12 +1,12 @@
 //! What can be said on the command line.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use defend_core::data::{Mask, Region, read_image};
-use defend_core::vit::Pretrained;
+use defend_core::vit::{Family, Pretrained};
 use defend_core::{
     Defend, DefendBuilder, DefendConfig, Detector, Device, Recipe, Skipped, best_device,
 };
@@ -110,6 +110,46 @@ pub(crate) struct Bench {
     pub(crate) common: Common,
 }
 
+/// Which backbone looks at the images.
+#[derive(Args)]
+pub(crate) struct Backbone {
+    /// Pretrained weights: a folder with config.json and weights, a safetensors or PyTorch file, or hub:owner/name, such as
+    /// hub:timm/vit_small_patch16_224.augreg_in21k_ft_in1k, which is downloaded once. Without it, the small backbone inside the
+    /// program.
+    #[arg(long)]
+    backbone: Option<String>,
+    /// What a weight file without config.json was trained with, such as DINO's and DeiT's .pth files.
+    #[arg(long, value_enum, requires = "backbone")]
+    family: Option<FamilyName>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum FamilyName {
+    Augreg,
+    Dino,
+    Deit,
+    Dinov2,
+}
+
+impl Backbone {
+    /// Where the weights come from; `None` for the embedded ones.
+    pub(crate) fn weights(&self) -> Result<Option<Pretrained>> {
+        let Some(name) = &self.backbone else {
+            return Ok(None);
+        };
+        let Some(family) = self.family else {
+            return Ok(Some(Pretrained::parse(name)?));
+        };
+        let family = match family {
+            FamilyName::Augreg => Family::Augreg,
+            FamilyName::Dino => Family::Dino,
+            FamilyName::Deit => Family::Deit,
+            FamilyName::Dinov2 => Family::DinoV2,
+        };
+        Ok(Some(Pretrained::state_dict(name, family)))
+    }
+}
+
 #[derive(Args)]
 pub(crate) struct Fit {
     /// Folder of normal images; its sub-folders count too. May be given several times.
@@ -118,11 +158,8 @@ pub(crate) struct Fit {
     /// Model file to write.
     #[arg(long)]
     pub(crate) out: PathBuf,
-    /// Pretrained weights: a safetensors file, a folder with config.json and model.safetensors, or a
-    /// model id of the hub such as timm/vit_small_patch16_224.augreg_in21k_ft_in1k. Without it, the
-    /// small backbone inside the program.
-    #[arg(long)]
-    pub(crate) backbone: Option<String>,
+    #[command(flatten)]
+    pub(crate) backbone: Backbone,
     /// What is learnt and how: by default nothing is trained, and a fit takes seconds.
     #[arg(long, value_enum, default_value_t = RecipeName::Default)]
     pub(crate) recipe: RecipeName,
@@ -289,9 +326,8 @@ pub(crate) struct Embed {
 /// How a backbone looks at images, without learning from them.
 #[derive(Args)]
 pub(crate) struct Look {
-    /// Pretrained weights, as for `defend fit`.
-    #[arg(long)]
-    pub(crate) backbone: Option<String>,
+    #[command(flatten)]
+    pub(crate) backbone: Backbone,
     /// Side that images are resized to, pixels; what the backbone was trained at without it.
     #[arg(long)]
     pub(crate) image_size: Option<usize>,
@@ -309,7 +345,7 @@ impl Look {
             })
             .device(self.common.device()?)
             .strict(self.common.strict);
-        Ok(match pretrained(self.backbone.as_deref()) {
+        Ok(match self.backbone.weights()? {
             Some(weights) => builder.teacher(weights),
             None => builder,
         })
@@ -347,14 +383,17 @@ pub(crate) struct Extend {
 #[derive(Args)]
 pub(crate) struct Suspects {
     /// Model file, whose normal images are looked at.
-    #[arg(long, required_unless_present = "normal", conflicts_with = "normal")]
+    #[arg(
+        long,
+        required_unless_present = "normal",
+        conflicts_with_all = ["normal", "backbone"]
+    )]
     pub(crate) model: Option<PathBuf>,
     /// Folder of images, of which most are of one sort, in place of a model. May be given several times.
     #[arg(long)]
     pub(crate) normal: Vec<PathBuf>,
-    /// Pretrained weights, as for `defend fit`, with --normal.
-    #[arg(long, conflicts_with = "model")]
-    pub(crate) backbone: Option<String>,
+    #[command(flatten)]
+    pub(crate) backbone: Backbone,
     /// How many are named.
     #[arg(long, default_value_t = 20)]
     pub(crate) count: usize,
@@ -743,25 +782,6 @@ impl Fit {
     }
 }
 
-/// Where the weights come from: what exists on disk wins over the hub. `None`: the embedded backbone.
-pub(crate) fn pretrained(backbone: Option<&str>) -> Option<Pretrained> {
-    let name = backbone?;
-    Some(if Path::new(name).exists() || !looks_like_model_id(name) {
-        Pretrained::local(name)
-    } else {
-        Pretrained::hub(name)
-    })
-}
-
-/// `owner/name`, neither of them a path.
-fn looks_like_model_id(name: &str) -> bool {
-    let is_file = Path::new(name)
-        .extension()
-        .is_some_and(|e| e.eq_ignore_ascii_case("safetensors"));
-    let parts: Vec<&str> = name.split('/').collect();
-    !is_file && parts.len() == 2 && parts.iter().all(|p| !p.is_empty() && !p.starts_with('.'))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -785,22 +805,6 @@ mod tests {
         }
         for text in ["gpu", "cuda:", "cuda:x", ""] {
             assert!(text.parse::<DeviceChoice>().is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn model_ids_are_told_from_paths() {
-        assert!(looks_like_model_id(
-            "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-        ));
-        for path in [
-            "weights.safetensors",
-            "weights/tiny.safetensors",
-            "./weights",
-            "/weights/tiny",
-            "a/b/c",
-        ] {
-            assert!(!looks_like_model_id(path), "{path}");
         }
     }
 }

@@ -7,7 +7,7 @@ use defend_core::evidence::ClosedForm;
 use defend_core::vit::Precision;
 use defend_core::{ClosedFormReport, Defend, FitCheckpoints, Fitted, StudentReport};
 
-use crate::arguments::{Fit, pretrained};
+use crate::arguments::Fit;
 use crate::background;
 use crate::embed;
 use crate::exit::Exit;
@@ -24,7 +24,7 @@ pub(crate) fn run(arguments: &Fit) -> Result<Exit> {
         .config(config)
         .device(arguments.common.device()?)
         .strict(arguments.common.strict);
-    if let Some(weights) = pretrained(arguments.backbone.as_deref()) {
+    if let Some(weights) = arguments.backbone.weights()? {
         builder = builder.teacher(weights);
     }
     if let Some(path) = &arguments.background {

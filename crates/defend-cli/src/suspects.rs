@@ -6,7 +6,7 @@ use anyhow::Result;
 use defend_core::{Defend, Detector, SuspectImage};
 use serde::Serialize;
 
-use crate::arguments::{Suspects, pretrained};
+use crate::arguments::Suspects;
 use crate::exit::Exit;
 use crate::images::find;
 use crate::progress::Progress;
@@ -44,7 +44,7 @@ fn of_folder(arguments: &Suspects) -> Result<Detector> {
     let mut builder = Defend::builder()
         .device(arguments.common.device()?)
         .strict(arguments.common.strict);
-    if let Some(weights) = pretrained(arguments.backbone.as_deref()) {
+    if let Some(weights) = arguments.backbone.weights()? {
         builder = builder.teacher(weights);
     }
     Ok(builder.fit(normal, &mut Progress::new())?.detector)

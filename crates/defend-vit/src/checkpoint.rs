@@ -7,7 +7,7 @@ use candle_core::Device;
 use safetensors::tensor::TensorView;
 
 use crate::int8::{Int8Matrix, float_buffer, half_buffer};
-use crate::{BackboneSpec, Error, TrainScope, Vit, Weights, layout, model_config};
+use crate::{BackboneSpec, Error, TrainScope, Vit, Weights, layout, model_config, shards};
 
 pub use crate::model_config::Family;
 
@@ -60,8 +60,13 @@ pub enum WeightPrecision {
     Int8,
 }
 
-/// Model files in the order of preference.
-const WEIGHT_FILES: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
+/// Model files in the order of preference: whole, or in parts with an index.
+const WEIGHT_FILES: [&str; 4] = [
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+];
 
 impl Pretrained {
     /// The newest revision of a model on the hub.
@@ -71,6 +76,42 @@ impl Pretrained {
             model: model.into(),
             revision: "main".into(),
         }
+    }
+
+    /// What a user writes for a backbone: `hub:owner/name` or `hub:owner/name@revision` of the hub, or the path of a folder or
+    /// file. A path that does not exist is never taken for a model of the hub.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a path where nothing is, for an impossible model id, and for any in a build without the feature
+    /// `hub`.
+    pub fn parse(name: &str) -> Result<Self, Error> {
+        let wrong = |reason: &str| Error::Config {
+            origin: name.to_owned(),
+            reason: reason.to_owned(),
+        };
+        let Some(model) = name.strip_prefix("hub:") else {
+            if !Path::new(name).exists() {
+                return Err(wrong(
+                    "there is no such file or folder; a model of the hub is written hub:owner/name",
+                ));
+            }
+            return Ok(Self::local(name));
+        };
+        let (model, revision) = model.split_once('@').unwrap_or((model, "main"));
+        let parts: Vec<&str> = model.split('/').collect();
+        let named = |part: &&str| !part.is_empty() && !part.starts_with('.');
+        if parts.len() != 2 || !parts.iter().all(named) || revision.is_empty() {
+            return Err(wrong("expected hub:owner/name or hub:owner/name@revision"));
+        }
+        #[cfg(feature = "hub")]
+        return Ok(Self::Hub {
+            model: model.into(),
+            revision: revision.into(),
+        });
+        #[cfg(not(feature = "hub"))]
+        Err(wrong(
+            "this build reads nothing from the hub (feature `hub`)",
+        ))
     }
 
     /// A folder or a file on disk.
@@ -98,12 +139,15 @@ impl Pretrained {
     pub fn read(&self) -> Result<(BackboneSpec, Weights), Error> {
         match self {
             Self::Folder(folder) => {
-                let found = WEIGHT_FILES.map(|name| folder.join(name));
-                let [first, second] = &found;
-                let weights = if !first.exists() && second.exists() {
-                    second
-                } else {
-                    first
+                let files = WEIGHT_FILES.map(|name| folder.join(name));
+                let Some(weights) = files.iter().find(|file| file.exists()) else {
+                    return Err(Error::Config {
+                        origin: folder.display().to_string(),
+                        reason: format!(
+                            "the folder holds no weights, expected one of {}",
+                            WEIGHT_FILES.join(", ")
+                        ),
+                    });
                 };
                 with_config(&folder.join("config.json"), weights)
             }
@@ -117,7 +161,7 @@ impl Pretrained {
                     return Err(Error::Config {
                         origin: path.display().to_string(),
                         reason: format!(
-                            "its normalisation and LayerNorm eps are unknown: put the model's config.json beside it ({}), or name its family (Pretrained::state_dict)",
+                            "its normalisation and LayerNorm eps are unknown: put the model's config.json beside it ({}), or name the family that they are of (augreg, dino, deit, dinov2)",
                             config.display()
                         ),
                     });
@@ -145,7 +189,13 @@ impl Pretrained {
                 if model_config::is_hugging_face(&read_text(&config)?) {
                     fetch(&[model_config::PREPROCESSOR])?;
                 }
-                with_config(&config, &fetch(&WEIGHT_FILES)?)
+                let weights = fetch(&WEIGHT_FILES)?;
+                if weights.extension().is_some_and(|e| e == "json") {
+                    for file in shards::files(&shards::weight_map(&weights)?) {
+                        fetch(&[file])?;
+                    }
+                }
+                with_config(&config, &weights)
             }
         }
     }

@@ -7,9 +7,10 @@ use hf_hub::{Cache, Repo, RepoType};
 
 use crate::Error;
 
-/// Path of the first of the files that is in the hub's cache (`HF_HOME` or `~/.cache/huggingface`), or else that
-/// the hub has, downloaded with a progress bar; a cached model needs no network.
-/// The newest version of a model's file, for networks that this crate does not read itself.
+/// A model's file, for networks that this crate does not read itself.
+///
+/// It is taken from the hub's cache (`HF_HUB_CACHE`, `HF_HOME` or `~/.cache/huggingface`), or else downloaded with a progress
+/// bar: a cached model needs no network.
 ///
 /// # Errors
 /// [`Error::Hub`].
@@ -17,8 +18,17 @@ pub fn hub_file(model: &str, revision: &str, file: &str) -> Result<PathBuf, Erro
     fetch(model, revision, &[file])
 }
 
+/// The first of the files that is in the cache, or else that the hub has.
 pub(crate) fn fetch(model: &str, revision: &str, files: &[&str]) -> Result<PathBuf, Error> {
-    fetch_from(&Cache::from_env(), model, revision, files)
+    fetch_from(&cache(), model, revision, files)
+}
+
+/// The hub's cache: `HF_HUB_CACHE`, or `hub` in `HF_HOME`, or `~/.cache/huggingface/hub`.
+fn cache() -> Cache {
+    match std::env::var_os("HF_HUB_CACHE").filter(|path| !path.is_empty()) {
+        Some(path) => Cache::new(path.into()),
+        None => Cache::from_env(),
+    }
 }
 
 fn fetch_from(
@@ -37,6 +47,8 @@ fn fetch_from(
         reason,
     };
     let api = ApiBuilder::from_cache(cache.clone())
+        // The token lies beside the usual cache, wherever the files go.
+        .with_token(Cache::from_env().token())
         .with_progress(true)
         .build()
         .map_err(|e| failed(e.to_string()))?;

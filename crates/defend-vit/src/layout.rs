@@ -30,7 +30,7 @@ pub(crate) fn to_timm(weights: &mut Weights) -> Result<(), Error> {
             .iter()
             .any(|part| name.starts_with(part) || name.contains(&format!(".{part}")))
     });
-    embed_only_patches(weights)
+    prefix_positions(weights)
 }
 
 /// Removes what stands before `cls_token` in the names, such as `module.backbone.` or `vit.`; of several
@@ -128,17 +128,39 @@ fn from_hugging_face(weights: &mut Weights) -> Result<(), Error> {
     Ok(())
 }
 
-/// timm's backbones with registers embed positions of patches alone: the CLS token's is zero.
-fn embed_only_patches(weights: &mut Weights) -> Result<(), Error> {
+/// Brings timm's two other positional embeddings to ours, which has a row for CLS and distillation token and for each patch.
+///
+/// With `no_embed_class` there are rows of the patches alone: the other tokens' are zero. Otherwise timm's registers have
+/// positions, which are added to them for good.
+fn prefix_positions(weights: &mut Weights) -> Result<(), Error> {
     let Some(&[1, rows, width]) = weights.shape("pos_embed") else {
         return Ok(());
     };
-    // Grids are square, so the CLS token shows in the number of rows.
-    if !weights.contains("reg_token") || rows.isqrt().pow(2) != rows {
+    let first = 1 + usize::from(weights.contains("dist_token"));
+    let registers = match weights.shape("reg_token") {
+        Some(&[1, registers, _]) => registers,
+        _ => 0,
+    };
+    // Grids are square, so the number of rows tells what they belong to.
+    let square_behind = |tokens: usize| {
+        let patches = rows.checked_sub(tokens).filter(|patches| *patches > 0);
+        patches.is_some_and(|patches| patches.isqrt().pow(2) == patches)
+    };
+    if square_behind(first) {
         return Ok(());
     }
-    let patches = weights.take("pos_embed", &[1, rows, width])?;
-    let cls = Tensor::zeros((1, 1, width), patches.dtype(), patches.device())?;
-    weights.insert("pos_embed", Tensor::cat(&[&cls, &patches], 1)?);
+    if square_behind(0) {
+        let patches = weights.take("pos_embed", &[1, rows, width])?;
+        let none = Tensor::zeros((1, first, width), patches.dtype(), patches.device())?;
+        weights.insert("pos_embed", Tensor::cat(&[&none, &patches], 1)?);
+    } else if registers > 0 && square_behind(first + registers) {
+        let all = weights.take("pos_embed", &[1, rows, width])?;
+        let tokens = weights.take("reg_token", &[1, registers, width])?;
+        let after = first + registers;
+        let patches = all.narrow(1, after, rows - after)?;
+        let positions = Tensor::cat(&[&all.narrow(1, 0, first)?, &patches], 1)?;
+        weights.insert("reg_token", (tokens + all.narrow(1, first, registers)?)?);
+        weights.insert("pos_embed", positions);
+    }
     Ok(())
 }

@@ -36,6 +36,8 @@ mod local;
 mod model_config;
 mod patch_embed;
 pub mod pos_embed;
+mod pytorch;
+mod shards;
 mod spec;
 mod variants;
 mod vit;

@@ -1,12 +1,13 @@
 //! Named tensors from a safetensors file, taken one by one with their shapes checked.
 
 use std::collections::HashMap;
+use std::io::Read;
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use safetensors::SafeTensors;
 
-use crate::{Error, int8};
+use crate::{Error, int8, pytorch, shards};
 
 /// The tensors of a weight file by name, as `f32` on the CPU, and the file's metadata.
 #[derive(Debug, Clone)]
@@ -17,20 +18,64 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Reads a safetensors file, or a PyTorch file when its name ends in `.pth`, `.pt` or `.bin`.
+    /// Reads a weight file of safetensors or of `torch.save`, told by its content, or all parts of a model by its
+    /// `*.index.json`.
+    ///
+    /// Pickles are read as data: nothing in them is called.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Damaged`].
     pub fn read(path: &Path) -> Result<Self, Error> {
-        let pytorch = ["pth", "pt", "bin"].map(std::ffi::OsStr::new);
-        if path.extension().is_some_and(|e| pytorch.contains(&e)) {
-            return Self::read_pytorch(path);
+        if path.extension().is_some_and(|e| e == "json") {
+            return Self::read_shards(path);
         }
-        let bytes = std::fs::read(path).map_err(|source| Error::Io {
+        let io = |source| Error::Io {
             path: path.to_owned(),
             source,
-        })?;
-        Self::from_bytes(&bytes, &path.display().to_string())
+        };
+        let origin = path.display().to_string();
+        let mut start = Vec::new();
+        let mut file = std::fs::File::open(path).map_err(io)?;
+        file.by_ref()
+            .take(512)
+            .read_to_end(&mut start)
+            .map_err(io)?;
+        if let Some(reason) = in_place_of_weights(&start) {
+            return Err(Error::Damaged { origin, reason });
+        }
+        let of_pytorch = ["pth", "pt", "bin"].map(std::ffi::OsStr::new);
+        if pytorch::is_pytorch(&start) || path.extension().is_some_and(|e| of_pytorch.contains(&e))
+        {
+            return match pytorch::read(path) {
+                Ok(tensors) => Ok(Self::from_tensors(tensors, &origin)),
+                Err(reason) => Err(Error::Damaged { origin, reason }),
+            };
+        }
+        let bytes = std::fs::read(path).map_err(io)?;
+        Self::from_bytes(&bytes, &origin)
+    }
+
+    /// Reads the files that an index names, all of them beside it.
+    fn read_shards(index: &Path) -> Result<Self, Error> {
+        let damaged = |reason: String| Error::Damaged {
+            origin: index.display().to_string(),
+            reason,
+        };
+        let weight_map = shards::weight_map(index)?;
+        let mut tensors = HashMap::new();
+        for file in shards::files(&weight_map) {
+            tensors.extend(Self::read(&index.with_file_name(file))?.tensors);
+        }
+        if let Some((name, file)) = weight_map
+            .iter()
+            .find(|(name, _)| !tensors.contains_key(*name))
+        {
+            return Err(damaged(format!(
+                "{file} has no tensor \"{name}\", which the index says it has"
+            )));
+        }
+        tensors.retain(|name, _| weight_map.contains_key(name));
+        Ok(Self::from_tensors(tensors, &index.display().to_string()))
     }
 
     /// Reads safetensors content, matrices in eight bits ([`WeightPrecision::Int8`](crate::WeightPrecision::Int8)) as the values
@@ -51,33 +96,6 @@ impl Weights {
             tensors: int8::read_tensors(&file, origin)?,
             metadata: header.metadata().clone().unwrap_or_default(),
         })
-    }
-
-    /// Reads a file of `torch.save`: a state dict, or a training checkpoint that holds one under a usual key.
-    fn read_pytorch(path: &Path) -> Result<Self, Error> {
-        // Opened here so that a file that is not there is told from a damaged one.
-        std::fs::File::open(path).map_err(|source| Error::Io {
-            path: path.to_owned(),
-            source,
-        })?;
-        let origin = path.display().to_string();
-        let damaged = |reason: String| Error::Damaged {
-            origin: origin.clone(),
-            reason,
-        };
-        for key in [None, Some("model"), Some("teacher"), Some("state_dict")] {
-            let tensors = match candle_core::pickle::read_all_with_key(path, key) {
-                Ok(tensors) => tensors,
-                Err(error) if key.is_none() => return Err(damaged(error.to_string())),
-                Err(_) => continue,
-            };
-            if !tensors.is_empty() {
-                return Ok(Self::from_tensors(to_f32(tensors)?, &origin));
-            }
-        }
-        Err(damaged(
-            "no tensors at the top or under \"model\", \"teacher\" or \"state_dict\"".into(),
-        ))
     }
 
     /// Weights from tensors in memory; `origin` names them in errors.
@@ -208,9 +226,17 @@ impl Weights {
     }
 }
 
-fn to_f32(
-    tensors: impl IntoIterator<Item = (String, Tensor)>,
-) -> Result<HashMap<String, Tensor>, Error> {
-    let wide = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(DType::F32)?));
-    tensors.into_iter().map(wide).collect()
+/// What a file is that stands where weights should be.
+fn in_place_of_weights(start: &[u8]) -> Option<String> {
+    if start.is_empty() {
+        return Some("it is empty".into());
+    }
+    if start.starts_with(b"version https://git-lfs") {
+        return Some("it is a Git LFS pointer, the text that stands for a file: `git lfs pull` fetches the file".into());
+    }
+    let text = start.trim_ascii_start().to_ascii_lowercase();
+    let page = [&b"<!doctype html"[..], b"<html"]
+        .iter()
+        .any(|tag| text.starts_with(tag));
+    page.then(|| "it is an HTML page, as a failed download leaves it".into())
 }

@@ -54,6 +54,8 @@ fn folders_of_timm_and_hugging_face() -> Result<(), Error> {
     for (name, heads, logits) in [
         ("timm_deit_distilled", 3, true),
         ("timm_dinov2_reg", 3, false),
+        ("timm_deit3", 3, false),
+        ("timm_reg_positions", 3, false),
         ("hf_vit", 3, true),
         ("hf_deit", 3, true),
         ("hf_dinov2", 3, false),
@@ -116,7 +118,7 @@ fn a_training_checkpoint_of_dino_gives_its_teacher() -> Result<(), Error> {
     check("dino", &vit)?;
     let without_family = Pretrained::local(&path).load(TrainScope::Frozen, &Device::Cpu);
     let message = without_family.unwrap_err().to_string();
-    assert!(message.contains("state_dict"), "{message}");
+    assert!(message.contains("name the family"), "{message}");
     Ok(())
 }
 
@@ -128,6 +130,205 @@ fn views_of_one_storage_are_read_from_their_offsets() -> Result<(), Error> {
     let turned = weights.take("turned", &[3, 2])?.to_vec2::<f32>()?;
     assert_eq!(turned, [[6.0, 9.0], [7.0, 10.0], [8.0, 11.0]]);
     Ok(())
+}
+
+#[test]
+fn every_form_of_torch_save_is_read() -> Result<(), Error> {
+    for name in ["archive.pt", "legacy.pt", "protocol4.pt"] {
+        let mut weights = Weights::read(&folder("views").join(name))?;
+        let turned = weights.take("turned", &[3, 2])?.to_vec2::<f32>()?;
+        assert_eq!(turned, [[6.0, 9.0], [7.0, 10.0], [8.0, 11.0]], "{name}");
+        for kind in ["half", "bfloat", "double"] {
+            let values = weights.take(kind, &[3])?.to_vec1::<f32>()?;
+            assert_eq!(values, [0.0, 1.0, 2.0], "{name} {kind}");
+        }
+        let parameter = weights.take("parameter", &[2])?.to_vec1::<f32>()?;
+        assert_eq!(parameter, [0.0, 1.0], "{name}");
+        let mut left: Vec<&str> = weights.names().collect();
+        left.sort_unstable();
+        assert_eq!(left, ["rows"], "{name}: integers are no weights");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_damaged_file_of_torch_save_is_an_error_or_other_values() {
+    let copied = tempfile::tempdir().unwrap();
+    let path = copied.path().join("weights.pt");
+    for name in ["archive.pt", "legacy.pt"] {
+        let whole = std::fs::read(folder("views").join(name)).unwrap();
+        let mut ends_early = 0;
+        for length in 0..whole.len() {
+            std::fs::write(&path, &whole[..length]).unwrap();
+            ends_early += usize::from(Weights::read(&path).is_err());
+        }
+        assert_eq!(ends_early, whole.len(), "{name}: every truncation is found");
+        // Any byte may hold anything: no panic, no allocation beyond the file's size.
+        for at in 0..whole.len() {
+            for change in [0x01, 0x80, 0xff] {
+                let mut changed = whole.clone();
+                changed[at] ^= change;
+                std::fs::write(&path, &changed).unwrap();
+                let _ = Weights::read(&path);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_model_in_parts_is_read_by_its_index() -> Result<(), Error> {
+    let copied = tempfile::tempdir().unwrap();
+    for file in ["config.json", "preprocessor_config.json"] {
+        std::fs::copy(folder("hf_vit").join(file), copied.path().join(file)).unwrap();
+    }
+    let whole =
+        candle_core::safetensors::load(folder("hf_vit").join("model.safetensors"), &Device::Cpu)?;
+    let part = |name: &str| {
+        format!(
+            "model-0000{}-of-00002.safetensors",
+            1 + usize::from(name.contains("layer.1"))
+        )
+    };
+    let mut parts = std::collections::HashMap::<_, std::collections::HashMap<_, _>>::new();
+    for (name, tensor) in &whole {
+        parts
+            .entry(part(name))
+            .or_default()
+            .insert(name.clone(), tensor.clone());
+    }
+    assert_eq!(parts.len(), 2);
+    for (file, tensors) in &parts {
+        candle_core::safetensors::save(tensors, copied.path().join(file))?;
+    }
+    let index = copied.path().join("model.safetensors.index.json");
+    let write = |map: &std::collections::BTreeMap<String, String>| {
+        let json = serde_json::json!({ "metadata": {}, "weight_map": map });
+        std::fs::write(&index, json.to_string()).unwrap();
+    };
+    let map: std::collections::BTreeMap<_, _> =
+        whole.keys().map(|n| (n.clone(), part(n))).collect();
+    write(&map);
+    let source = Pretrained::local(copied.path());
+    check("hf_vit", &source.load(TrainScope::Frozen, &Device::Cpu)?)?;
+
+    let refused = |map: &std::collections::BTreeMap<String, String>| {
+        write(map);
+        source
+            .load(TrainScope::Frozen, &Device::Cpu)
+            .unwrap_err()
+            .to_string()
+    };
+    for outside in [
+        "../model.safetensors",
+        "/etc/passwd",
+        "",
+        "model.safetensors.index.json",
+    ] {
+        let mut map = map.clone();
+        map.insert("vit.embeddings.cls_token".into(), outside.into());
+        assert!(refused(&map).contains("folder of the index"), "{outside}");
+    }
+    let mut more = map.clone();
+    more.insert("another".into(), part(""));
+    assert!(refused(&more).contains("\"another\""));
+    write(&map);
+    std::fs::remove_file(copied.path().join(part("layer.1"))).unwrap();
+    let error = source.load(TrainScope::Frozen, &Device::Cpu).unwrap_err();
+    assert!(matches!(error, Error::Io { .. }), "{error}");
+    Ok(())
+}
+
+#[test]
+fn weights_of_fewer_blocks_than_promised_are_refused() {
+    let copied = tempfile::tempdir().unwrap();
+    let copy = |from: &str, file: &str, change: [&str; 2]| {
+        let text = std::fs::read_to_string(folder(from).join(file)).unwrap();
+        let changed = text.replace(change[0], change[1]);
+        std::fs::write(copied.path().join(file), changed).unwrap();
+        let weights = folder(from).join("model.safetensors");
+        std::fs::copy(weights, copied.path().join("model.safetensors")).unwrap();
+        let _ = std::fs::copy(
+            folder(from).join("preprocessor_config.json"),
+            copied.path().join("preprocessor_config.json"),
+        );
+        let source = Pretrained::local(copied.path());
+        source
+            .load(TrainScope::Frozen, &Device::Cpu)
+            .map_err(|e| e.to_string())
+    };
+    let hugging_face = copy(
+        "hf_vit",
+        "config.json",
+        ["\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3"],
+    );
+    let error = hugging_face.unwrap_err();
+    assert!(error.contains("2 blocks") && error.contains('3'), "{error}");
+    let named = copy("timm_deit3", "config.json", ["deit3_test", "deit3_small"]).unwrap_err();
+    assert!(
+        named.contains("2 blocks") && named.contains("12"),
+        "{named}"
+    );
+    let said = copy(
+        "timm_deit3",
+        "config.json",
+        ["\"num_heads\": 3", "\"num_heads\": 3, \"depth\": 4"],
+    );
+    assert!(said.unwrap_err().contains("2 blocks"));
+    // The file's name says it where there is no configuration.
+    let path = copied.path().join("dino_deitsmall16_pretrain.pth");
+    std::fs::copy(folder("dino").join("checkpoint.pth"), &path).unwrap();
+    let source = Pretrained::state_dict(&path, Family::Dino);
+    let error = source.load(TrainScope::Frozen, &Device::Cpu).unwrap_err();
+    assert!(error.to_string().contains("2 blocks"), "{error}");
+}
+
+#[test]
+fn what_stands_in_place_of_weights_is_called_that() {
+    let copied = tempfile::tempdir().unwrap();
+    for (content, expected) in [
+        (
+            "version https://git-lfs.example/spec/v1\noid sha256:12\nsize 34\n",
+            "Git LFS",
+        ),
+        (
+            "\n <!DOCTYPE html><html><body>Not found</body></html>",
+            "HTML",
+        ),
+        ("", "empty"),
+        ("Not found", "not a complete weight file"),
+    ] {
+        for name in ["model.safetensors", "weights.pth"] {
+            let path = copied.path().join(name);
+            std::fs::write(&path, content).unwrap();
+            let error = Weights::read(&path).unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains(name), "{error}");
+        }
+    }
+    // The content tells what a file is, not its name.
+    let misnamed = copied.path().join("model.safetensors");
+    std::fs::copy(folder("views").join("legacy.pt"), &misnamed).unwrap();
+    assert!(Weights::read(&misnamed).unwrap().contains("turned"));
+}
+
+#[test]
+fn a_path_that_does_not_exist_is_no_model_of_the_hub() {
+    let error = Pretrained::parse("timm/vit_tiny").unwrap_err().to_string();
+    assert!(
+        error.contains("timm/vit_tiny") && error.contains("hub:"),
+        "{error}"
+    );
+    assert!(matches!(
+        Pretrained::parse(&folder("hf_vit").display().to_string()),
+        Ok(Pretrained::Folder(_))
+    ));
+    for wrong in ["hub:", "hub:one", "hub:a/b/c", "hub:a/b@", "hub:./b"] {
+        assert!(Pretrained::parse(wrong).is_err(), "{wrong}");
+    }
+    #[cfg(feature = "hub")]
+    assert!(matches!(
+        Pretrained::parse("hub:timm/tiny@v1.0"),
+        Ok(Pretrained::Hub { model, revision }) if model == "timm/tiny" && revision == "v1.0"
+    ));
 }
 
 #[test]
