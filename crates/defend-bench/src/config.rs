@@ -208,6 +208,40 @@ impl BenchConfig {
             "methods",
             self.methods.iter().map(MethodEntry::name).collect(),
         )?;
+        let seeds = |seeds: &[u64]| {
+            let twice = seeds
+                .iter()
+                .enumerate()
+                .find(|(i, seed)| seeds[..*i].contains(seed));
+            twice.map(|(_, seed)| *seed)
+        };
+        let all_seeds = self.methods.iter().map(|method| method.seeds.as_slice());
+        if let Some(seed) = std::iter::once(self.seeds.as_slice())
+            .chain(all_seeds)
+            .find_map(seeds)
+        {
+            return Err(format!("seed {seed} comes twice, expected each once"));
+        }
+        if !(self.feature_memory_gib >= 0.0 && self.feature_memory_gib.is_finite()) {
+            return Err(format!(
+                "feature_memory_gib is {}, expected 0 or more",
+                self.feature_memory_gib
+            ));
+        }
+        let places = self.data.iter().flat_map(|data| {
+            let protocols = data.protocols.iter().map(|p| p.name().to_owned());
+            std::iter::once(data.name.clone()).chain(protocols)
+        });
+        let places: std::collections::BTreeSet<String> = places.collect();
+        for method in &self.methods {
+            if let Some(unknown) = method.only.iter().find(|name| !places.contains(*name)) {
+                return Err(format!(
+                    "method \"{}\" runs only on \"{unknown}\", which is none of the data sets and protocols: {}",
+                    method.name(),
+                    places.into_iter().collect::<Vec<_>>().join(", ")
+                ));
+            }
+        }
         let mut protocols = self.data.iter().flat_map(|data| &data.protocols);
         if self.resize_mode != ResizeMode::Squash && protocols.any(ProtocolConfig::judges_objects) {
             return Err(

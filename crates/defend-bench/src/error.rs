@@ -51,15 +51,28 @@ pub enum Error {
         /// Name of the data set.
         data: String,
     },
+    /// An image cannot be read: the benchmark goes without it.
+    #[error("\"{name}\" of the data set \"{data}\" is left out")]
+    Image {
+        /// Name of the data set.
+        data: String,
+        /// The image.
+        name: String,
+        /// Why.
+        source: defend_core::data::Error,
+    },
     /// An experiment cannot be scored.
     #[error(
-        "{experiment}: {train} training images, {normal} normal and {abnormal} abnormal test images, expected at least one of each"
+        "{experiment}: {train} training images (and {leaks} that are among the test images), {normal} normal and {abnormal} abnormal \
+         test images, expected at least one of each"
     )]
     EmptySplit {
         /// The experiment.
         experiment: String,
         /// Training images.
         train: usize,
+        /// Further ones, left out since they are among the test images.
+        leaks: usize,
         /// Normal test images.
         normal: usize,
         /// Abnormal test images.

@@ -33,7 +33,7 @@ pub(crate) fn masks(
     Ok(masks.iter().any(Option::is_some).then_some(masks))
 }
 
-/// Over all test images; `None` where the data set has no mask or the method no maps.
+/// Over all test images; `None` where the data set has no mask with anything in it or the method no maps.
 pub(crate) fn pixel_figures(
     masks: Option<&[Option<Vec<bool>>]>,
     maps: &[Option<&PatchMap>],
@@ -52,6 +52,10 @@ pub(crate) fn pixel_figures(
         .iter()
         .flat_map(|mask| mask.clone().unwrap_or_else(|| vec![false; side * side]))
         .collect();
+    if !truth.contains(&true) {
+        // All masks are black: there is nothing to find.
+        return Ok(None);
+    }
     let (scores, truth) = (Array1::from(scores), Array1::from(truth));
     let area = auroc(scores.view(), truth.view())?;
     let shape = (maps.len(), side, side);

@@ -52,6 +52,16 @@ impl ProtocolConfig {
         matches!(self, Self::Objects { .. })
     }
 
+    /// Whether it takes every class that there is, so that one without images is left out.
+    pub(crate) fn takes_all(&self) -> bool {
+        match self {
+            Self::OneVsAll { classes } | Self::AllVsOne { classes } | Self::Objects { classes } => {
+                classes.is_empty()
+            }
+            Self::NormalSets { .. } | Self::Defects => false,
+        }
+    }
+
     /// Name for tables and files.
     pub fn name(&self) -> &'static str {
         match self {

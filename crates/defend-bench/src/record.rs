@@ -176,17 +176,28 @@ impl Record {
     /// All records of some benchmarks' output folders, in the order of the folders and of their configurations. A run
     /// that several have counts once.
     ///
+    /// A damaged record is left out, and `left_out` hears of it.
+    ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Record`] for a damaged record, or two of one name with other settings;
-    /// [`Error::NoRuns`] for a folder without any.
-    pub fn read_all(outputs: &[&Path]) -> Result<Vec<Self>, Error> {
+    /// [`Error::Io`]; [`Error::Record`] for two records of one name with other settings; [`Error::NoRuns`] for a folder
+    /// without any.
+    pub fn read_all(
+        outputs: &[&Path],
+        left_out: &mut dyn FnMut(&Error),
+    ) -> Result<Vec<Self>, Error> {
         let mut all: Vec<Self> = Vec::new();
         for output in outputs {
             let mut paths = Vec::new();
             list(&output.join(RUNS), &mut paths)?;
             paths.sort_unstable();
-            let read = |path: PathBuf| Self::read(&path).map(|record| (path, record));
-            let mut records = paths.into_iter().map(read).collect::<Result<Vec<_>, _>>()?;
+            let mut records = Vec::new();
+            for path in paths {
+                match Self::read(&path) {
+                    Ok(record) => records.push((path, record)),
+                    Err(damaged @ Error::Record { .. }) => left_out(&damaged),
+                    Err(error) => return Err(error),
+                }
+            }
             if records.is_empty() {
                 return Err(Error::NoRuns {
                     path: (*output).into(),

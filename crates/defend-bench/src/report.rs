@@ -34,12 +34,17 @@ pub struct Report {
 /// Makes tables (`tables.md`, a CSV and a LaTeX file each), plots and `index.html` in the folder `report` of the first
 /// of some benchmarks' outputs, from the records that are in any of them.
 ///
-/// The page shows images of every method's worst errors; data sets that cannot be opened below `root` go without.
+/// The page shows images of every method's worst errors; data sets that cannot be opened below `root` go without. A damaged
+/// record is left out, and `left_out` hears of it.
 ///
 /// # Errors
 /// Those of [`Record::read_all`], [`Error::Io`], [`Error::Plot`], [`Error::Metrics`].
-pub fn report(outputs: &[&Path], root: &Path) -> Result<Report, Error> {
-    let records = Record::read_all(outputs)?;
+pub fn report(
+    outputs: &[&Path],
+    root: &Path,
+    left_out: &mut dyn FnMut(&Error),
+) -> Result<Report, Error> {
+    let records = Record::read_all(outputs, left_out)?;
     let groups = groups(&records);
     let folder = outputs.first().unwrap_or(&Path::new("")).join("report");
     let plots = folder.join("plots");

@@ -31,6 +31,12 @@ const IMAGE_BYTES: usize = 4 << 30;
 pub trait Progress: Observer {
     /// A run ended, or was there already.
     fn run(&mut self, state: &RunState<'_>);
+
+    /// The benchmark goes on without something: an image that cannot be read ([`Error::Image`]), an experiment of a class that has
+    /// no images ([`Error::EmptySplit`]), a damaged record whose run is done again ([`Error::Record`]).
+    fn left_out(&mut self, what: &Error) {
+        let _ = what;
+    }
 }
 
 /// How far a benchmark is.
@@ -50,8 +56,10 @@ pub struct RunState<'a> {
 
 /// Does every run whose record is missing. Killed at any moment and started again, it goes on.
 ///
+/// Goes on without images that cannot be read, classes without images and damaged records ([`Progress::left_out`]).
+///
 /// # Errors
-/// The first one met; the records written until then stay.
+/// The first other one met; the records written until then stay.
 pub fn run(
     config: &BenchConfig,
     device: &Device,
@@ -65,7 +73,7 @@ pub fn run(
         .iter()
         .map(|s| s.config.method().layers(depth));
     let cache = CacheConfig {
-        memory_bytes: (config.feature_memory_gib.max(0.0) * f64::from(1 << 30)) as usize,
+        memory_bytes: (config.feature_memory_gib * f64::from(1 << 30)) as usize,
         folder: config.features.clone(),
         ..CacheConfig::default()
     };
@@ -149,7 +157,9 @@ impl Bench<'_> {
         place: &mut usize,
         progress: &mut dyn Progress,
     ) -> Result<(), Error> {
-        let mut splitter = Splitter::new(halves, data.subset)?;
+        let mut splitter = Splitter::new(&data.name, halves, data.subset, &mut |what| {
+            progress.left_out(what);
+        });
         let images: Arc<dyn Dataset> = Arc::new(defend_core::data::Subset::new(
             halves.test.clone(),
             splitter.test().to_vec(),
@@ -168,9 +178,23 @@ impl Bench<'_> {
         };
         for protocol in &data.protocols {
             for experiment in protocol.experiments(&data.name, &*halves.train)? {
+                let runs = |method: &MethodEntry| {
+                    let seeds = self.config.seeds.iter();
+                    seeds.filter(|seed| method.runs_with(**seed)).count()
+                };
                 let mut splits = Vec::new();
                 for &seed in &self.config.seeds {
-                    let split = splitter.split(&experiment, seed)?;
+                    let split =
+                        splitter.split(&experiment, seed, &mut |what| progress.left_out(what));
+                    let split = match split {
+                        Ok(split) => split,
+                        Err(empty @ Error::EmptySplit { .. }) if protocol.takes_all() => {
+                            progress.left_out(&empty);
+                            splits.clear();
+                            break;
+                        }
+                        Err(error) => return Err(error),
+                    };
                     let draw = if data.subset.redraw {
                         format!("-draw{seed}")
                     } else {
@@ -189,6 +213,10 @@ impl Bench<'_> {
                 for (method_place, method) in
                     methods.filter(|(_, s)| s.runs_on(&data.name, protocol.name()))
                 {
+                    if splits.is_empty() {
+                        self.total -= runs(method);
+                        continue;
+                    }
                     let seeds = self.config.seeds.iter().zip(&splits);
                     for (&seed, split) in seeds.filter(|(seed, _)| method.runs_with(**seed)) {
                         let key = RunKey {
@@ -246,8 +274,14 @@ impl Bench<'_> {
     ) -> Result<(), Error> {
         let path = key.path(&self.config.output);
         self.done += 1;
-        let (record, known) = if path.exists() {
-            let mut record = Record::read(&path)?;
+        let known = match path.exists().then(|| Record::read(&path)) {
+            Some(Err(damaged @ Error::Record { .. })) => {
+                progress.left_out(&damaged);
+                None
+            }
+            found => found.transpose()?,
+        };
+        let (record, known) = if let Some(mut record) = known {
             if record.key != key {
                 return Err(Error::Record {
                     path,

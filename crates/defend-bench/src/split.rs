@@ -23,6 +23,9 @@ pub struct Split {
     pub abnormal: Vec<bool>,
     /// Training images left out since the same image is in the test half.
     pub leaks: Vec<usize>,
+    /// Training images left out since they cannot be read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unreadable: Vec<usize>,
     /// Short hash of the images' pixels and labels, wherever their files are: other images, another part or another
     /// protocol is another split.
     pub fingerprint: String,
@@ -49,27 +52,42 @@ fn fingerprint<'a>(
 
 /// Makes splits of one data set; hashes each image once.
 pub(crate) struct Splitter<'a> {
+    data: &'a str,
     halves: &'a Halves,
     subset: Subset,
     test: Vec<usize>,
     test_hashes: Vec<ContentHash>,
     tested: HashSet<ContentHash>,
-    trained: HashMap<usize, ContentHash>,
+    /// `None` for what cannot be read.
+    trained: HashMap<usize, Option<ContentHash>>,
 }
 
 impl<'a> Splitter<'a> {
-    pub(crate) fn new(halves: &'a Halves, subset: Subset) -> Result<Self, Error> {
+    /// `left_out` hears of each image that cannot be read.
+    pub(crate) fn new(
+        data: &'a str,
+        halves: &'a Halves,
+        subset: Subset,
+        left_out: &mut dyn FnMut(&Error),
+    ) -> Self {
         let all: Vec<usize> = (0..halves.test.len()).collect();
-        let test = sample(&*halves.test, all, subset.test, subset.seed);
-        let test_hashes = content_hashes(&*halves.test, &test)?;
-        Ok(Self {
+        let drawn = sample(&*halves.test, all, subset.test, subset.seed);
+        let (mut test, mut test_hashes) = (Vec::new(), Vec::new());
+        for (index, hash) in hashes(data, &*halves.test, &drawn, left_out) {
+            if let Some(hash) = hash {
+                test.push(index);
+                test_hashes.push(hash);
+            }
+        }
+        Self {
+            data,
             halves,
             subset,
             test,
             tested: test_hashes.iter().copied().collect(),
             test_hashes,
             trained: HashMap::new(),
-        })
+        }
     }
 
     /// The test images, the same in every experiment.
@@ -77,8 +95,13 @@ impl<'a> Splitter<'a> {
         &self.test
     }
 
-    /// The split of an experiment for one of the benchmark's seeds.
-    pub(crate) fn split(&mut self, experiment: &Experiment, seed: u64) -> Result<Split, Error> {
+    /// The split of an experiment for one of the benchmark's seeds; `left_out` hears of each image that cannot be read, once.
+    pub(crate) fn split(
+        &mut self,
+        experiment: &Experiment,
+        seed: u64,
+        left_out: &mut dyn FnMut(&Error),
+    ) -> Result<Split, Error> {
         let set = &*self.halves.train;
         let normal = experiment.protocol.train(set);
         let seed = self.subset.train_seed(seed);
@@ -88,32 +111,61 @@ impl<'a> Splitter<'a> {
             .copied()
             .filter(|i| !self.trained.contains_key(i))
             .collect();
-        let hashes = content_hashes(set, &unknown)?;
-        self.trained.extend(unknown.into_iter().zip(hashes));
-        let is_tested = |index: &usize| {
-            let hash = self.trained.get(index);
-            hash.is_some_and(|hash| self.tested.contains(hash))
-        };
-        let (leaks, train): (Vec<usize>, Vec<usize>) = chosen.into_iter().partition(is_tested);
+        self.trained
+            .extend(hashes(self.data, set, &unknown, left_out));
+        let (mut train, mut leaks, mut unreadable) = (Vec::new(), Vec::new(), Vec::new());
+        for index in chosen {
+            match self.trained.get(&index).copied().flatten() {
+                Some(hash) if self.tested.contains(&hash) => leaks.push(index),
+                Some(_) => train.push(index),
+                None => unreadable.push(index),
+            }
+        }
         let abnormal = experiment.labels(&*self.halves.test, &self.test);
         let novel = abnormal.iter().filter(|a| **a).count();
         if train.is_empty() || novel == 0 || novel == abnormal.len() {
             return Err(Error::EmptySplit {
                 experiment: experiment.name.clone(),
                 train: train.len(),
+                leaks: leaks.len(),
                 normal: abnormal.len() - novel,
                 abnormal: novel,
             });
         }
-        let hashes = train.iter().filter_map(|index| self.trained.get(index));
+        let hash = |index| self.trained.get(index)?.as_ref();
+        let hashes = train.iter().filter_map(hash);
         Ok(Split {
             fingerprint: fingerprint(hashes, &self.test_hashes, &abnormal),
             train,
             test: self.test.clone(),
             abnormal,
             leaks,
+            unreadable,
         })
     }
+}
+
+/// The hash of each image, `None` for what cannot be read, of which `left_out` hears.
+fn hashes(
+    data: &str,
+    set: &dyn Dataset,
+    indices: &[usize],
+    left_out: &mut dyn FnMut(&Error),
+) -> Vec<(usize, Option<ContentHash>)> {
+    let found = indices.iter().copied().zip(content_hashes(set, indices));
+    found
+        .map(|(index, hash)| match hash {
+            Ok(hash) => (index, Some(hash)),
+            Err(source) => {
+                left_out(&Error::Image {
+                    data: data.into(),
+                    name: set.name(index).into_owned(),
+                    source,
+                });
+                (index, None)
+            }
+        })
+        .collect()
 }
 
 /// At most `count` of `indices`, ascending, in the proportions of the images' classes.
@@ -154,7 +206,7 @@ fn sample(set: &dyn Dataset, indices: Vec<usize>, count: Option<usize>, seed: u6
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests may panic")]
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "tests may panic")]
 
     use std::sync::Arc;
 
@@ -221,6 +273,10 @@ mod tests {
         );
     }
 
+    fn none(error: &Error) {
+        panic!("{error}");
+    }
+
     #[test]
     fn what_is_tested_does_not_train() {
         // Training shades 0 to 5, test shades 3 to 6: training images 3, 4 and 5 are in both.
@@ -228,8 +284,8 @@ mod tests {
             train: set(&[0, 1, 0, 0, 0, 1], 0),
             test: set(&[0, 0, 1, 1], 3),
         };
-        let mut splitter = Splitter::new(&halves, Subset::default()).unwrap();
-        let split = splitter.split(&experiment(0), 0).unwrap();
+        let mut splitter = Splitter::new("set", &halves, Subset::default(), &mut none);
+        let split = splitter.split(&experiment(0), 0, &mut none).unwrap();
         assert_eq!((split.train, split.leaks), (vec![0, 2], vec![3, 4]));
         assert_eq!(split.abnormal, [false, false, true, true]);
 
@@ -239,8 +295,11 @@ mod tests {
                 train: set(train, shade),
                 test: set(test, 3),
             };
-            let mut splitter = Splitter::new(&halves, Subset::default()).unwrap();
-            splitter.split(&experiment(0), 0).unwrap().fingerprint
+            let mut splitter = Splitter::new("set", &halves, Subset::default(), &mut none);
+            splitter
+                .split(&experiment(0), 0, &mut none)
+                .unwrap()
+                .fingerprint
         };
         let same = fingerprint(&[0, 1, 0], 0, &[0, 0, 1, 1]);
         assert_eq!(split.fingerprint, same);
@@ -250,9 +309,10 @@ mod tests {
         );
         assert_ne!(split.fingerprint, fingerprint(&[0, 1, 0], 0, &[0, 1, 1, 1]));
         assert!(matches!(
-            splitter.split(&experiment(2), 0),
+            splitter.split(&experiment(2), 0, &mut none),
             Err(Error::EmptySplit {
                 train: 0,
+                leaks: 0,
                 normal: 0,
                 abnormal: 4,
                 ..

@@ -96,6 +96,10 @@ only = ["one-vs-all"]
 seeds = [1]
 "#;
 
+fn none(what: &Error) {
+    panic!("{what}");
+}
+
 /// Counts runs, and stops the benchmark by a panic after some.
 #[derive(Default)]
 struct Counter {
@@ -103,6 +107,7 @@ struct Counter {
     known: usize,
     total: usize,
     stop_after: Option<usize>,
+    left_out: Vec<String>,
 }
 
 impl Observer for Counter {
@@ -118,6 +123,10 @@ impl Progress for Counter {
             self.fresh += 1;
         }
         assert!(self.stop_after != Some(self.fresh), "stopped as asked");
+    }
+
+    fn left_out(&mut self, what: &Error) {
+        self.left_out.push(what.to_string());
     }
 }
 
@@ -148,7 +157,7 @@ fn runs_goes_on_and_reports() {
     // One-vs-all: 2 classes, a method with 2 seeds and one with 1; one normal set and the defects: 1 method, 2 seeds.
     assert_eq!((counter.known, counter.fresh, counter.total), (4, 6, 10));
 
-    let records = Record::read_all(&[&config.output]).unwrap();
+    let records = Record::read_all(&[&config.output], &mut none).unwrap();
     assert_eq!(records.len(), 10);
     let first = &records[0];
     assert_eq!(
@@ -171,7 +180,7 @@ fn runs_goes_on_and_reports() {
         fs::read_to_string(config.output.join("splits/stripes-one-vs-all-across.json")).unwrap();
     assert!(split.contains("\"leaks\":[3]"), "{split}");
 
-    let report = report(&[&config.output], folder.path()).unwrap();
+    let report = report(&[&config.output], folder.path(), &mut none).unwrap();
     let tables = fs::read_to_string(report.folder.join("tables.md")).unwrap();
     assert!(tables.contains("stripes: across+slanted") && !tables.contains("| mean CLS"));
     assert!(tables.contains("cosine to mean CLS"), "{tables}");
@@ -225,7 +234,11 @@ fn one_report_of_two_benchmarks_on_copies_of_the_images() {
         for config in [&first_config, &second_config] {
             run(config, &Device::Cpu, &mut Counter::default()).unwrap();
         }
-        report(&[&first_config.output, &second_config.output], first.path())
+        report(
+            &[&first_config.output, &second_config.output],
+            first.path(),
+            &mut none,
+        )
     };
     // The constant student's runs are the same in both and count once.
     for (with, methods) in [("constant-student", 2), ("mahalanobis", 3)] {
@@ -265,7 +278,7 @@ fn a_new_first_method_takes_its_place_in_the_tables() {
         &mut Counter::default(),
     )
     .unwrap();
-    let records = Record::read_all(&[&folder.path().join("out")]).unwrap();
+    let records = Record::read_all(&[&folder.path().join("out")], &mut none).unwrap();
     let order = |name: &str| {
         let mut orders = records
             .iter()
@@ -298,7 +311,7 @@ fn other_settings_do_not_replace_a_record() {
         &mut Counter::default(),
     )
     .unwrap();
-    let before = Record::read_all(&[&folder.path().join("out")]).unwrap();
+    let before = Record::read_all(&[&folder.path().join("out")], &mut none).unwrap();
     let other = text.replace("name = \"k-NN\"", "name = \"k-NN\"\nneighbours = 2");
     let error = run(
         &read(folder.path(), &other).unwrap(),
@@ -311,7 +324,7 @@ fn other_settings_do_not_replace_a_record() {
         "{error}"
     );
     assert_eq!(
-        Record::read_all(&[&folder.path().join("out")]).unwrap(),
+        Record::read_all(&[&folder.path().join("out")], &mut none).unwrap(),
         before
     );
 }
@@ -331,7 +344,103 @@ fn faults_come_before_the_work() {
     assert!(matches!(error, Error::UnknownClass { .. }), "{error}");
     assert_eq!(counter.fresh, 0);
     assert!(matches!(
-        report(&[&folder.path().join("out")], folder.path()),
+        report(&[&folder.path().join("out")], folder.path(), &mut none),
         Err(Error::NoRuns { .. })
     ));
+}
+
+#[test]
+fn what_is_damaged_or_empty_is_left_out_and_named() {
+    let folder = tempfile::tempdir().unwrap();
+    make(folder.path());
+    for damaged in ["train/across/1.png", "test/down/2.png"] {
+        fs::write(folder.path().join(damaged), "no image").unwrap();
+    }
+    // A class without images to train on, as Roboflow's root is.
+    save(
+        &folder.path().join("test/animals/1.png"),
+        &image(2, 77, false),
+    );
+    let text = CONFIG.replace(", classes = [\"across\", \"down\"]", "");
+    let config = read(folder.path(), &text).unwrap();
+    let mut counter = Counter::default();
+    run(&config, &Device::Cpu, &mut counter).unwrap();
+    // One-vs-all: 3 classes of 4, 3 runs each; a normal set and the defects with 2 each.
+    assert_eq!((counter.fresh, counter.total), (13, 13));
+    let said = counter.left_out.join("\n");
+    assert_eq!(counter.left_out.len(), 3, "{said}");
+    for name in ["across/1.png", "down/2.png", "animals: 0 training images"] {
+        assert!(said.contains(name), "{said}");
+    }
+    let records = Record::read_all(&[&config.output], &mut none).unwrap();
+    let across = records
+        .iter()
+        .find(|r| r.key.experiment == "across")
+        .unwrap();
+    // Eight, one of them in the test half and one damaged; 19 test images, one of them damaged.
+    assert_eq!((across.train_images, across.scores.len()), (6, 18));
+
+    // A damaged record is left out of a report, and its run is done again.
+    let path = config
+        .output
+        .join("runs/stripes/one-vs-all/across/constant-student-seed0.json");
+    let whole = fs::read(&path).unwrap();
+    fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+    let mut said = Vec::new();
+    report(&[&config.output], folder.path(), &mut |what| {
+        said.push(what.to_string())
+    })
+    .unwrap();
+    assert!(
+        said.len() == 1 && said[0].contains("constant-student-seed0.json"),
+        "{said:?}"
+    );
+    let mut counter = Counter::default();
+    run(&config, &Device::Cpu, &mut counter).unwrap();
+    assert_eq!((counter.fresh, counter.known), (1, 12));
+    let named = |what: &&String| what.contains("constant-student-seed0.json");
+    assert_eq!(counter.left_out.iter().filter(named).count(), 1);
+    assert_eq!(Record::read(&path).unwrap().scores, across.scores);
+}
+
+#[test]
+fn a_training_image_that_is_tested_is_counted_where_none_is_left() {
+    let folder = tempfile::tempdir().unwrap();
+    make(folder.path());
+    for i in 0..8 {
+        if i != 3 {
+            fs::remove_file(folder.path().join(format!("train/across/{i}.png"))).unwrap();
+        }
+    }
+    let config = read(folder.path(), CONFIG).unwrap();
+    let error = run(&config, &Device::Cpu, &mut Counter::default()).unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.contains("0 training images (and 1 that are among the test images)"),
+        "{text}"
+    );
+}
+
+#[test]
+fn settings_without_a_meaning_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for (from, to, says) in [
+        ("only = [\"one-vs-all\"]", "only = [\"pets\"]", "\"pets\""),
+        (
+            "backbone = ",
+            "feature_memory_gib = -1.0\nbackbone = ",
+            "-1",
+        ),
+        (
+            "backbone = ",
+            "feature_memory_gib = nan\nbackbone = ",
+            "NaN",
+        ),
+        ("seeds = [0, 1]", "seeds = [0, 0]", "seed 0 comes twice"),
+        ("seeds = [1]", "seeds = [1, 1]", "seed 1 comes twice"),
+    ] {
+        assert!(CONFIG.contains(from));
+        let error = read(folder.path(), &CONFIG.replace(from, to)).unwrap_err();
+        assert!(error.to_string().contains(says), "{error}");
+    }
 }

@@ -28,12 +28,19 @@ pub(crate) fn run(arguments: &Bench) -> Result<Exit> {
     }
     let mut outputs = vec![config.output.as_path()];
     outputs.extend(arguments.with.iter().map(PathBuf::as_path));
-    let report = defend_bench::report(&outputs, &config.root)?;
+    let report = defend_bench::report(&outputs, &config.root, &mut left_out)?;
     for table in &report.tables {
         tell!("{}", table.markdown())?;
     }
     say!("{}", report.page.display());
     Ok(Exit::default())
+}
+
+fn left_out(what: &defend_bench::Error) {
+    match std::error::Error::source(what) {
+        Some(source) => say!("{what}: {source}"),
+        None => say!("left out: {what}"),
+    }
 }
 
 /// A line a run, with the time that is left.
@@ -55,6 +62,10 @@ impl Observer for Lines {
 }
 
 impl Progress for Lines {
+    fn left_out(&mut self, what: &defend_bench::Error) {
+        left_out(what);
+    }
+
     fn run(&mut self, state: &RunState<'_>) {
         if state.known {
             self.known_until = state.seconds;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use defend_core::data::{Dataset, Error, Failure, ImageFolder, Reason};
+use defend_core::data::{Dataset, Error, Failure, ImageFolder, Reason, find_mask};
 use defend_core::{Maps, NoveltyDetector, Observer, Outcome, scan_each};
 
 use crate::say::say;
@@ -152,14 +152,12 @@ impl Found {
         Arc::new(ImageFolder::from_paths(self.paths.clone()))
     }
 
-    /// The files as a data set with the masks that lie under the same names, as `NAME_mask.png` or `NAME.png`, in a folder; an error
-    /// when none does.
+    /// The files as a data set with the masks that lie under the same names, as `NAME_mask.png` or `NAME.png` (or BMP or TIFF), in a
+    /// folder; an error when none does.
     pub(crate) fn with_masks(&self, folder: &Path) -> Result<Arc<dyn Dataset>> {
         let mask = |inside: &PathBuf| {
             let stem = inside.file_stem()?.to_string_lossy();
-            let names = [format!("{stem}_mask.png"), format!("{stem}.png")];
-            let paths = names.map(|name| folder.join(inside.with_file_name(name)));
-            paths.into_iter().find(|path| path.exists())
+            find_mask(&folder.join(inside.parent()?), &stem)
         };
         let masks: Vec<Option<PathBuf>> = self.inside.iter().map(mask).collect();
         let same =

@@ -3,14 +3,14 @@
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::io::BufReader;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use image::RgbImage;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use crate::published::{expect_folder, open_file, read_published};
+use crate::published::{expect_folder, expect_images, listed_image, open_file, read_published};
 use crate::{ClassId, Dataset, Error, ObjectBox, dataset::sample};
 
 const MISSING: &str = "download the images (train2017.zip, val2017.zip) and the annotations \
@@ -30,7 +30,7 @@ pub enum Crowd {
 /// One split of MS COCO with the classes of all annotated objects.
 ///
 /// Images stand in the order of the file; those without annotations have no class. The classes are the
-/// categories in the order of their ids, so that 1 to 90 with gaps become 0 to 79.
+/// categories in the order of their ids, so that 1 to 90 with gaps become 0 to 79; categories of one name are one class.
 #[derive(Debug, Clone)]
 pub struct Coco {
     samples: Vec<Sample>,
@@ -54,14 +54,21 @@ impl Coco {
     /// # Errors
     /// [`Error::Missing`] with what to download; [`Error::Read`]; [`Error::Json`] with line and column;
     /// [`Error::Content`] for an annotation of an unknown image or category and for an id that comes
-    /// twice; [`Error::NoImages`] when the file lists no image.
+    /// twice; [`Error::NoImages`] when the file lists no image; [`Error::MissingImages`] when some of them are not there.
     pub fn open(
         annotations: impl AsRef<Path>,
         images: impl AsRef<Path>,
         crowd: Crowd,
     ) -> Result<Self, Error> {
         let (path, folder) = (annotations.as_ref(), images.as_ref());
-        let file = BufReader::with_capacity(1 << 16, open_file(path, MISSING)?);
+        let mut file = BufReader::with_capacity(1 << 16, open_file(path, MISSING)?);
+        // A byte order mark, as Windows' editors write it.
+        if file
+            .fill_buf()
+            .is_ok_and(|start| start.starts_with(b"\xEF\xBB\xBF"))
+        {
+            file.consume(3);
+        }
         expect_folder(folder, MISSING)?;
         let instances: Instances = serde_json::from_reader(file).map_err(|source| {
             let path = path.into();
@@ -140,10 +147,27 @@ struct Annotation {
     image_id: u64,
     category_id: u64,
     #[serde(default)]
-    iscrowd: u8,
+    iscrowd: Option<IsCrowd>,
     /// Left, top, width and height, pixels.
     #[serde(default)]
     bbox: Option<Vec<f64>>,
+}
+
+/// COCO has 0 and 1, other programs write true, false and null.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum IsCrowd {
+    Number(f64),
+    Flag(bool),
+}
+
+impl IsCrowd {
+    fn holds(&self) -> bool {
+        match self {
+            Self::Number(number) => *number != 0.0,
+            Self::Flag(flag) => *flag,
+        }
+    }
 }
 
 #[derive(Default)]
@@ -173,8 +197,8 @@ impl<'de> Visitor<'de> for Fold {
     fn visit_seq<A: SeqAccess<'de>>(self, mut annotations: A) -> Result<Annotations, A::Error> {
         let mut all = Annotations::default();
         while let Some(found) = annotations.next_element::<Annotation>()? {
-            let (image, category, is_crowd) =
-                (found.image_id, found.category_id, found.iscrowd != 0);
+            let is_crowd = found.iscrowd.is_some_and(|crowd| crowd.holds());
+            let (image, category) = (found.image_id, found.category_id);
             all.presences.insert((image, category, is_crowd));
             if let Some(corners) = found.bbox.and_then(|corners| corners.try_into().ok()) {
                 all.boxes.push((image, category, is_crowd, corners));
@@ -193,8 +217,13 @@ impl Instances {
         };
         let mut categories = self.categories;
         categories.sort_by_key(|category| category.id);
-        let mut class_of = HashMap::new();
-        for (class, category) in categories.iter().enumerate() {
+        let (mut class_of, mut class_names) = (HashMap::new(), Vec::<String>::new());
+        for category in categories {
+            let known = class_names.iter().position(|name| *name == category.name);
+            let class = known.unwrap_or(class_names.len());
+            if known.is_none() {
+                class_names.push(category.name);
+            }
             if class_of
                 .insert(category.id, ClassId(class as u32))
                 .is_some()
@@ -219,10 +248,13 @@ impl Instances {
                 let found = format!("an annotation of the image {image}");
                 return Err(fault(found, "only those under \"images\""));
             };
-            // A crowd follows the single objects of its category.
-            if (!is_crowd || crowd == Crowd::Counted) && classes.last() != Some(&class) {
+            if !is_crowd || crowd == Crowd::Counted {
                 classes.push(class);
             }
+        }
+        for classes in classes_of.values_mut() {
+            classes.sort_unstable();
+            classes.dedup();
         }
         let sizes: HashMap<u64, [f64; 2]> = self
             .images
@@ -244,13 +276,15 @@ impl Instances {
             }
         }
         let samples = self.images.into_iter().map(|image| Sample {
-            image: folder.join(image.file_name),
+            image: listed_image(folder, &image.file_name),
             classes: classes_of.remove(&image.id).unwrap_or_default(),
             boxes: boxes_of.remove(&image.id).unwrap_or_default(),
         });
+        let samples: Vec<Sample> = samples.collect();
+        expect_images(path, samples.iter().map(|sample| sample.image.as_path()))?;
         Ok(Coco {
-            samples: samples.collect(),
-            class_names: categories.into_iter().map(|c| c.name).collect(),
+            samples,
+            class_names,
         })
     }
 }
@@ -281,6 +315,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let text = format!("{{\"info\": {{\"year\": [2017]}}, {}}}", parts.join(", "));
         fs::write(folder.path().join("instances.json"), text).unwrap();
+        for id in [3, 5, 7] {
+            let image = folder.path().join(format!("{id}.png"));
+            RgbImage::new(2, 1).save(image).unwrap();
+        }
         folder
     }
 
@@ -321,19 +359,41 @@ mod tests {
     fn images_are_read_when_asked_for() {
         let folder = file(&[IMAGES, ANNOTATIONS, CATEGORIES]);
         let set = open(&folder, Crowd::Counted).unwrap();
+        assert_eq!(set.image(0).unwrap().dimensions(), (2, 1));
+        fs::remove_file(folder.path().join("7.png")).unwrap();
         let missing = set.image(0).unwrap_err();
         assert!(
             missing.to_string().contains("7.png") && missing.to_string().contains("train2017.zip"),
             "{missing}"
         );
-        RgbImage::new(2, 1)
-            .save(folder.path().join("7.png"))
-            .unwrap();
-        assert_eq!(set.image(0).unwrap().dimensions(), (2, 1));
+        let absent = open(&folder, Crowd::Counted).unwrap_err().to_string();
+        assert!(absent.contains("1 of the 3 images"), "{absent}");
         assert!(matches!(
             set.image(3),
             Err(Error::Index { index: 3, len: 3 })
         ));
+    }
+
+    #[test]
+    fn what_other_programs_write_is_read_alike() {
+        let images = r#""images": [{"id": 7, "file_name": "train\\7.png"}, {"id": 3, "file_name": "images/3.png"},
+            {"id": 5, "file_name": "5.png"}]"#;
+        let annotations = r#""annotations": [
+            {"image_id": 7, "category_id": 4, "iscrowd": false}, {"image_id": 7, "category_id": 1, "iscrowd": null},
+            {"image_id": 7, "category_id": 2, "iscrowd": true}, {"image_id": 3, "category_id": 2, "iscrowd": 0.0},
+            {"image_id": 5, "category_id": 3}]"#;
+        let categories = r#""categories": [{"id": 0, "name": "animals"}, {"id": 1, "name": "dog"},
+            {"id": 2, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 4, "name": "cat"}]"#;
+        let folder = file(&[images, annotations, categories]);
+        let json = folder.path().join("instances.json");
+        let text = fs::read_to_string(&json).unwrap();
+        fs::write(&json, format!("\u{feff}{text}")).unwrap();
+        let set = open(&folder, Crowd::Ignored).unwrap();
+        assert_eq!(set.class_names(), ["animals", "dog", "cat"]);
+        assert_eq!(set.classes(0), [ClassId(1), ClassId(2)]);
+        assert_eq!(set.classes(1), [ClassId(2)]);
+        assert_eq!(set.classes(2), [ClassId(1)]);
+        assert!(set.name(0).ends_with("7.png") && set.image(0).is_ok());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use image::metadata::Orientation;
 use image::{DynamicImage, GrayImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
@@ -69,6 +69,15 @@ pub(crate) fn mask_of(image: &Path, path: &Path, mask: &RgbImage) -> Result<Gray
         });
     }
     Ok(image::imageops::grayscale(mask))
+}
+
+/// The mask of an image `NAME.*` in a folder: `NAME_mask` or `NAME`, as PNG, BMP or TIFF.
+pub fn find_mask(folder: &Path, name: &str) -> Option<PathBuf> {
+    let endings = ["png", "bmp", "tif", "tiff", "PNG", "BMP", "TIF", "TIFF"];
+    ["_mask", ""].iter().find_map(|mark| {
+        let named = |ending: &&str| folder.join(format!("{name}{mark}.{ending}"));
+        endings.iter().map(named).find(|path| path.is_file())
+    })
 }
 
 /// Width and height of the image in a file as [`read_image`] gives it, from the file's header.

@@ -38,6 +38,18 @@ pub enum Error {
         /// What to download and where to put it.
         help: &'static str,
     },
+    /// Images that a list names are not there.
+    #[error("{missing} of the {total} images of {list:?} are not there: {}", first_of(first, *missing))]
+    MissingImages {
+        /// The list, or the file of annotations.
+        list: PathBuf,
+        /// How many are not there.
+        missing: usize,
+        /// How many it names.
+        total: usize,
+        /// The first of those that are not there, five at most.
+        first: Vec<PathBuf>,
+    },
     /// An image's file has no content.
     #[error("{origin:?} is empty, expected an image")]
     EmptyFile {
@@ -271,4 +283,13 @@ pub enum Error {
         /// The operating system's reason.
         source: std::io::Error,
     },
+}
+
+/// Some paths, and dots when there are more.
+fn first_of(paths: &[PathBuf], all: usize) -> String {
+    let mut text: Vec<String> = paths.iter().map(|path| format!("{path:?}")).collect();
+    if all > paths.len() {
+        text.push("...".into());
+    }
+    text.join(", ")
 }

@@ -29,11 +29,9 @@ pub fn content_hash(image: &RgbImage) -> ContentHash {
     ContentHash(*hasher.finalize().as_bytes())
 }
 
-/// Hashes of some images, in the order asked for; decoded in parallel, one image in memory a thread.
-///
-/// # Errors
-/// Those of [`Dataset::image`].
-pub fn content_hashes(set: &dyn Dataset, indices: &[usize]) -> Result<Vec<ContentHash>, Error> {
+/// Hashes of some images, in the order asked for, or what [`Dataset::image`] says of them; decoded in parallel, one image in
+/// memory a thread.
+pub fn content_hashes(set: &dyn Dataset, indices: &[usize]) -> Vec<Result<ContentHash, Error>> {
     let hash = |&index: &usize| Ok(content_hash(&set.image(index)?));
     indices.par_iter().map(hash).collect()
 }
@@ -48,9 +46,11 @@ pub fn leaks(
     test: &dyn Dataset,
     test_indices: &[usize],
 ) -> Result<Vec<(usize, usize)>, Error> {
-    let tested = content_hashes(test, test_indices)?.into_iter().enumerate();
-    let tested: HashMap<ContentHash, usize> = tested.map(|(at, hash)| (hash, at)).collect();
-    let trained = content_hashes(train, train_indices)?;
+    let tested = content_hashes(test, test_indices).into_iter().enumerate();
+    let tested = tested.map(|(at, hash)| Ok((hash?, at)));
+    let tested = tested.collect::<Result<HashMap<ContentHash, usize>, Error>>()?;
+    let trained = content_hashes(train, train_indices);
+    let trained = trained.into_iter().collect::<Result<Vec<_>, Error>>()?;
     let pairs = trained.iter().enumerate();
     Ok(pairs
         .filter_map(|(at, hash)| Some((at, *tested.get(hash)?)))

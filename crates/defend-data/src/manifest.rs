@@ -7,12 +7,14 @@ use std::path::{Path, PathBuf};
 use image::RgbImage;
 use serde::Deserialize;
 
+use crate::published::expect_images;
 use crate::{ClassId, Dataset, Error, dataset::sample, read_image};
 
 /// Images that a list names, with the classes of the objects they show.
 ///
-/// A CSV has the header `path,labels` or `path,labels,split`, labels apart by `;` or `|`; a JSON file is a list of
-/// `{"path": .., "labels": [..], "split": ..}`. Relative paths are relative to the list's own folder.
+/// A CSV has the header `path,labels` or `path,labels,split`, labels apart by `;` or `|`; where `;` is between the columns, labels
+/// are apart by `,` or `|`. A JSON file is a list of `{"path": .., "labels": [..], "split": ..}`. Relative paths are relative to the
+/// list's own folder, with slashes of either kind.
 #[derive(Debug, Clone)]
 pub struct Manifest {
     samples: Vec<(PathBuf, Vec<ClassId>)>,
@@ -45,7 +47,8 @@ impl Manifest {
     ///
     /// # Errors
     /// [`Error::Read`]; [`Error::Csv`] and [`Error::Json`] with the place; [`Error::Manifest`] for an empty path or
-    /// label and for another ending; [`Error::NoImages`] when no entry is left.
+    /// label and for another ending; [`Error::NoImages`] when no entry is left; [`Error::MissingImages`] when some images are not
+    /// there.
     pub fn open(path: impl AsRef<Path>, split: Option<&str>) -> Result<Self, Error> {
         let path = path.as_ref();
         let entries = read_entries(path)?;
@@ -67,7 +70,7 @@ impl Manifest {
                     .collect();
                 classes.sort_unstable();
                 classes.dedup();
-                (folder.join(&entry.path), classes)
+                (placed(folder, &entry.path), classes)
             })
             .collect();
         if samples.is_empty() {
@@ -76,10 +79,22 @@ impl Manifest {
                 expected: "one entry for each image, and entries of the split that is asked for",
             });
         }
+        expect_images(path, samples.iter().map(|(image, _)| image.as_path()))?;
         Ok(Self {
             samples,
             class_names,
         })
+    }
+}
+
+/// Where a path of the list is; backslashes are slashes, unless there is a file whose name has them.
+fn placed(folder: &Path, path: &Path) -> PathBuf {
+    let whole = folder.join(path);
+    match path.to_str() {
+        Some(text) if text.contains('\\') && !whole.exists() => {
+            folder.join(text.replace('\\', "/"))
+        }
+        _ => whole,
     }
 }
 
@@ -88,6 +103,8 @@ fn read_entries(path: &Path) -> Result<Vec<Entry>, Error> {
         path: path.into(),
         source,
     })?;
+    // A byte order mark, as Windows' editors write it.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let fault = |at: usize, found: &str, expected: &'static str| Error::Manifest {
         path: path.into(),
         at,
@@ -102,7 +119,15 @@ fn read_entries(path: &Path) -> Result<Vec<Entry>, Error> {
                 path: path.into(),
                 source,
             };
+            // Spreadsheets of many countries have `;` between columns.
+            let header = text.lines().next().unwrap_or_default();
+            let (column, label) = if header.contains(';') && !header.contains(',') {
+                (b';', ',')
+            } else {
+                (b',', ';')
+            };
             let mut reader = csv::ReaderBuilder::new()
+                .delimiter(column)
                 .trim(csv::Trim::All)
                 .from_reader(text.as_bytes());
             for line in reader.deserialize::<Line>() {
@@ -114,7 +139,7 @@ fn read_entries(path: &Path) -> Result<Vec<Entry>, Error> {
                 let labels = match labels.as_str() {
                     "" => Vec::new(),
                     some => some
-                        .split([';', '|'])
+                        .split([label, '|'])
                         .map(|label| label.trim().into())
                         .collect(),
                 };
@@ -126,7 +151,7 @@ fn read_entries(path: &Path) -> Result<Vec<Entry>, Error> {
             }
         }
         Some("json") => {
-            entries = serde_json::from_str(&text).map_err(|source| Error::Json {
+            entries = serde_json::from_str(text).map_err(|source| Error::Json {
                 path: path.into(),
                 source,
             })?;
@@ -188,16 +213,28 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
+        std::fs::create_dir(folder.path().join("b")).unwrap();
+        for image in ["a", "a.jpg", "b/c.jpg", "d.jpg"] {
+            std::fs::write(folder.path().join(image), "no image").unwrap();
+        }
         Manifest::open(path, split)
     }
 
-    const CSV: &str = "path,labels,split\na.jpg,dog;cat,train\nb/c.jpg, cat ,test\n/d.jpg,,test\n";
+    const CSV: &str = "path,labels,split\na.jpg,dog;cat,train\nb/c.jpg, cat ,test\nd.jpg,,test\n";
+    const WINDOWS: &str =
+        "\u{feff}path;labels;split\r\na.jpg;dog,cat;train\r\nb\\c.jpg;cat;test\r\nd.jpg;;test\r\n";
     const JSON: &str = r#"[{"path": "a.jpg", "labels": ["dog", "cat"], "split": "train"},
-        {"path": "b/c.jpg", "labels": ["cat"], "split": "test"}, {"path": "/d.jpg", "split": "test"}]"#;
+        {"path": "b/c.jpg", "labels": ["cat"], "split": "test"}, {"path": "d.jpg", "split": "test"}]"#;
 
     #[test]
     fn csv_and_json_say_the_same() {
-        for (name, text) in [("list.csv", CSV), ("list.json", JSON)] {
+        let json = format!("\u{feff}{JSON}");
+        for (name, text) in [
+            ("list.csv", CSV),
+            ("list.csv", WINDOWS),
+            ("list.json", JSON),
+            ("list.json", &json),
+        ] {
             let all = open(name, text, None).unwrap();
             assert_eq!(
                 (all.len(), all.class_names()),
@@ -206,7 +243,7 @@ mod tests {
             assert_eq!(all.classes(0), [ClassId(0), ClassId(1)]);
             let test = open(name, text, Some("test")).unwrap();
             assert_eq!((test.len(), test.classes(0)), (2, &[ClassId(0)][..]));
-            assert!(test.name(0).ends_with("b/c.jpg") && test.name(1) == "/d.jpg");
+            assert!(test.name(0).ends_with("b/c.jpg") && test.name(1).ends_with("d.jpg"));
             assert!(test.classes(1).is_empty());
             assert!(matches!(test.image(0), Err(Error::Read { .. })));
         }
@@ -230,6 +267,11 @@ mod tests {
         fails("l.json", r#"[{"path": "a"}, {"path": ""}]"#, "no path at 2");
         fails("l.json", r#"[{"file": "a"}]"#, "file");
         fails("l.txt", "", ".csv or .json");
+        fails(
+            "l.csv",
+            "path,labels\nnone.jpg,dog\na.jpg,\n",
+            "1 of the 2 images",
+        );
         fails("l.csv", "path,labels\n", "no image");
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use image::{GrayImage, RgbImage};
 
 use crate::dataset::sample;
-use crate::decode::mask_of;
+use crate::decode::{find_mask, mask_of};
 use crate::published::{expect_folder, read_published};
 use crate::{ClassFolder, ClassId, Dataset, Error, Split};
 
@@ -72,8 +72,10 @@ impl MvtecAd {
                 let stem = image.file_stem().unwrap_or_default().to_string_lossy();
                 let defect = class_names.get(class.0 as usize).filter(|_| class.0 > 0);
                 let mask = defect.map(|defect| {
-                    let name = format!("{stem}_mask.png");
-                    category.join("ground_truth").join(defect).join(name)
+                    let folder = category.join("ground_truth").join(defect);
+                    // A mask that is not there is missed when it is asked for.
+                    find_mask(&folder, &stem)
+                        .unwrap_or_else(|| folder.join(format!("{stem}_mask.png")))
                 });
                 Sample {
                     class: [class],
@@ -139,7 +141,11 @@ mod tests {
         save("test/bent/000.png", 4, 2);
         save("test/good/000.png", 4, 3);
         save("test/scratch/000.png", 4, 4);
+        save("test/dent/000.png", 4, 5);
+        save("test/dent/001.png", 4, 6);
         save("ground_truth/bent/000_mask.png", mask_side, 255);
+        save("ground_truth/dent/000.png", 4, 255);
+        save("ground_truth/dent/001_mask.BMP", 4, 0);
         folder
     }
 
@@ -149,15 +155,18 @@ mod tests {
         let train = MvtecAd::open(folder.path(), Split::Train).unwrap();
         assert_eq!((train.len(), train.classes(0)), (1, &[ClassId(0)][..]));
         let test = MvtecAd::open(folder.path(), Split::Test).unwrap();
-        assert_eq!(test.class_names(), ["good", "bent", "scratch"]);
-        let classes: Vec<u32> = (0..3).map(|i| test.classes(i)[0].0).collect();
-        assert_eq!(classes, [1, 0, 2]);
-        assert_eq!(test.mask(0).unwrap().unwrap().get_pixel(3, 3).0, [255]);
-        assert!(test.mask(1).unwrap().is_none());
-        let error = test.mask(2).unwrap_err();
+        assert_eq!(test.class_names(), ["good", "bent", "dent", "scratch"]);
+        let classes: Vec<u32> = (0..5).map(|i| test.classes(i)[0].0).collect();
+        assert_eq!(classes, [1, 2, 2, 0, 3]);
+        for (image, value) in [(0, 255), (1, 255), (2, 0)] {
+            let mask = test.mask(image).unwrap().unwrap();
+            assert_eq!(mask.get_pixel(3, 3).0, [value]);
+        }
+        assert!(test.mask(3).unwrap().is_none());
+        let error = test.mask(4).unwrap_err();
         assert!(matches!(error, Error::Missing { .. }), "{error}");
         assert!(error.to_string().contains("000_mask.png"), "{error}");
-        assert!(matches!(test.mask(3), Err(Error::Index { .. })));
+        assert!(matches!(test.mask(5), Err(Error::Index { .. })));
     }
 
     #[test]

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use image::RgbImage;
 use rayon::prelude::*;
-use roxmltree::{Document, Node};
+use roxmltree::{Document, Node, ParsingOptions};
 
-use crate::published::{read_published, read_text};
+use crate::published::{expect_images, read_bytes, read_published};
 use crate::{ClassId, Dataset, Error, ObjectBox, dataset::sample};
 
 /// The classes of PASCAL VOC since 2007; the position is the [`ClassId`].
@@ -39,6 +39,19 @@ const MISSING: &str = "download the train/val archive of PASCAL VOC (VOCtrainval
     VOCtrainval_06-Nov-2007.tar) from the challenge's own page and unpack it, so that the folder VOCdevkit/VOC2012 \
     (or VOC2007) which you open holds ImageSets, Annotations, JPEGImages and SegmentationClass";
 
+const LAYOUT: &str = "expected the layout of PASCAL VOC below the folder that is opened: ImageSets/Main/<split>.txt, \
+    Annotations/<name>.xml and JPEGImages/<name>.jpg (VOC itself unpacks to VOCdevkit/VOC2012 or VOC2007)";
+
+/// What helps where a file is missing: where it is VOC itself, what to download.
+fn help(root: &Path) -> &'static str {
+    let name = root.file_name().unwrap_or_default().to_string_lossy();
+    if name.starts_with("VOC") {
+        MISSING
+    } else {
+        LAYOUT
+    }
+}
+
 /// Whether objects that VOC marks as difficult to recognise count.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Difficult {
@@ -54,6 +67,7 @@ pub enum Difficult {
 pub struct Voc {
     samples: Vec<Sample>,
     class_names: Vec<String>,
+    help: &'static str,
 }
 
 #[derive(Debug, Clone)]
@@ -74,13 +88,18 @@ impl Voc {
     /// `VOCdevkit/VOC2012`.
     ///
     /// # Errors
-    /// [`Error::Missing`] with what to download; [`Error::Read`]; [`Error::Xml`] and
-    /// [`Error::Annotation`] with the file at fault; [`Error::NoImages`] for an empty split.
+    /// [`Error::Missing`] with what to download, or with the layout where the folder is not VOC's own; [`Error::Read`];
+    /// [`Error::Xml`] and [`Error::Annotation`] with the file at fault; [`Error::NoImages`] for an empty split;
+    /// [`Error::MissingImages`] when some of its images are not there.
     pub fn open(root: impl AsRef<Path>, split: &str, difficult: Difficult) -> Result<Self, Error> {
         let root = root.as_ref();
         Self::listed(root, "Main", split, |id| {
             let annotation = root.join("Annotations").join(format!("{id}.xml"));
-            objects_in(&read_text(&annotation, MISSING)?, &annotation, difficult)
+            objects_in(
+                &text_in(read_bytes(&annotation, help(root))?),
+                &annotation,
+                difficult,
+            )
         })
     }
 
@@ -95,7 +114,7 @@ impl Voc {
         Self::listed(root, "Segmentation", split, |id| {
             let path = root.join("SegmentationClass").join(format!("{id}.png"));
             Ok(Objects {
-                classes: classes_of_mask(&read_published(&path, MISSING)?, &path)?,
+                classes: classes_of_mask(&read_published(&path, help(root))?, &path)?,
                 boxes: Vec::new(),
             })
         })
@@ -112,7 +131,7 @@ impl Voc {
             .join("ImageSets")
             .join(kind)
             .join(format!("{split}.txt"));
-        let text = read_text(&list, MISSING)?;
+        let text = text_in(read_bytes(&list, help(root))?);
         // The class lists of VOC ("dog_train.txt") have a second column.
         let ids: Vec<&str> = text
             .lines()
@@ -135,9 +154,11 @@ impl Voc {
                 expected: "one image name a line",
             });
         }
+        expect_images(&list, samples.iter().map(|sample| sample.image.as_path()))?;
         Ok(Self {
             samples,
             class_names: VOC_CLASSES.map(String::from).to_vec(),
+            help: help(root),
         })
     }
 }
@@ -154,7 +175,7 @@ impl Dataset for Voc {
     }
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
-        read_published(&sample(&self.samples, index)?.image, MISSING)
+        read_published(&sample(&self.samples, index)?.image, self.help)
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {
@@ -170,9 +191,25 @@ impl Dataset for Voc {
     }
 }
 
+/// The text in a file, without a byte order mark. What is not UTF-8 is Latin-1, as old programs write it.
+fn text_in(bytes: Vec<u8>) -> String {
+    let text = String::from_utf8(bytes)
+        .unwrap_or_else(|error| error.into_bytes().into_iter().map(char::from).collect());
+    match text.strip_prefix('\u{feff}') {
+        Some(text) => text.to_owned(),
+        None => text,
+    }
+}
+
 /// The objects in an annotation: classes each once, ascending, and the boxes of those that have one.
 fn objects_in(text: &str, path: &Path, difficult: Difficult) -> Result<Objects, Error> {
-    let document = Document::parse(text).map_err(|source| Error::Xml {
+    // A document type is read over; the parser limits what entities may grow to.
+    let options = ParsingOptions {
+        allow_dtd: true,
+        nodes_limit: 1 << 20,
+        ..ParsingOptions::default()
+    };
+    let document = Document::parse_with_options(text, options).map_err(|source| Error::Xml {
         path: path.into(),
         source,
     })?;
@@ -310,6 +347,9 @@ mod tests {
             ],
         );
         save("2", &[[0; 3]]);
+        for image in ["1", "2"] {
+            fs::write(sub(&format!("JPEGImages/{image}.jpg")), "").unwrap();
+        }
         let open = || Voc::open_segmentation(folder.path(), "val");
         let found = open().unwrap();
         assert_eq!(found.classes(0), [ClassId(0), ClassId(14)]);
@@ -331,7 +371,10 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let main = root.path().join("ImageSets/Main");
         fs::create_dir_all(&main).unwrap();
-        fs::create_dir_all(root.path().join("Annotations")).unwrap();
+        for folder in ["Annotations", "JPEGImages"] {
+            fs::create_dir_all(root.path().join(folder)).unwrap();
+        }
+        fs::write(root.path().join("JPEGImages/a.jpg"), "").unwrap();
         fs::write(main.join("train.txt"), "a  1\n\n").unwrap();
         fs::write(main.join("none.txt"), "\n").unwrap();
         if let Some(text) = annotation {
@@ -366,14 +409,68 @@ mod tests {
     }
 
     #[test]
+    fn annotations_of_other_programs_are_read() {
+        let typed = format!("\u{feff}<?xml version=\"1.0\"?><!DOCTYPE annotation>{TWO_DOGS}");
+        let found = Voc::open(voc(Some(&typed)).path(), "train", Difficult::Counted).unwrap();
+        assert_eq!(found.classes(0), [ClassId(11), ClassId(14)]);
+
+        let root = voc(None);
+        let text = TWO_DOGS.replace("<size>", "<owner>Andr\u{e9}</owner><size>");
+        let latin: Vec<u8> = format!("<?xml version=\"1.0\" encoding=\"ISO-8859-1\"?>{text}")
+            .chars()
+            .map(|c| u8::try_from(u32::from(c)).unwrap())
+            .collect();
+        fs::write(root.path().join("Annotations/a.xml"), latin).unwrap();
+        let found = Voc::open(root.path(), "train", Difficult::Counted).unwrap();
+        assert_eq!(found.classes(0), [ClassId(11), ClassId(14)]);
+    }
+
+    #[test]
+    fn entities_do_not_fill_the_memory() {
+        let mut bomb = String::from("<!DOCTYPE annotation [<!ENTITY a0 \"dog\">");
+        for i in 1..40 {
+            let before = format!("&a{};", i - 1).repeat(10);
+            bomb.push_str(&format!("<!ENTITY a{i} \"{before}\">"));
+        }
+        bomb.push_str("]><annotation><object><name>&a39;</name></object></annotation>");
+        let error = Voc::open(voc(Some(&bomb)).path(), "train", Difficult::Counted).unwrap_err();
+        assert!(matches!(error, Error::Xml { .. }), "{error}");
+    }
+
+    #[test]
     fn faults_name_their_file() {
         let fails = |annotation, split| {
             Voc::open(voc(annotation).path(), split, Difficult::Counted).unwrap_err()
         };
         let missing = fails(None, "test");
         assert!(matches!(missing, Error::Missing { .. }));
+        let text = missing.to_string();
         assert!(
-            missing.to_string().contains("test.txt") && missing.to_string().contains("download")
+            text.contains("test.txt") && text.contains("Annotations/<name>.xml"),
+            "{text}"
+        );
+        assert!(
+            !text.contains("download"),
+            "it may be a data set of one's own: {text}"
+        );
+        let own = voc(None);
+        let renamed = own.path().join("VOC2007");
+        fs::create_dir(&renamed).unwrap();
+        let missing = Voc::open(&renamed, "train", Difficult::Counted).unwrap_err();
+        assert!(missing.to_string().contains("download"), "{missing}");
+        fs::write(own.path().join("Annotations/a.xml"), TWO_DOGS).unwrap();
+        fs::remove_file(own.path().join("JPEGImages/a.jpg")).unwrap();
+        let absent = Voc::open(own.path(), "train", Difficult::Counted).unwrap_err();
+        assert!(
+            matches!(
+                absent,
+                Error::MissingImages {
+                    missing: 1,
+                    total: 1,
+                    ..
+                }
+            ),
+            "{absent}"
         );
         assert!(matches!(fails(None, "train"), Error::Missing { .. }));
         assert!(matches!(fails(None, "none"), Error::NoImages { .. }));

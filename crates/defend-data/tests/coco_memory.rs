@@ -33,6 +33,9 @@ fn a_large_file_takes_little_memory() {
         )
         .unwrap();
     }
+    for i in 0..1000 {
+        File::create(folder.path().join(format!("{i}.jpg"))).unwrap();
+    }
     let images: Vec<_> = (0..1000)
         .map(|i| format!("{{\"id\": {i}, \"file_name\": \"{i}.jpg\"}}"))
         .collect();

@@ -7,7 +7,7 @@ use candle_core::Device;
 use safetensors::tensor::TensorView;
 
 use crate::int8::{Int8Matrix, float_buffer, half_buffer};
-use crate::{BackboneSpec, Error, TrainScope, Vit, Weights, layout, model_config, shards};
+use crate::{BackboneSpec, Error, TrainScope, Vit, Weights, layout, model_config};
 
 pub use crate::model_config::Family;
 
@@ -191,7 +191,7 @@ impl Pretrained {
                 }
                 let weights = fetch(&WEIGHT_FILES)?;
                 if weights.extension().is_some_and(|e| e == "json") {
-                    for file in shards::files(&shards::weight_map(&weights)?) {
+                    for file in crate::shards::files(&crate::shards::weight_map(&weights)?) {
                         fetch(&[file])?;
                     }
                 }
