@@ -288,6 +288,14 @@ impl Dataset for Renumbered {
         self.inner.image(index)
     }
 
+    fn image_at_least(
+        &self,
+        index: usize,
+        least: [u32; 2],
+    ) -> Result<RgbImage, defend_core::data::Error> {
+        self.inner.image_at_least(index, least)
+    }
+
     fn classes(&self, index: usize) -> &[ClassId] {
         self.classes.get(index).map_or(&[], Vec::as_slice)
     }

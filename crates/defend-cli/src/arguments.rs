@@ -1,6 +1,6 @@
 //! What can be said on the command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
@@ -181,6 +181,10 @@ pub(crate) struct Fit {
     /// the worst patches of each are taken for faulty. Faults are learnt where normal images are alike, such as parts on a line.
     #[arg(long, requires = "abnormal")]
     pub(crate) abnormal_masks: Option<PathBuf>,
+    /// Keeps small copies of the normal images in the model, at most 128 pixels a side, for `defend report`: whoever has the model then has
+    /// these pictures.
+    #[arg(long)]
+    pub(crate) thumbnails: bool,
     /// Leaves this many of the oddest normal images out, each with its near copies: see `defend suspects`.
     #[arg(long, default_value_t = 0)]
     pub(crate) drop_suspects: usize,
@@ -193,7 +197,7 @@ pub(crate) struct Fit {
     #[arg(long)]
     pub(crate) no_dense: bool,
     /// Share of normal images that the model may call novel, about; between 0 and 1. `defend calibrate` gives a guarantee.
-    #[arg(long)]
+    #[arg(long, value_parser = share)]
     pub(crate) false_alarm_rate: Option<f64>,
     /// Features of normal images, a safetensors or Parquet file of `defend embed`, in place of --normal.
     #[arg(long, conflicts_with = "normal")]
@@ -411,7 +415,7 @@ pub(crate) struct Sort {
     pub(crate) model: PathBuf,
     /// Share of abnormal images, between 0 and 1, where it is known: they are then compared with each other in any case. By
     /// default only where more of them seem abnormal than noise would make look so.
-    #[arg(long)]
+    #[arg(long, value_parser = share)]
     pub(crate) expect_abnormal: Option<f64>,
     /// Folder whose sub-folders normal, novel and unsure get the images; the originals stay where they are.
     #[arg(long)]
@@ -479,10 +483,10 @@ pub(crate) struct Calibrate {
     #[arg(long, required = true)]
     pub(crate) normal: Vec<PathBuf>,
     /// Share of normal images that may be called novel, between 0 and 1: on average over calibrations.
-    #[arg(long, default_value_t = 0.05)]
+    #[arg(long, default_value_t = 0.05, value_parser = share)]
     pub(crate) false_alarm_rate: f64,
     /// Keeps that share with this confidence, such as 0.95, and not only on average. Needs more images.
-    #[arg(long)]
+    #[arg(long, value_parser = share)]
     pub(crate) confidence: Option<f64>,
     /// Model file to write; by default the model is replaced.
     #[arg(long)]
@@ -511,7 +515,7 @@ pub(crate) struct Score {
     pub(crate) map_format: MapFormat,
     /// Calls as many images of the whole batch novel as possible such that at most this share of those is normal, on average
     /// (Benjamini-Hochberg), in place of the model's threshold. The model has to be calibrated on held-out images.
-    #[arg(long, value_name = "SHARE", conflicts_with = "together")]
+    #[arg(long, value_name = "SHARE", conflicts_with = "together", value_parser = share)]
     pub(crate) fdr: Option<f64>,
     /// Images and folders of images.
     #[arg(required = true)]
@@ -533,7 +537,8 @@ pub(crate) struct Report {
     /// Images that are shown, the most novel first; the histogram and the figures are of all.
     #[arg(long, default_value_t = 200)]
     pub(crate) most: usize,
-    /// Shows the nearest normal images too, where they still are where the fit found them.
+    /// Shows the nearest normal images too, where they still are where the fit found them. Small copies in the model (`fit --thumbnails`) are
+    /// shown without it.
     #[arg(long)]
     pub(crate) show_normal: bool,
     #[command(flatten)]
@@ -551,10 +556,10 @@ pub(crate) struct Watch {
     #[arg(long)]
     pub(crate) existing: bool,
     /// Seconds between two looks at the folder. A file is taken when it has not changed from one to the next.
-    #[arg(long, default_value_t = 1.0, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 1.0, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) every: f64,
     /// Ends when nothing has come for so long; by default it goes on until Ctrl-C.
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) until_idle: Option<f64>,
     /// How the lines look.
     #[arg(long, value_enum, default_value_t = Format::Table)]
@@ -582,7 +587,7 @@ pub(crate) struct Drift {
     #[arg(required = true)]
     pub(crate) paths: Vec<PathBuf>,
     /// Chance of calling a drift where there is none, between 0 and 1.
-    #[arg(long, default_value_t = 0.01)]
+    #[arg(long, default_value_t = 0.01, value_parser = share)]
     pub(crate) level: f64,
     /// Prints JSON.
     #[arg(long)]
@@ -678,6 +683,25 @@ pub(crate) enum Format {
     Csv,
     /// A JSON object a line.
     Json,
+}
+
+/// A share that is neither none nor all.
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if share > 0.0 && share < 1.0 => Ok(share),
+        _ => Err("expected a number between 0 and 1".into()),
+    }
+}
+
+/// Longest time to wait for something, seconds.
+const LONGEST_WAIT: f64 = 3600.0;
+
+/// A time to wait.
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if seconds > 0.0 && seconds <= LONGEST_WAIT => Ok(seconds),
+        _ => Err(format!("expected seconds above 0 and up to {LONGEST_WAIT}")),
+    }
 }
 
 /// Where to compute.

@@ -15,9 +15,6 @@ use crate::say::tell;
 const SMALL: f64 = 0.05;
 
 pub(crate) fn run(arguments: &arguments::Drift) -> Result<Exit> {
-    if !(arguments.level > 0.0 && arguments.level < 1.0) {
-        bail!("--level is {}, expected 0 < level < 1", arguments.level);
-    }
     let detector = arguments.common.load(&arguments.model)?;
     let Some(calibration) = detector.calibration().filter(|c| !c.scores.is_empty()) else {
         bail!(

@@ -11,6 +11,8 @@ pub(crate) struct Exit {
 }
 
 impl Exit {
+    /// The code of a command line that has no meaning.
+    pub(crate) const USAGE: u8 = 2;
     /// The code of a run that failed.
     pub(crate) const FAILED: u8 = 4;
     /// The code of a run whose reader has gone: what a shell says of a program that SIGPIPE ends.
@@ -33,6 +35,15 @@ impl Exit {
             Self { .. } => 0,
         }
     }
+}
+
+/// A command line that has no meaning: it ends with code 2, as those that the parser refuses.
+pub(crate) fn usage(message: String) -> anyhow::Error {
+    use clap::CommandFactory;
+    let mut command = crate::arguments::Arguments::command();
+    command
+        .error(clap::error::ErrorKind::ValueValidation, message)
+        .into()
 }
 
 impl From<Exit> for ExitCode {

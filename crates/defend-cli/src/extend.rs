@@ -30,7 +30,7 @@ pub(crate) fn run(arguments: &Extend) -> Result<Exit> {
             .abnormal
             .iter()
             .map(|path| path.display().to_string());
-        forgotten.extend(names.filter(|name| detector.normal_names().contains(name)));
+        forgotten.extend(names.filter(|name| detector.normal_names().any(|n| n == name)));
         normal.extend(marked.normal);
         abnormal.extend(marked.abnormal);
     }

@@ -19,7 +19,16 @@ pub(crate) fn run(arguments: &Fit) -> Result<Exit> {
     let start = Instant::now();
     let config = arguments.settings()?;
     let normal = find(&arguments.normal, arguments.common.strict, None)?.distinct();
-    let out = check_writable(&arguments.out, &normal.paths)?;
+    let abnormal = match arguments.abnormal.as_slice() {
+        [] => None,
+        folders => Some(find(folders, arguments.common.strict, None)?.distinct()),
+    };
+    let mut inputs = normal.paths.clone();
+    inputs.extend(abnormal.iter().flat_map(|found| found.paths.clone()));
+    inputs.extend(arguments.background.clone());
+    inputs.extend(arguments.config.clone());
+    inputs.extend(arguments.features.clone());
+    let out = check_writable(&arguments.out, &inputs)?;
     let mut builder = Defend::builder()
         .config(config)
         .device(arguments.common.device()?)
@@ -30,14 +39,15 @@ pub(crate) fn run(arguments: &Fit) -> Result<Exit> {
     if let Some(path) = &arguments.background {
         builder = builder.background(background::source(path, arguments.common.strict)?);
     }
-    if !arguments.abnormal.is_empty() {
-        let abnormal = find(&arguments.abnormal, arguments.common.strict, None)?.distinct();
+    if let Some(abnormal) = abnormal {
         builder = builder.abnormal(match &arguments.abnormal_masks {
             Some(masks) => abnormal.with_masks(masks)?,
             None => abnormal.dataset(),
         });
     }
-    builder = builder.drop_suspects(arguments.drop_suspects);
+    builder = builder
+        .drop_suspects(arguments.drop_suspects)
+        .thumbnails(arguments.thumbnails);
     if let Some(folder) = &arguments.feature_folder {
         builder = builder.feature_folder(folder, Precision::Full);
     }

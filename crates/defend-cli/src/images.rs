@@ -3,6 +3,7 @@
 use std::io::BufRead;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use defend_core::data::{Dataset, Error, Failure, ImageFolder, Reason, find_mask};
@@ -75,6 +76,9 @@ pub(crate) fn find(arguments: &[PathBuf], strict: bool, except: Option<&Path>) -
     }
     for other in &others {
         say!("passed over {other}");
+        if matches!(other.reason, Reason::Unreadable(_)) {
+            UNREADABLE_FOLDER.store(true, Ordering::Relaxed);
+        }
     }
     if !others.is_empty() {
         say!("{} passed over", others.len());
@@ -83,6 +87,14 @@ pub(crate) fn find(arguments: &[PathBuf], strict: bool, except: Option<&Path>) -
         bail!("there are no images to look at");
     }
     Ok(found)
+}
+
+/// Whether a folder could not be read.
+static UNREADABLE_FOLDER: AtomicBool = AtomicBool::new(false);
+
+/// Whether [`find`] met a folder that could not be read: nobody knows what is in it.
+pub(crate) fn met_unreadable_folder() -> bool {
+    UNREADABLE_FOLDER.load(Ordering::Relaxed)
 }
 
 /// Whether it may be an image that was meant to be looked at.
@@ -264,7 +276,7 @@ pub(crate) fn check_writable(file: &Path, inputs: &[PathBuf]) -> Result<PathBuf>
         .any(|input| input.canonicalize().is_ok_and(|input| input == target))
     {
         bail!(
-            "{} is one of the images that are read: write to another file",
+            "{} is one of the files that are read: write to another file",
             file.display()
         );
     }

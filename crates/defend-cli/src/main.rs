@@ -44,10 +44,17 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     match run(&Arguments::parse().command) {
-        Ok(exit) => exit.into(),
+        Ok(mut exit) => {
+            exit.unreadable |= images::met_unreadable_folder();
+            exit.into()
+        }
         // A reader that has seen enough, such as `head`, is no fault; but nothing is known of the images that it did not see.
         Err(error) if is_broken_pipe(&error) => Exit::CLOSED_PIPE.into(),
         Err(error) => {
+            if let Some(usage) = error.downcast_ref::<clap::Error>() {
+                let _ = usage.print();
+                return Exit::USAGE.into();
+            }
             let _ = writeln!(std::io::stderr(), "defend: {error:#}");
             Exit::FAILED.into()
         }

@@ -83,27 +83,42 @@ impl MapFolder {
         if let Some(parent) = path.parent() {
             make_folder(parent)?;
         }
-        let said = || format!("cannot write the map {}", path.display());
+        let written = self.write_to(&path, finding, map, images, resized);
+        if written.is_err() {
+            // No half of a map stays, as on a full disk.
+            let _ = std::fs::remove_file(&path);
+        }
+        written.with_context(|| format!("cannot write the map {}", path.display()))?;
+        self.written += 1;
+        Ok(Some(path))
+    }
+
+    fn write_to(
+        &self,
+        path: &Path,
+        finding: &Finding,
+        map: &PatchMap,
+        images: &Arc<dyn Dataset>,
+        resized: &RgbImage,
+    ) -> Result<()> {
         match self.format {
             MapFormat::Overlay => {
                 let original = if self.whole {
-                    shrunk(images.image(finding.index)?)
+                    shrunk(images.image_at_least(finding.index, [LONGEST_SIDE; 2])?)
                 } else {
                     resized.clone()
                 };
                 let image = with_legend(&overlay(&original, map, &self.scale), self.scale.span);
-                image.save(&path).with_context(said)?;
+                image.save(path)?;
             }
-            MapFormat::Png16 => self.sixteen_bits(map).save(&path).with_context(said)?,
+            MapFormat::Png16 => self.sixteen_bits(map).save(path)?,
             MapFormat::Npy => {
                 let Grid { rows, columns } = map.grid;
                 Tensor::from_vec(self.scale.above(map), (rows, columns), &Device::Cpu)?
-                    .write_npy(&path)
-                    .with_context(said)?;
+                    .write_npy(path)?;
             }
         }
-        self.written += 1;
-        Ok(Some(path))
+        Ok(())
     }
 
     /// Half of the range up to the overlay's full colour.

@@ -8,11 +8,11 @@ use std::io::Cursor;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use defend_core::data::{Dataset, RgbImage, read_image};
-use defend_core::{Detector, Maps, Novelty, Verdict, overlay};
+use defend_core::data::{Dataset, RgbImage, read_image_at_least};
+use defend_core::{Detector, Finding, Maps, Novelty, NoveltyDetector, Verdict, overlay};
 use image::DynamicImage;
 use image::codecs::jpeg::JpegEncoder;
 use image::imageops::FilterType;
@@ -35,11 +35,10 @@ const NEAREST: usize = 3;
 
 /// An image of the page.
 struct Entry {
+    /// Position among the images.
+    index: usize,
     name: String,
     novelty: Novelty,
-    /// The image and its map, as addresses with the content in them.
-    image: String,
-    map: Option<String>,
 }
 
 /// What the page shows.
@@ -77,14 +76,8 @@ pub(crate) fn run(arguments: &Report) -> Result<Exit> {
         &mut Progress::new(),
         &mut |outcome| {
             match outcome {
-                Ok((finding, resized)) => {
-                    content.add(
-                        finding.name,
-                        finding.novelty,
-                        &dataset,
-                        finding.index,
-                        &resized,
-                    )?;
+                Ok((finding, _)) => {
+                    content.add(finding);
                     content.keep(arguments.most);
                 }
                 Err(failure) => content
@@ -96,11 +89,9 @@ pub(crate) fn run(arguments: &Report) -> Result<Exit> {
     )?;
     content.sort();
     content.entries.truncate(arguments.most);
-    if arguments.show_normal {
-        content.look_at_normal();
-    }
-    std::fs::write(&out, page::render(&content))
-        .with_context(|| format!("cannot write {}", out.display()))?;
+    content.look_at_normal(arguments.show_normal);
+    let page = page::render(&content, &dataset)?;
+    defend_files::write(&out, page.as_bytes())?;
     say!(
         "wrote {}: {} images, {} novel",
         out.display(),
@@ -114,36 +105,43 @@ pub(crate) fn run(arguments: &Report) -> Result<Exit> {
 }
 
 impl Content<'_> {
-    fn add(
-        &mut self,
-        name: String,
-        novelty: Novelty,
-        images: &Arc<dyn Dataset>,
-        index: usize,
-        resized: &RgbImage,
-    ) -> Result<()> {
+    fn add(&mut self, finding: Finding) {
+        let Finding {
+            index,
+            name,
+            novelty,
+        } = finding;
         self.scores.push(novelty.score);
         self.novel += usize::from(novelty.verdict == Some(Verdict::Novel));
-        // It may be gone by now.
-        let image = images.image(index);
-        let shown = fitted(image.as_ref().unwrap_or(resized), SIDE);
-        let map = novelty.map.as_ref().map(|map| {
-            // The map is of what the detector saw, which may be a part of the image.
-            let seen = if sees_whole(self.detector) {
-                shown.clone()
-            } else {
-                fitted(resized, SIDE)
-            };
-            let scale = self.detector.map_scale();
-            address(&with_legend(&overlay(&seen, map, scale), scale.span))
-        });
         self.entries.push(Entry {
+            index,
             name,
-            image: address(&shown)?,
-            map: map.transpose()?,
             novelty,
         });
-        Ok(())
+    }
+
+    /// An image and its map, as addresses with the content in them; none of what can no longer be read.
+    fn pictures(&self, entry: &Entry, images: &Arc<dyn Dataset>) -> Result<Vec<String>> {
+        let Ok(image) = images.image_at_least(entry.index, [SIDE; 2]) else {
+            return Ok(Vec::new());
+        };
+        let shown = fitted(&image, SIDE);
+        let mut pictures = vec![address(&shown)?];
+        if let Some(map) = &entry.novelty.map {
+            // The map is of what the detector saw, which may be a part of the image.
+            let seen = if sees_whole(self.detector) {
+                shown
+            } else {
+                let preprocess = self.detector.preprocess();
+                fitted(&preprocess.read(&**images, entry.index)?, SIDE)
+            };
+            let scale = self.detector.map_scale();
+            pictures.push(address(&with_legend(
+                &overlay(&seen, map, scale),
+                scale.span,
+            ))?);
+        }
+        Ok(pictures)
     }
 
     /// Forgets what will not be shown, now and then: memory does not grow with the images.
@@ -163,13 +161,19 @@ impl Content<'_> {
         });
     }
 
-    fn look_at_normal(&mut self) {
+    /// Small copies of the nearest normal images: those in the model, and with `from_files` those where the fit found them.
+    fn look_at_normal(&mut self, from_files: bool) {
         for entry in &self.entries {
             let nearest = entry.novelty.explanation.iter().flat_map(|e| &e.nearest);
             for near in nearest.take(NEAREST) {
-                // It may have moved since the fit.
-                if !self.normal.contains_key(&near.name)
-                    && let Ok(image) = read_image(Path::new(&near.name))
+                if self.normal.contains_key(&near.name) {
+                    continue;
+                }
+                if let Some(copy) = self.detector.thumbnail(&near.name) {
+                    self.normal.insert(near.name.clone(), address_of(copy));
+                } else if from_files
+                    // It may have moved since the fit.
+                    && let Ok(image) = read_image_at_least(Path::new(&near.name), [SMALL_SIDE; 2])
                     && let Ok(address) = address(&fitted(&image, SMALL_SIDE))
                 {
                     self.normal.insert(near.name.clone(), address);
@@ -192,6 +196,10 @@ fn fitted(image: &RgbImage, side: u32) -> RgbImage {
 fn address(image: &RgbImage) -> Result<String> {
     let mut bytes = Cursor::new(Vec::new());
     image.write_with_encoder(JpegEncoder::new_with_quality(&mut bytes, QUALITY))?;
-    let text = STANDARD.encode(bytes.into_inner());
-    Ok(format!("data:image/jpeg;base64,{text}"))
+    Ok(address_of(&bytes.into_inner()))
+}
+
+/// An address that holds a JPEG.
+fn address_of(jpeg: &[u8]) -> String {
+    format!("data:image/jpeg;base64,{}", STANDARD.encode(jpeg))
 }

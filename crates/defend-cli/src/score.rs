@@ -7,13 +7,13 @@ use defend_core::data::Failure;
 use defend_core::evidence::Weighed;
 use defend_core::metrics::{FalseAlarmRate, benjamini_hochberg};
 use defend_core::{
-    Calibration, CalibrationSource, Explanation, Finding, Maps, Novelty, Outcome, ProfileSet,
-    Verdict,
+    Calibration, CalibrationSource, Explanation, Finding, Maps, NovelRegion, Novelty, Outcome,
+    ProfileSet, Verdict,
 };
 use serde::Serialize;
 
 use crate::arguments::{Format, Score, Sort};
-use crate::exit::Exit;
+use crate::exit::{Exit, usage};
 use crate::images::{Unreadable, find, scan_all};
 use crate::maps::MapFolder;
 use crate::progress::Progress;
@@ -82,6 +82,10 @@ pub(crate) fn run(arguments: &Score) -> Result<Exit> {
         &mut progress(),
         &mut |outcome| {
             let mut record = Record::of_outcome(&outcome, calibration);
+            if let Ok((finding, _)) = &outcome {
+                let map = finding.novelty.map.as_ref();
+                record.regions = map.map(|map| detector.map_scale().regions(map));
+            }
             if let (Some(maps), Ok((finding, resized))) = (&mut maps, &outcome) {
                 // The scores go on without a map.
                 match maps.write(finding, &dataset, resized) {
@@ -145,7 +149,9 @@ fn of_many(arguments: &Score) -> Result<Exit> {
     ];
     if let Some((flag, _)) = for_one.iter().find(|(_, given)| *given) {
         let models = arguments.model.len();
-        bail!("{flag} is for one --model, there are {models}");
+        return Err(usage(format!(
+            "{flag} is for one --model, there are {models}"
+        )));
     }
     let device = arguments.common.device()?;
     let profiles = ProfileSet::load(&arguments.model, &device)?;
@@ -197,8 +203,27 @@ impl<W: Write> Lines<W> {
     }
 
     pub(crate) fn write(&mut self, record: &Record) -> Result<()> {
-        self.0.row(&text(record), record)
+        match &self.0 {
+            Table::Json(_) => self.0.row(
+                "",
+                &Whole {
+                    record,
+                    regions: &record.regions,
+                },
+            ),
+            Table::Columns(_) | Table::Csv(_) => self.0.row(&text(record), record),
+        }
     }
+}
+
+/// What JSON holds beside a table's columns.
+#[derive(Serialize)]
+struct Whole<'a> {
+    #[serde(flatten)]
+    record: &'a Record,
+    /// Boxes in shares of width and height.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    regions: &'a Option<Vec<NovelRegion>>,
 }
 
 /// What is known of an image, for CSV and JSON.
@@ -220,6 +245,9 @@ pub(crate) struct Record {
     nearest: Option<String>,
     /// Where its map was written.
     map: Option<String>,
+    /// Its novel parts, where there is a map; a table has no place for them.
+    #[serde(skip)]
+    regions: Option<Vec<NovelRegion>>,
     /// Where there are several.
     #[serde(skip_serializing_if = "Option::is_none")]
     model: Option<String>,
@@ -253,6 +281,7 @@ impl Record {
             known: part(|e| e.known),
             nearest: explanation.and_then(|e| e.nearest.first().map(|near| near.name.clone())),
             map: None,
+            regions: None,
             model: None,
             error: None,
         }

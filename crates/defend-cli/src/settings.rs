@@ -5,12 +5,12 @@ mod comments;
 use std::fmt::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use defend_core::DefendConfig;
 use serde_json::{Map, Value};
 
 use crate::arguments::Settings;
-use crate::exit::Exit;
+use crate::exit::{Exit, usage};
 use crate::say::tell;
 use crate::settings::comments::comment;
 
@@ -54,11 +54,15 @@ pub(crate) fn changed(config: DefendConfig, changes: &[String]) -> Result<Defend
     let mut settings = serde_json::to_value(&config)?;
     for change in changes {
         let Some((key, value)) = change.split_once('=') else {
-            bail!("--set {change}: expected KEY=VALUE, such as seed=7");
+            return Err(usage(format!(
+                "--set {change}: expected KEY=VALUE, such as seed=7"
+            )));
         };
         let key = key.trim();
         if comment(key).is_none() {
-            bail!("--set {change}: there is no setting {key}, see defend settings");
+            return Err(usage(format!(
+                "--set {change}: there is no setting {key}, see defend settings"
+            )));
         }
         let value = match toml::from_str::<Map<String, Value>>(&format!("value = {value}")) {
             Ok(mut parsed) => parsed.remove("value").unwrap_or_default(),
@@ -68,7 +72,8 @@ pub(crate) fn changed(config: DefendConfig, changes: &[String]) -> Result<Defend
         put(&mut settings, key, value);
     }
     // Together: some forms have two settings that need each other.
-    serde_json::from_value(settings).with_context(|| format!("--set {}", changes.join(" --set ")))
+    serde_json::from_value(settings)
+        .map_err(|error| usage(format!("--set {}: {error}", changes.join(" --set "))))
 }
 
 fn put(settings: &mut Value, key: &str, value: Value) {

@@ -16,15 +16,9 @@ use crate::progress::{Progress, is_stopped};
 use crate::say::say;
 use crate::score::{Lines, Record};
 
-/// Longest time between two looks, seconds.
-const LONGEST: f64 = 3600.0;
-
 pub(crate) fn run(arguments: &Watch) -> Result<Exit> {
-    let every = duration("--every", arguments.every)?;
-    let idle = arguments
-        .until_idle
-        .map(|seconds| duration("--until-idle", seconds))
-        .transpose()?;
+    let every = Duration::from_secs_f64(arguments.every);
+    let idle = arguments.until_idle.map(Duration::from_secs_f64);
     if !arguments.folder.is_dir() {
         bail!("{} is no folder", arguments.folder.display());
     }
@@ -81,13 +75,6 @@ fn sleep(time: Duration) {
     while !is_stopped() && start.elapsed() < time {
         std::thread::sleep(SLICE.min(time.saturating_sub(start.elapsed())));
     }
-}
-
-fn duration(flag: &str, seconds: f64) -> Result<Duration> {
-    if seconds > 0.0 && seconds <= LONGEST {
-        return Ok(Duration::from_secs_f64(seconds));
-    }
-    bail!("{flag} is {seconds}, expected seconds above 0 and up to {LONGEST}")
 }
 
 /// Length and time of change of a file.

@@ -293,7 +293,7 @@ fn folders_are_taken_as_they_are() {
     }
     // Outputs are tried before work begins.
     for (out, part) in [
-        ("normal/00.png", "one of the images"),
+        ("normal/00.png", "one of the files"),
         ("normal", "is a folder"),
         ("/dev/null", "is a device"),
     ] {

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use candle_core::Device;
-use defend_data::{Preprocess, RgbImage};
+use defend_data::{Preprocess, RgbImage, content_hash};
 use defend_evidence::Embeddings;
 use defend_vit::Encoder;
 
 use crate::input::to_tensor;
+use crate::normal_images::{NormalImage, thumbnail};
 use crate::tokens::{TokenBlocks, Wanted};
 use crate::{Detector, Error, Learnt};
 
@@ -31,7 +32,8 @@ pub struct Additions {
     blocks: TokenBlocks,
     preprocess: Preprocess,
     device: Device,
-    names: Vec<String>,
+    images: Vec<NormalImage>,
+    thumbnails: bool,
     embeddings: Vec<Embeddings>,
 }
 
@@ -43,24 +45,29 @@ impl Additions {
     pub fn add(&mut self, name: impl Into<String>, image: &RgbImage) -> Result<(), Error> {
         let name = name.into();
         let resized = self.preprocess.resize(image)?;
+        let hash = content_hash(&resized);
         let images = to_tensor(&[resized], &self.preprocess, &self.device)?;
         let embedded = self
             .blocks
             .embed(&*self.teacher, &images, Wanted::default());
         let embedded = embedded.map_err(|error| error.naming(|_| name.clone()))?;
         self.embeddings.push(embedded.images);
-        self.names.push(name);
+        self.images.push(NormalImage {
+            name,
+            hash: Some(hash),
+            thumbnail: self.thumbnails.then(|| thumbnail(image)).flatten(),
+        });
         Ok(())
     }
 
     /// Number of images.
     pub fn len(&self) -> usize {
-        self.names.len()
+        self.images.len()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.names.is_empty()
+        self.images.is_empty()
     }
 }
 
@@ -78,7 +85,8 @@ impl Detector {
             blocks: closed.blocks.clone(),
             preprocess: self.preprocess.clone(),
             device: self.device.clone(),
-            names: Vec::new(),
+            images: Vec::new(),
+            thumbnails: self.has_thumbnails(),
             embeddings: Vec::new(),
         })
     }
@@ -105,6 +113,6 @@ impl Detector {
             return Err(Error::no_images(0, &[]));
         }
         let embeddings = Embeddings::joined(&additions.embeddings)?;
-        self.learn_embeddings(&embeddings, &additions.names, Vec::new())
+        self.learn_embeddings(&embeddings, additions.images.clone(), Vec::new())
     }
 }

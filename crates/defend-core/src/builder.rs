@@ -32,6 +32,7 @@ impl Defend {
             background: BackgroundSource::default(),
             abnormal: None,
             drop_suspects: 0,
+            thumbnails: false,
         }
     }
 }
@@ -148,6 +149,7 @@ pub struct DefendBuilder {
     pub(crate) background: BackgroundSource,
     pub(crate) abnormal: Option<Arc<dyn Dataset>>,
     pub(crate) drop_suspects: usize,
+    pub(crate) thumbnails: bool,
     pub(crate) features: Option<(PathBuf, Precision)>,
     pub(crate) checkpoints: Option<FitCheckpoints>,
 }
@@ -182,6 +184,14 @@ impl DefendBuilder {
     #[must_use]
     pub fn drop_suspects(mut self, count: usize) -> Self {
         self.drop_suspects = count;
+        self
+    }
+
+    /// Keeps small copies of the normal images in the model, at most 128 pixels a side, for reports that show them beside new ones; for the
+    /// closed form. Off by default: whoever has the model then has these pictures.
+    #[must_use]
+    pub fn thumbnails(mut self, keep: bool) -> Self {
+        self.thumbnails = keep;
         self
     }
 

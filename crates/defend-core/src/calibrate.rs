@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::Tensor;
-use defend_data::Dataset;
+use defend_data::{Dataset, RgbImage, content_hash};
 use defend_evidence::Embeddings;
 use defend_metrics::Error::{Empty, TooFewForConfidence, TooFewForRate};
 use defend_metrics::{Promise, Threshold, threshold_for};
@@ -11,15 +11,14 @@ use ndarray::ArrayView1;
 
 use crate::calibration::{Calibration, CalibrationSource};
 use crate::detector::StudentStage;
-use crate::scan::{ScoredBy, scan_all};
-use crate::{Detector, Error, Maps, Novelty, Observer, Scan, Verdict};
+use crate::scan::{ScoredBy, scan_each};
+use crate::{Detector, Error, Maps, Novelty, Observer, Scan, Skipped, Verdict};
 
 impl Detector {
     /// Chooses the threshold from held-out normal images such that at most the given share of normal images is called novel: on
     /// average over such samples for a [`FalseAlarmRate`](defend_metrics::FalseAlarmRate), or with confidence.
     ///
-    /// Near copies among them count once. They must not be images that were fitted on: with the closed form those are found and
-    /// refused. An earlier calibration stays when this one fails.
+    /// Near copies among them count once. They must not be images that were fitted on: those are found by their hashes and refused. An earlier calibration stays when this one fails.
     ///
     /// # Errors
     /// [`Error::NoImages`] when nothing is readable; [`Error::FittedOn`]; [`Error::Metrics`] when there are too few images for
@@ -32,10 +31,18 @@ impl Detector {
     ) -> Result<Scan, Error> {
         let tried = held_out.len();
         let held_out: Arc<dyn Dataset> = Arc::new(held_out);
-        let (scan, embeddings) = self.scan_keeping_embeddings(&held_out, observer)?;
+        let fitted_on = self.fitted_on();
+        let (scan, embeddings) = self.scan_watched(&held_out, observer, &|name, image| {
+            // As the network sees it: the file may be another one.
+            if fitted_on.contains(&content_hash(image)) {
+                return Err(Error::FittedOn { name: name.into() });
+            }
+            Ok(())
+        })?;
         if scan.findings.is_empty() {
             return Err(Error::no_images(tried, &scan.skipped));
         }
+        // Models of earlier versions and fits on features have no hashes.
         if let (StudentStage::ClosedForm(closed), Some(embeddings)) = (&self.student, &embeddings)
             && let Some(image) = closed.evidence.first_known(embeddings)?
         {
@@ -87,6 +94,16 @@ impl Detector {
         images: &Arc<dyn Dataset>,
         observer: &mut dyn Observer,
     ) -> Result<(Scan, Option<Embeddings>), Error> {
+        self.scan_watched(images, observer, &|_, _| Ok(()))
+    }
+
+    /// As [`Detector::scan_keeping_embeddings`]; `watch` sees the name and the resized image of each finding.
+    fn scan_watched(
+        &self,
+        images: &Arc<dyn Dataset>,
+        observer: &mut dyn Observer,
+        watch: &dyn Fn(&str, &RgbImage) -> Result<(), Error>,
+    ) -> Result<(Scan, Option<Embeddings>), Error> {
         let kept: Mutex<Vec<Embeddings>> = Mutex::new(Vec::new());
         let keeping = ScoredBy {
             detector: self,
@@ -100,7 +117,17 @@ impl Detector {
                 Ok(novelties)
             },
         };
-        let scan = scan_all(&keeping, images, Maps::Free, observer)?;
+        let mut scan = Scan::default();
+        scan_each::<Error>(&keeping, images, Maps::Free, observer, &mut |outcome| {
+            match outcome {
+                Ok((finding, image)) => {
+                    watch(&finding.name, &image)?;
+                    scan.findings.push(finding);
+                }
+                Err(failure) => scan.skipped.push(Skipped::from(failure)),
+            }
+            Ok(())
+        })?;
         let kept = kept.into_inner().unwrap_or_else(PoisonError::into_inner);
         let embeddings = if kept.is_empty() {
             None

@@ -1,7 +1,9 @@
 //! From normal images to the closed form.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
+use defend_data::ContentHash;
 use defend_evidence::{ClosedForm, Embeddings, EvidenceConfig, KnownFaults};
 use defend_nn::Rng;
 use defend_vit::Encoder;
@@ -11,6 +13,7 @@ use crate::faults::Faulty;
 use crate::fit::{Stages, stream};
 use crate::fit_report::ClosedFormReport;
 use crate::input::tiling_of;
+use crate::normal_images::NormalImage;
 use crate::normals::Normals;
 use crate::observer::Observer;
 use crate::tokens::TokenBlocks;
@@ -44,6 +47,12 @@ impl Stages<'_> {
         let fit = Fit {
             images: &images,
             names: &|image| self.images.name(image),
+            hashes: &|image| self.images.hash(image),
+            thumbnails: &|image| {
+                self.thumbnails
+                    .then(|| self.images.thumbnail(image))
+                    .flatten()
+            },
             background,
             normals: Some(&normals),
             faulty,
@@ -60,6 +69,10 @@ pub(crate) struct Fit<'a> {
     /// All images.
     pub(crate) images: &'a Embeddings,
     pub(crate) names: &'a dyn Fn(usize) -> String,
+    /// Of the images as the network sees them, where that is known.
+    pub(crate) hashes: &'a dyn Fn(usize) -> Option<ContentHash>,
+    /// Small copies, where they are asked for.
+    pub(crate) thumbnails: &'a dyn Fn(usize) -> Option<Vec<u8>>,
     pub(crate) background: Option<&'a Background>,
     /// Where patches come from; none for features that were taken before.
     pub(crate) normals: Option<&'a Normals<'a>>,
@@ -126,11 +139,23 @@ impl Fit<'_> {
             background: self.background.map(|b| b.source().to_owned()),
             dropped,
         };
+        let whole: HashSet<usize> = kept.iter().copied().collect();
         let student = ClosedFormStudent {
             teacher,
             blocks,
             evidence,
-            names: kept.iter().map(|&image| (self.names)(image)).collect(),
+            others: (used.iter())
+                .filter(|image| !whole.contains(image))
+                .filter_map(|&image| (self.hashes)(image))
+                .collect(),
+            normals: kept
+                .iter()
+                .map(|&image| NormalImage {
+                    name: (self.names)(image),
+                    hash: (self.hashes)(image),
+                    thumbnail: (self.thumbnails)(image),
+                })
+                .collect(),
         };
         Ok((student, report, scale))
     }

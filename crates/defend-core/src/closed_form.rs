@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use defend_data::ContentHash;
 use defend_evidence::{ClosedForm, Embeddings};
 use defend_vit::Encoder;
 
+use crate::normal_images::NormalImage;
 use crate::novelty::{Explanation, NearestNormal};
 use crate::tokens::{Embedded, TokenBlocks, Wanted};
 use crate::{Error, Novelty, PatchMap};
@@ -15,8 +17,10 @@ pub(crate) struct ClosedFormStudent {
     pub(crate) teacher: Arc<dyn Encoder>,
     pub(crate) blocks: TokenBlocks,
     pub(crate) evidence: ClosedForm,
-    /// Names of the kept normal images.
-    pub(crate) names: Vec<String>,
+    /// The kept normal images.
+    pub(crate) normals: Vec<NormalImage>,
+    /// Hashes of others that were fitted on: of very many images not all are kept.
+    pub(crate) others: Vec<ContentHash>,
 }
 
 impl ClosedFormStudent {
@@ -82,15 +86,19 @@ impl ClosedFormStudent {
         Ok(novelties.collect())
     }
 
-    /// Takes other evidence, whose kept images are numbered as `names` are.
-    pub(crate) fn replace(&mut self, evidence: ClosedForm, names: &[String]) {
+    /// Takes other evidence, whose kept images are numbered as `all` are.
+    pub(crate) fn replace(&mut self, evidence: ClosedForm, all: Vec<NormalImage>) {
+        let mut places: Vec<Option<NormalImage>> = all.into_iter().map(Some).collect();
         let kept = evidence.kept().iter();
-        self.names = kept.filter_map(|&i| names.get(i).cloned()).collect();
+        let kept = kept.filter_map(|&i| places.get_mut(i)?.take());
+        self.normals = kept.collect();
+        let left = places.into_iter().flatten();
+        self.others.extend(left.filter_map(|image| image.hash));
         self.evidence = evidence;
     }
 
     fn nearest(&self, (image, share): (usize, f64)) -> Option<NearestNormal> {
-        let name = self.names.get(image)?.clone();
+        let name = self.normals.get(image)?.name.clone();
         Some(NearestNormal { name, share })
     }
 }

@@ -24,6 +24,9 @@ pub struct DefendConfig {
     /// Side that images are resized to, pixels; a multiple of the patch size. `None`: the size that the teacher
     /// was trained at. DINOv2 checkpoints say 518 and work at 224 in a seventh of the time.
     pub image_size: Option<usize>,
+    /// Whether large JPEGs are decoded at a part of their size, at least twice the size that they are resized to: about half of the
+    /// time. Scores change by little (docs/PERFORMANCE.md).
+    pub reduced_decoding: bool,
     /// What is looked at of each image; all of it without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub region: Option<Region>,
@@ -154,6 +157,7 @@ impl Default for DefendConfig {
             seed: 0,
             resize_mode: ResizeMode::Squash,
             image_size: None,
+            reduced_decoding: true,
             region: None,
             tiles: None,
             dense: None,
@@ -235,6 +239,7 @@ struct Written {
     #[serde(alias = "fit")]
     resize_mode: ResizeMode,
     image_size: Option<usize>,
+    reduced_decoding: bool,
     region: Option<Region>,
     tiles: Option<Tiles>,
     dense: Option<DenseConfig>,
@@ -254,6 +259,7 @@ impl Default for Written {
             seed,
             resize_mode,
             image_size,
+            reduced_decoding,
             region,
             tiles,
             dense,
@@ -266,6 +272,7 @@ impl Default for Written {
             seed,
             resize_mode,
             image_size,
+            reduced_decoding,
             region,
             tiles,
             dense,
@@ -294,6 +301,7 @@ impl TryFrom<Written> for DefendConfig {
             seed: written.seed,
             resize_mode: written.resize_mode,
             image_size: written.image_size,
+            reduced_decoding: written.reduced_decoding,
             region: written.region,
             tiles: written.tiles,
             dense: written.dense,

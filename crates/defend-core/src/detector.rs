@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use defend_data::Preprocess;
+use defend_data::{ContentHash, Preprocess};
 use defend_distill::{Aggregation, Score};
 use defend_evidence::{ClosedForm, Embeddings};
 use defend_vit::{Backbone, Encoder};
@@ -11,6 +11,7 @@ use defend_vit::{Backbone, Encoder};
 use crate::calibration::Calibration;
 use crate::closed_form::ClosedFormStudent;
 use crate::masked::MaskedStudent;
+use crate::normal_images::FittedOn;
 use crate::novelty_detector::NoveltyDetector;
 use crate::{DefendConfig, Error, MapScale, Novelty, Student};
 
@@ -27,6 +28,8 @@ pub struct Detector {
     pub(crate) device: Device,
     pub(crate) calibration: Option<Calibration>,
     pub(crate) map_scale: MapScale,
+    /// Hashes of the images that a masked student was trained on; the closed form keeps its own.
+    pub(crate) trained_on: Vec<ContentHash>,
     /// Roles of custom parts that the fit used and that a score does not need any more.
     pub(crate) custom_roles: Vec<String>,
 }
@@ -62,6 +65,16 @@ impl Detector {
     /// Roles of the fit that custom parts had, for which the settings do not speak, such as `mask` or `student`.
     pub fn custom_roles(&self) -> &[String] {
         &self.custom_roles
+    }
+
+    /// Which images were fitted on, as far as that is known.
+    pub(crate) fn fitted_on(&self) -> FittedOn {
+        match &self.student {
+            StudentStage::ClosedForm(closed) => {
+                FittedOn::new(closed.normals.iter(), &closed.others)
+            }
+            StudentStage::Masked(_) => FittedOn::new(std::iter::empty(), &self.trained_on),
+        }
     }
 
     /// How patch values become the colours of a heat map.

@@ -346,6 +346,9 @@ impl DefendBuilder {
         let fit = Fit {
             images: table.embeddings(),
             names: &names,
+            // Those of a table are of whole images.
+            hashes: &|_| None,
+            thumbnails: &|_| None,
             background: background.as_ref(),
             normals: None,
             faulty: None,
@@ -360,6 +363,7 @@ impl DefendBuilder {
             config,
             preprocess,
             device,
+            trained_on: Vec::new(),
             calibration: None,
             map_scale,
             custom_roles: Vec::new(),

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use defend_files::check_seal;
 use safetensors::SafeTensors;
 use serde::de::DeserializeOwned;
 
@@ -16,9 +17,11 @@ pub(crate) fn read(path: &Path, action: &'static str) -> Result<Vec<u8>, Error> 
     })
 }
 
-/// Writes a file that appears whole or not at all; `action` is named in the error.
+/// Writes a safetensors file with a checksum, which appears whole or not at all; `action` is named in the error.
 pub(crate) fn write(path: &Path, bytes: &[u8], action: &'static str) -> Result<(), Error> {
-    defend_files::write(path, bytes).map_err(|source| Error::Io {
+    let sealed = defend_files::seal(bytes);
+    let written = sealed.and_then(|bytes| defend_files::write(path, &bytes));
+    written.map_err(|source| Error::Io {
         path: path.to_owned(),
         action,
         source,
@@ -34,6 +37,7 @@ pub(crate) fn with_header<'a, H: DeserializeOwned>(
 ) -> Result<(SafeTensors<'a>, H), String> {
     let damaged = |e: safetensors::SafeTensorError| format!("no complete safetensors file: {e}");
     let tensors = SafeTensors::deserialize(bytes).map_err(damaged)?;
+    check_seal(bytes, Some(key)).map_err(|e| e.to_string())?;
     let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
     let json = metadata.metadata().as_ref().and_then(|m| m.get(key));
     let json =

@@ -49,6 +49,7 @@ pub(crate) struct Stages<'a> {
     preprocess: Preprocess,
     pub(crate) images: ResizedImages,
     pub(crate) drop_suspects: usize,
+    pub(crate) thumbnails: bool,
     saving: Option<Saving>,
     pub(crate) observer: &'a mut dyn Observer,
 }
@@ -101,6 +102,12 @@ impl DefendBuilder {
             map_scale: MapScale {
                 usual: Vec::new(),
                 span: 0.0,
+            },
+            trained_on: match stages.config.student {
+                Student::ClosedForm(_) => Vec::new(),
+                Student::Masked(_) => (0..stages.images.len())
+                    .filter_map(|image| stages.images.hash(image))
+                    .collect(),
             },
             custom_roles: custom,
         };
@@ -155,6 +162,7 @@ impl DefendBuilder {
             preprocess,
             images,
             drop_suspects: self.drop_suspects,
+            thumbnails: self.thumbnails,
             saving: saving.transpose()?,
             observer,
         })

@@ -42,6 +42,7 @@ pub(crate) fn preprocess_for(
 ) -> Result<Preprocess, Error> {
     let preprocess = Preprocess {
         region: config.region.clone(),
+        reduced_decoding: config.reduced_decoding,
         ..preprocess_of(spec, config.resize_mode)
     };
     let Some(tiling) = tiling_of(spec, config) else {

@@ -7,6 +7,7 @@ use defend_data::Dataset;
 use defend_evidence::Embeddings;
 use defend_vit::ImageSource;
 
+use crate::normal_images::NormalImage;
 use crate::normals::Normals;
 use crate::observer::Observer;
 use crate::{CalibrationSource, Detector, Error, ResizedImages, Skipped};
@@ -85,30 +86,39 @@ impl Detector {
     ) -> Result<Learnt, Error> {
         let normal: Arc<dyn Dataset> = Arc::new(normal);
         let (embeddings, images) = self.embed(&normal, false, observer)?;
-        let names: Vec<String> = (0..images.len()).map(|i| images.name(i)).collect();
-        self.learn_embeddings(&embeddings, &names, images.skipped().to_vec())
+        let with_copies = self.has_thumbnails();
+        let learnt = (0..images.len()).map(|i| NormalImage {
+            name: images.name(i),
+            hash: images.hash(i),
+            thumbnail: with_copies.then(|| images.thumbnail(i)).flatten(),
+        });
+        self.learn_embeddings(&embeddings, learnt.collect(), images.skipped().to_vec())
     }
 
     /// Learns more normal images that are embedded.
     pub(crate) fn learn_embeddings(
         &mut self,
         embeddings: &Embeddings,
-        names: &[String],
+        images: Vec<NormalImage>,
         skipped: Vec<Skipped>,
     ) -> Result<Learnt, Error> {
         let closed = self.closed_form_mut()?;
-        let rows: Vec<usize> = (0..closed.names.len()).collect();
+        let rows: Vec<usize> = (0..closed.normals.len()).collect();
         let refit = closed.evidence.refit(&rows, Some(embeddings));
         let evidence = refit.map_err(|error| match error {
             defend_evidence::Error::AlsoAbnormal { image } => Error::AlsoAbnormal {
-                name: names.get(image).cloned().unwrap_or_default(),
+                name: images
+                    .get(image)
+                    .map(|image| image.name.clone())
+                    .unwrap_or_default(),
             },
             other => other.into(),
         })?;
-        let all: Vec<String> = closed.names.iter().chain(names).cloned().collect();
-        closed.replace(evidence, &all);
+        let learnt = images.len();
+        let all = closed.normals.iter().cloned().chain(images).collect();
+        closed.replace(evidence, all);
         Ok(Learnt {
-            images: names.len(),
+            images: learnt,
             skipped,
             calibration_dropped: self.recalibrate()?,
         })
@@ -126,7 +136,7 @@ impl Detector {
         let closed = self.closed_form_mut()?;
         let unknown: Vec<&String> = names
             .iter()
-            .filter(|name| !closed.names.contains(name))
+            .filter(|name| !closed.normals.iter().any(|image| image.name == **name))
             .collect();
         if let Some(first) = unknown.first() {
             return Err(Error::UnknownImages {
@@ -135,7 +145,12 @@ impl Detector {
             });
         }
         let groups = &closed.evidence.groups().of;
-        let named = |row: usize| closed.names.get(row).is_some_and(|n| names.contains(n));
+        let named = |row: usize| {
+            closed
+                .normals
+                .get(row)
+                .is_some_and(|image| names.contains(&image.name))
+        };
         let odd: HashSet<usize> = (0..groups.len())
             .filter(|&row| named(row))
             .filter_map(|row| groups.get(row).copied())
@@ -144,16 +159,22 @@ impl Detector {
         let rows: Vec<usize> = (0..groups.len()).filter(|&row| !goes(row)).collect();
         let forgotten = groups.len() - rows.len();
         let evidence = closed.evidence.refit(&rows, None)?;
-        let names: Vec<String> = rows
+        let left = rows
             .iter()
-            .filter_map(|&row| closed.names.get(row).cloned())
-            .collect();
-        closed.replace(evidence, &names);
+            .filter_map(|&row| closed.normals.get(row).cloned());
+        let left = left.collect();
+        closed.replace(evidence, left);
         Ok(Learnt {
             images: forgotten,
             skipped: Vec::new(),
             calibration_dropped: self.recalibrate()?,
         })
+    }
+
+    /// Whether the fit was asked for small copies of the normal images.
+    pub(crate) fn has_thumbnails(&self) -> bool {
+        let normals = self.closed_form().map_or(&[][..], |closed| &closed.normals);
+        normals.iter().any(|image| image.thumbnail.is_some())
     }
 
     /// The teacher's embeddings of a data set, in its order without the unreadable images.

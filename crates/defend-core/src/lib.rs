@@ -50,6 +50,7 @@ mod input;
 mod known;
 mod map;
 mod masked;
+mod normal_images;
 mod normals;
 mod novelty;
 mod novelty_detector;
@@ -60,6 +61,7 @@ mod persist;
 mod profiles;
 #[cfg(feature = "progress")]
 mod progress;
+mod regions;
 mod resized_images;
 mod saving;
 mod scan;
@@ -89,6 +91,7 @@ pub use overlay::overlay;
 pub use profiles::{ProfileOutcome, ProfileSet};
 #[cfg(feature = "progress")]
 pub use progress::ProgressBar;
+pub use regions::NovelRegion;
 pub use resized_images::ResizedImages;
 pub use scan::{Finding, Maps, Outcome, Scan, Skipped, scan, scan_each, scan_with_maps};
 

@@ -1,12 +1,13 @@
 //! Scoring an image that is in memory.
 
-use defend_data::{RgbImage, decode_image};
+use defend_data::RgbImage;
 
 use crate::input::to_tensor;
 use crate::{Detector, Error, Novelty, NoveltyDetector};
 
 impl Detector {
-    /// Scores one image as [`scan()`](crate::scan()) scores a file, to the same bits. There is a map where it costs nothing.
+    /// Scores one image as [`scan()`](crate::scan()) scores a file, to the same bits but for large JPEGs, which are decoded at a part of
+    /// their size ([`DefendConfig::reduced_decoding`](crate::DefendConfig::reduced_decoding)). There is a map where it costs nothing.
     ///
     /// # Errors
     /// [`Error::Data`] for an image that cannot be resized as the detector wants it; [`Error::NonFiniteScore`].
@@ -14,13 +15,13 @@ impl Detector {
         self.score_resized(&self.preprocess.resize(image)?, "the image")
     }
 
-    /// As [`Detector::score_image`], from the bytes of an image file; `name` is for errors.
+    /// As [`Detector::score_image`], from the bytes of an image file, to the same bits as [`scan()`](crate::scan()); `name` is for
+    /// errors.
     ///
     /// # Errors
     /// [`Error::Data`] for bytes that are no image; as [`Detector::score_image`].
     pub fn score_encoded(&self, bytes: &[u8], name: &str) -> Result<Novelty, Error> {
-        let image = decode_image(bytes, name)?;
-        self.score_resized(&self.preprocess.resize(&image)?, name)
+        self.score_resized(&self.preprocess.decode(bytes, name)?, name)
     }
 
     fn score_resized(&self, image: &RgbImage, name: &str) -> Result<Novelty, Error> {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use defend_data::Preprocess;
 use defend_evidence::{ClosedForm, State, StateArray, StateHeader};
+use defend_files::check_seal;
 use defend_vit::{BackboneSpec, ComputePrecision, Encoder, TrainScope, Vit, Weights};
 use ndarray::Array2;
 use safetensors::SafeTensors;
@@ -19,6 +20,7 @@ use crate::detector::StudentStage;
 use crate::files::{read, write};
 use crate::input::tiling_of;
 use crate::masked::MaskedStudent;
+use crate::normal_images;
 use crate::tokens::TokenBlocks;
 use crate::{Calibration, DefendConfig, Detector, Error, MapScale, Student};
 
@@ -26,8 +28,12 @@ use crate::{Calibration, DefendConfig, Detector, Error, MapScale, Student};
 const MODEL_KEY: &str = "defend.model";
 /// Raised whenever files of an older version would be read wrongly.
 const FORMAT_VERSION: u32 = 2;
+/// Bytes in which a model file names [`MODEL_KEY`]: metadata comes first.
+const HEADER_START: usize = 1 << 12;
 /// Names of the closed form's arrays begin so.
 const EVIDENCE: &str = "evidence.";
+/// Names of what is kept of the normal images begin so.
+const NORMALS: &str = "normals.";
 
 /// A setting that earlier versions saved, of what they kept for maps.
 const NO_SETTING_ANY_MORE: &str = "core_for_maps";
@@ -139,10 +145,18 @@ impl Detector {
                 }
                 StudentHeader::ClosedForm {
                     evidence: Box::new(header),
-                    names: closed.names.clone(),
+                    names: self.normal_names().map(str::to_owned).collect(),
                 }
             }
         };
+        let (kept, others) = match &self.student {
+            StudentStage::ClosedForm(closed) => (&closed.normals[..], &closed.others),
+            StudentStage::Masked(_) => (&[][..], &self.trained_on),
+        };
+        for (name, bytes) in normal_images::to_bytes(kept, others) {
+            let tensor = Tensor::new(bytes, &Device::Cpu)?;
+            tensors.insert(format!("{NORMALS}{name}"), tensor);
+        }
         let header = Header {
             format_version: FORMAT_VERSION,
             library_version: env!("CARGO_PKG_VERSION").into(),
@@ -173,12 +187,18 @@ impl Detector {
             reason,
         };
         let bytes = read(path, "reading the model")?;
+        let start = bytes.get(..HEADER_START).unwrap_or(&bytes);
+        if !start
+            .windows(MODEL_KEY.len())
+            .any(|part| part == MODEL_KEY.as_bytes())
+        {
+            return Err(wrong("this is no model of defend".into()));
+        }
+        check_seal(&bytes, Some(MODEL_KEY)).map_err(|e| wrong(e.to_string()))?;
         let mut weights = Weights::from_bytes(&bytes, &path.display().to_string())?;
-        let json = weights.metadata(MODEL_KEY).ok_or_else(|| {
-            wrong(format!(
-                "not a model of this library: no \"{MODEL_KEY}\" in its metadata"
-            ))
-        })?;
+        let json = weights
+            .metadata(MODEL_KEY)
+            .ok_or_else(|| wrong(format!("no \"{MODEL_KEY}\" in its metadata")))?;
         let fault = |e: serde_json::Error| wrong(format!("{MODEL_KEY}: {e}"));
         let version: Version = serde_json::from_str(json).map_err(fault)?;
         let header: Header = match version.format_version {
@@ -205,6 +225,8 @@ impl Detector {
             weights.split_off("student."),
             weights.split_off(EVIDENCE),
         );
+        let _ = weights.split_off(NORMALS);
+        let kept = bytes_of(&bytes).map_err(wrong)?;
         weights.finish()?;
         let load = |spec, weights| -> Result<Arc<Vit>, Error> {
             Ok(Arc::new(Vit::load(
@@ -214,9 +236,13 @@ impl Detector {
                 device,
             )?))
         };
+        let mut trained_on = Vec::new();
         let student = match (header.student, &header.config.student) {
             (StudentHeader::Masked(spec), Student::Masked(settings)) => {
                 evidence.finish()?;
+                trained_on = normal_images::from_bytes(Vec::new(), &kept)
+                    .map_err(wrong)?
+                    .1;
                 let (teacher, student) = (load(header.teacher, teacher)?, load(spec, student)?);
                 StudentStage::Masked(MaskedStudent::new(teacher, student, settings))
             }
@@ -236,11 +262,13 @@ impl Detector {
                         "its normal images do not fit its teacher or their names".into(),
                     ));
                 }
+                let (normals, others) = normal_images::from_bytes(names, &kept).map_err(wrong)?;
                 StudentStage::ClosedForm(Box::new(ClosedFormStudent {
                     teacher: load(header.teacher, teacher)?,
                     blocks,
                     evidence,
-                    names,
+                    normals,
+                    others,
                 }))
             }
             _ => {
@@ -256,9 +284,29 @@ impl Detector {
             device: device.clone(),
             calibration: header.calibration,
             map_scale: header.map_scale,
+            trained_on,
             custom_roles: header.custom_roles,
         })
     }
+}
+
+/// What the file holds of the normal images, in bytes.
+fn bytes_of(bytes: &[u8]) -> Result<BTreeMap<String, Vec<u8>>, String> {
+    let all = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
+    let mut parts = BTreeMap::new();
+    for (name, view) in all.tensors() {
+        let Some(part) = name.strip_prefix(NORMALS) else {
+            continue;
+        };
+        if view.dtype() != Dtype::U8 {
+            return Err(format!(
+                "tensor \"{name}\" holds {:?}, expected bytes",
+                view.dtype()
+            ));
+        }
+        parts.insert(part.to_owned(), view.data().to_vec());
+    }
+    Ok(parts)
 }
 
 fn to_tensor(array: StateArray) -> Result<Tensor, Error> {

@@ -4,11 +4,12 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor};
-use defend_data::{Batches, Dataset, Preprocess, RgbImage};
+use defend_data::{Batches, ContentHash, Dataset, Preprocess, RgbImage, content_hash};
 use defend_vit::ImageSource;
 use rayon::prelude::*;
 
 use crate::Error;
+use crate::normal_images::{THUMBNAIL_SIDE, thumbnail};
 use crate::observer::{Event, Observer, Stage, advance};
 use crate::scan::Skipped;
 
@@ -27,6 +28,8 @@ pub struct ResizedImages {
     device: Device,
     /// Index in the data set, and the resized image where it is kept.
     kept: Vec<(usize, Option<RgbImage>)>,
+    /// Of the resized images.
+    hashes: Vec<ContentHash>,
     skipped: Vec<Skipped>,
     ahead: Mutex<Option<Ahead>>,
 }
@@ -77,6 +80,7 @@ impl ResizedImages {
         });
         let mut kept_bytes = 0;
         let (mut images, mut skipped) = (Vec::with_capacity(total), Vec::new());
+        let mut hashes = Vec::with_capacity(total);
         let indices = (0..total).collect();
         for batch in Batches::new(
             Arc::clone(&dataset),
@@ -85,6 +89,7 @@ impl ResizedImages {
             READ_BATCH,
         )? {
             let handled = batch.indices.len() + batch.failures.len();
+            hashes.par_extend(batch.images.par_iter().map(content_hash));
             for (index, image) in batch.indices.into_iter().zip(batch.images) {
                 kept_bytes += image.as_raw().len();
                 images.push((index, (kept_bytes <= limit).then_some(image)));
@@ -110,6 +115,7 @@ impl ResizedImages {
             preprocess,
             device: device.clone(),
             kept: images,
+            hashes,
             skipped,
             ahead: Mutex::new(None),
         })
@@ -118,6 +124,18 @@ impl ResizedImages {
     /// Images that could not be read.
     pub fn skipped(&self) -> &[Skipped] {
         &self.skipped
+    }
+
+    /// Hash of an image as it is after the resize.
+    pub fn hash(&self, image: usize) -> Option<ContentHash> {
+        self.hashes.get(image).copied()
+    }
+
+    /// A small copy of an image in its own shape, as a JPEG; none for one that can no longer be read.
+    pub(crate) fn thumbnail(&self, image: usize) -> Option<Vec<u8>> {
+        let least = [2 * THUMBNAIL_SIDE; 2];
+        let image = self.dataset.image_at_least(self.index(image)?, least);
+        thumbnail(&image.ok()?)
     }
 
     /// Place of an image in its data set.
@@ -135,7 +153,7 @@ impl ResizedImages {
 
     /// Reads an image that did not fit into memory.
     fn again(&self, index: usize) -> Result<RgbImage, defend_data::Error> {
-        self.preprocess.resize(&self.dataset.image(index)?)
+        self.preprocess.read(&*self.dataset, index)
     }
 
     /// Index in the data set of an image that is not in memory.

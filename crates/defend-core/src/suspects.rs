@@ -19,8 +19,19 @@ pub struct SuspectImage {
 
 impl Detector {
     /// Names of the kept normal images at the fit, which [`Detector::forget`] takes; none for a masked student.
-    pub fn normal_names(&self) -> &[String] {
-        self.closed_form().map_or(&[], |closed| &closed.names)
+    pub fn normal_names(&self) -> impl ExactSizeIterator<Item = &str> {
+        let normals = self.closed_form().map_or(&[][..], |closed| &closed.normals);
+        normals.iter().map(|image| image.name.as_str())
+    }
+
+    /// A small copy of a kept normal image as a JPEG, where the fit was asked for them
+    /// ([`DefendBuilder::thumbnails`](crate::DefendBuilder::thumbnails)).
+    pub fn thumbnail(&self, name: &str) -> Option<&[u8]> {
+        let mut normals = self.closed_form().ok()?.normals.iter();
+        normals
+            .find(|image| image.name == name)?
+            .thumbnail
+            .as_deref()
     }
 
     /// The `count` oddest normal images, each for its group of near copies: what does not belong in the folder, if anything. Known
@@ -30,7 +41,10 @@ impl Detector {
     /// [`Error::Config`] for a masked student.
     pub fn suspects(&self, count: usize) -> Result<Vec<SuspectImage>, Error> {
         let closed = self.closed_form()?;
-        let name = |row: usize| closed.names.get(row).cloned().unwrap_or_default();
+        let name = |row: usize| {
+            let image = closed.normals.get(row);
+            image.map_or_else(String::new, |image| image.name.clone())
+        };
         let groups = closed.evidence.groups();
         let suspects = closed.evidence.suspects(count)?.into_iter();
         let named = |suspect: defend_evidence::Suspect| SuspectImage {

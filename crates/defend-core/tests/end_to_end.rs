@@ -24,8 +24,9 @@ use defend_core::prelude::*;
 use defend_core::train::Training;
 use defend_core::vit::{ComputePrecision, ImageSource, TrainScope, Vit};
 use defend_core::{DType, Error, Event, MaskedConfig, Observer, Recipe, Stage, Student, Tensor};
+use defend_testing::unsealed;
 use image::{DynamicImage, ImageBuffer, Luma, LumaA, Rgb, Rgba};
-use stripes::{set, small_dense, stripes};
+use stripes::{held_out, set, small_dense, stripes};
 
 fn teacher() -> Vit {
     small::teacher(7)
@@ -75,7 +76,7 @@ fn the_main_job_tells_novel_from_normal_and_survives_a_file() -> Result<(), Erro
     );
     let unsure = scan(&detector, set(5, 1), &mut Silent)?;
     assert_eq!(unsure.findings[0].novelty.verdict, None);
-    detector.calibrate(set(3, 30), FalseAlarmRate::new(0.1)?, &mut Silent)?;
+    detector.calibrate(held_out(3, 30), FalseAlarmRate::new(0.1)?, &mut Silent)?;
     let sure = scan(&detector, set(5, 1), &mut Silent)?;
     assert_eq!(sure.findings[0].novelty.verdict, Some(Verdict::Novel));
     let map = sure.findings[0].novelty.map.as_ref().expect("a map");
@@ -252,9 +253,9 @@ fn every_kind_of_image_is_used_and_what_is_none_is_named() -> Result<(), Error> 
 fn a_failed_calibration_keeps_the_earlier_one() -> Result<(), Error> {
     let mut detector = fitted();
     let rate = FalseAlarmRate::new(0.1)?;
-    detector.calibrate(set(3, 20), rate, &mut Silent)?;
+    detector.calibrate(held_out(3, 20), rate, &mut Silent)?;
     let before = detector.calibration().expect("a calibration").clone();
-    let error = detector.calibrate(set(3, 5), rate, &mut Silent);
+    let error = detector.calibrate(held_out(3, 5), rate, &mut Silent);
     let error = error.expect_err("too few").to_string();
     assert!(
         error.contains('9'),
@@ -287,6 +288,7 @@ fn damaged_models_are_named_and_leave_the_file() -> Result<(), Error> {
     let path = folder.path().join("model.defend");
     fitted().save(&path)?;
     let whole = std::fs::read(&path).expect("a model");
+    let plain = unsealed(&whole);
     let load = |bytes: &[u8]| {
         std::fs::write(&path, bytes).expect("a file");
         let error = Detector::load(&path, &Device::Cpu);
@@ -300,8 +302,8 @@ fn damaged_models_are_named_and_leave_the_file() -> Result<(), Error> {
     // Changes the header without moving the tensors.
     let text = |from: &str, to: &str| {
         assert_eq!(from.len(), to.len());
-        let at = whole.windows(from.len()).position(|w| w == from.as_bytes());
-        let mut bytes = whole.clone();
+        let at = plain.windows(from.len()).position(|w| w == from.as_bytes());
+        let mut bytes = plain.clone();
         let at = at.expect("the text to change");
         bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
         load(&bytes)
@@ -320,8 +322,8 @@ fn damaged_models_are_named_and_leave_the_file() -> Result<(), Error> {
     assert!(error.contains("norm.bias"), "{error}");
 
     // NaN in the weights.
-    std::fs::write(&path, &whole).expect("a file");
-    let (_, header) = safetensors::SafeTensors::read_metadata(&whole).expect("a header");
+    std::fs::write(&path, &plain).expect("a file");
+    let (_, header) = safetensors::SafeTensors::read_metadata(&plain).expect("a header");
     let mut tensors: HashMap<String, Tensor> = candle_core::safetensors::load(&path, &Device::Cpu)?;
     let bias = (Tensor::zeros(24, DType::F32, &Device::Cpu)? / 0.0)?;
     tensors.insert("teacher.norm.bias".into(), bias);
@@ -333,14 +335,16 @@ fn damaged_models_are_named_and_leave_the_file() -> Result<(), Error> {
     );
 
     // A model of format 1 had the masked student alone, and its settings one level higher.
-    let (_, header) = safetensors::SafeTensors::read_metadata(&whole).expect("a header");
+    let (_, header) = safetensors::SafeTensors::read_metadata(&plain).expect("a header");
     let json = &header.metadata().as_ref().expect("metadata")["defend.model"];
     let mut old: serde_json::Value = serde_json::from_str(json).expect("a header");
     old["format_version"] = 1.into();
     old["student"] = old["student"]["masked"].take();
     let config = old["config"].as_object_mut().expect("settings");
     let mut student = config.remove("student").expect("a student");
-    config.remove("false_alarm_rate");
+    for field in ["false_alarm_rate", "reduced_decoding"] {
+        config.remove(field);
+    }
     for field in ["distill", "aggregation"] {
         config.insert(field.into(), student["masked"][field].take());
     }

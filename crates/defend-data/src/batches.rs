@@ -162,13 +162,7 @@ impl Source {
             .par_iter()
             .map(|&index| {
                 let go_on = !self.cancelled.load(Ordering::Relaxed);
-                go_on.then(|| {
-                    let image = self.dataset.image(index);
-                    (
-                        index,
-                        image.and_then(|image| self.preprocess.resize(&image)),
-                    )
-                })
+                go_on.then(|| (index, self.preprocess.read(&*self.dataset, index)))
             })
             .collect();
         let mut batch = Batch::default();

@@ -10,7 +10,9 @@ use image::RgbImage;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use crate::published::{expect_folder, expect_images, listed_image, open_file, read_published};
+use crate::published::{
+    expect_folder, expect_images, listed_image, open_file, read_published, read_published_at_least,
+};
 use crate::{ClassId, Dataset, Error, ObjectBox, dataset::sample};
 
 const MISSING: &str = "download the images (train2017.zip, val2017.zip) and the annotations \
@@ -102,6 +104,10 @@ impl Dataset for Coco {
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
         read_published(&sample(&self.samples, index)?.image, MISSING)
+    }
+
+    fn image_at_least(&self, index: usize, least: [u32; 2]) -> Result<RgbImage, Error> {
+        read_published_at_least(&sample(&self.samples, index)?.image, least, MISSING)
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {

@@ -119,6 +119,16 @@ pub trait Dataset: Send + Sync {
     /// Those of [`read_image`](crate::read_image) for files; [`Error::Index`] past the end.
     fn image(&self, index: usize) -> Result<RgbImage, Error>;
 
+    /// As [`Dataset::image`], or a reduced form of the image whose width and height are at least `least`: what is going to be made
+    /// smaller anyway need not be decoded whole. By default the image in its full size.
+    ///
+    /// # Errors
+    /// Those of [`Dataset::image`].
+    fn image_at_least(&self, index: usize, least: [u32; 2]) -> Result<RgbImage, Error> {
+        let _ = least;
+        self.image(index)
+    }
+
     /// Classes of the objects in an image, each once, ascending; empty for an unlabelled image
     /// and past the end.
     fn classes(&self, index: usize) -> &[ClassId];
@@ -165,6 +175,10 @@ impl<T: Dataset + ?Sized> Dataset for Arc<T> {
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
         (**self).image(index)
+    }
+
+    fn image_at_least(&self, index: usize, least: [u32; 2]) -> Result<RgbImage, Error> {
+        (**self).image_at_least(index, least)
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {

@@ -9,7 +9,7 @@ use walkdir::WalkDir;
 
 use crate::decode::mask_of;
 use crate::walk::{PassedOver, Reason, distinct, files_under, visible};
-use crate::{ClassId, Dataset, Error, dataset::sample, read_image};
+use crate::{ClassId, Dataset, Error, dataset::sample, read_image, read_image_at_least};
 
 /// Image files without labels.
 #[derive(Debug, Clone)]
@@ -133,6 +133,10 @@ impl Dataset for ImageFolder {
         read_image(sample(&self.paths, index)?)
     }
 
+    fn image_at_least(&self, index: usize, least: [u32; 2]) -> Result<RgbImage, Error> {
+        read_image_at_least(sample(&self.paths, index)?, least)
+    }
+
     fn mask(&self, index: usize) -> Result<Option<GrayImage>, Error> {
         let image = sample(&self.paths, index)?;
         let Some(Some(path)) = self.masks.get(index) else {
@@ -208,6 +212,10 @@ impl Dataset for ClassFolder {
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
         self.images.image(index)
+    }
+
+    fn image_at_least(&self, index: usize, least: [u32; 2]) -> Result<RgbImage, Error> {
+        self.images.image_at_least(index, least)
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {

@@ -14,6 +14,11 @@ use crate::{Dataset, Error};
 pub struct ContentHash([u8; 32]);
 
 impl ContentHash {
+    /// A hash that was kept as bytes.
+    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
     /// The hash's bytes.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0

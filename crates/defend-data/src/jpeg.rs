@@ -1,4 +1,9 @@
-//! Whether a JPEG is whole.
+//! Whether a JPEG is whole, and large ones at a part of their size.
+
+use image::{DynamicImage, GrayImage, RgbImage};
+use jpeg_decoder::{Decoder, PixelFormat};
+
+use crate::decode::MAX_DECODED_BYTES;
 
 const END_OF_IMAGE: u8 = 0xD9;
 
@@ -30,4 +35,43 @@ pub(crate) fn is_complete(bytes: &[u8]) -> bool {
         }
     }
     false
+}
+
+/// Eighths of the size that the decoder can give, smallest first; the whole is not its business.
+const EIGHTHS: [u32; 3] = [1, 2, 4];
+
+/// A JPEG of the size `full` at the smallest part of it that is at least `least`, not yet upright; `None` for what is no JPEG, has
+/// other than grey or YCbCr values, would have to be decoded whole, or is damaged, which the usual decoder names.
+pub(crate) fn reduced(bytes: &[u8], full: (u32, u32), least: [u32; 2]) -> Option<DynamicImage> {
+    if !bytes.starts_with(&[0xFF, 0xD8]) {
+        return None;
+    }
+    let part = |eighths: u32| {
+        let side = |side: u32| (u64::from(side) * u64::from(eighths)).div_ceil(8) as u32;
+        [side(full.0), side(full.1)]
+    };
+    let fits = |[width, height]: &[u32; 2]| *width >= least[0] && *height >= least[1];
+    let [width, height] = EIGHTHS.into_iter().map(part).find(fits)?;
+    let mut decoder = Decoder::new(bytes);
+    decoder.set_max_decoding_buffer_size(MAX_DECODED_BYTES as usize);
+    decoder.read_info().ok()?;
+    let format = decoder.info()?.pixel_format;
+    let (width, height) = (u16::try_from(width).ok()?, u16::try_from(height).ok()?);
+    let (width, height) = decoder.scale(width, height).ok()?;
+    let (width, height) = (u32::from(width), u32::from(height));
+    // Its own choice of the part has to be ours.
+    if !fits(&[width, height]) {
+        return None;
+    }
+    match format {
+        PixelFormat::RGB24 => {
+            let pixels = decoder.decode().ok()?;
+            RgbImage::from_raw(width, height, pixels).map(DynamicImage::ImageRgb8)
+        }
+        PixelFormat::L8 => {
+            let pixels = decoder.decode().ok()?;
+            GrayImage::from_raw(width, height, pixels).map(DynamicImage::ImageLuma8)
+        }
+        _ => None,
+    }
 }

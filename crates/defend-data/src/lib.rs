@@ -54,7 +54,10 @@ pub use batches::{Batch, Batches, Failure};
 pub use cifar::{Cifar, CifarLabels};
 pub use coco::{Coco, Crowd};
 pub use dataset::{ClassId, Dataset, ObjectBox, Split};
-pub use decode::{MAX_DECODED_BYTES, decode_image, find_mask, read_image};
+pub use decode::{
+    MAX_DECODED_BYTES, decode_image, decode_image_at_least, find_mask, read_image,
+    read_image_at_least,
+};
 pub use error::Error;
 pub use folder::{ClassFolder, ImageFolder};
 pub use hash::{ContentHash, content_hash, content_hashes, leaks};

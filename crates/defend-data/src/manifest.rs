@@ -8,7 +8,7 @@ use image::RgbImage;
 use serde::Deserialize;
 
 use crate::published::expect_images;
-use crate::{ClassId, Dataset, Error, dataset::sample, read_image};
+use crate::{ClassId, Dataset, Error, dataset::sample, read_image, read_image_at_least};
 
 /// Images that a list names, with the classes of the objects they show.
 ///
@@ -194,6 +194,10 @@ impl Dataset for Manifest {
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
         read_image(&sample(&self.samples, index)?.0)
+    }
+
+    fn image_at_least(&self, index: usize, least: [u32; 2]) -> Result<RgbImage, Error> {
+        read_image_at_least(&sample(&self.samples, index)?.0, least)
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {

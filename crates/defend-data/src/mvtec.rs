@@ -7,7 +7,7 @@ use image::{GrayImage, RgbImage};
 
 use crate::dataset::sample;
 use crate::decode::{find_mask, mask_of};
-use crate::published::{expect_folder, read_published};
+use crate::published::{expect_folder, read_published, read_published_at_least};
 use crate::{ClassFolder, ClassId, Dataset, Error, Split};
 
 const MISSING: &str = "download MVTec AD (mvtec_anomaly_detection.tar.xz, or one category of it) from its authors' \
@@ -104,6 +104,10 @@ impl Dataset for MvtecAd {
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
         read_published(&sample(&self.samples, index)?.image, MISSING)
+    }
+
+    fn image_at_least(&self, index: usize, least: [u32; 2]) -> Result<RgbImage, Error> {
+        read_published_at_least(&sample(&self.samples, index)?.image, least, MISSING)
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {

@@ -10,7 +10,7 @@ use fast_image_resize::{
 use image::{RgbImage, imageops};
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Region};
+use crate::{Dataset, Error, Region, decode_image, decode_image_at_least};
 
 /// Longest image, in units of its shorter side, that a centre crop resizes whole.
 const MAX_ASPECT: u32 = 32;
@@ -60,6 +60,10 @@ pub struct Preprocess {
     /// Least width and height that is looked at of an image, pixels: one that is cut into tiles has to be as large as a tile.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub smallest: Option<u32>,
+    /// Whether large JPEGs are decoded at a part of their size, which is at least twice what they are resized to
+    /// ([`crate::decode_image_at_least`]). A region of interest needs whole images.
+    #[serde(default)]
+    pub reduced_decoding: bool,
     /// How an image becomes square.
     #[serde(default)]
     #[serde(alias = "fit")]
@@ -81,6 +85,7 @@ impl Preprocess {
             height: None,
             region: None,
             smallest: None,
+            reduced_decoding: true,
             resize_mode: ResizeMode::default(),
             filter: Interpolation::default(),
             mean,
@@ -142,6 +147,45 @@ impl Preprocess {
     /// Width and height of the network's input, pixels.
     pub fn input_size(&self) -> (u32, u32) {
         (self.size, self.height.unwrap_or(self.size))
+    }
+
+    /// Reads an image of a data set and resizes it, see [`Preprocess::resize`].
+    ///
+    /// # Errors
+    /// Those of [`Dataset::image`] and [`Preprocess::resize`].
+    pub fn read(&self, dataset: &dyn Dataset, index: usize) -> Result<RgbImage, Error> {
+        let image = match self.least_decoded() {
+            Some(least) => dataset.image_at_least(index, least)?,
+            None => dataset.image(index)?,
+        };
+        self.resize(&image)
+    }
+
+    /// Decodes an image file's content and resizes it; `origin` names it in errors.
+    ///
+    /// # Errors
+    /// Those of [`decode_image`] and [`Preprocess::resize`].
+    pub fn decode(&self, bytes: &[u8], origin: &str) -> Result<RgbImage, Error> {
+        let image = match self.least_decoded() {
+            Some(least) => decode_image_at_least(bytes, origin, least)?,
+            None => decode_image(bytes, origin)?,
+        };
+        self.resize(&image)
+    }
+
+    /// Least width and height, pixels, that images are decoded at; none where they are decoded whole.
+    fn least_decoded(&self) -> Option<[u32; 2]> {
+        if !self.reduced_decoding || self.region.is_some() {
+            return None;
+        }
+        let (width, height) = match self.resize_mode {
+            ResizeMode::Squash => self.input_size(),
+            ResizeMode::CenterCrop { crop_pct } => {
+                let side = (self.size as f32 / crop_pct).ceil() as u32;
+                (side, side)
+            }
+        };
+        Some([width, height].map(|side| side.saturating_mul(2)))
     }
 
     /// Number of values in the network's input: three for each pixel.

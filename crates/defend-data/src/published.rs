@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 
 use image::RgbImage;
 
-use crate::{Error, read_image};
+use crate::{Error, read_image, read_image_at_least};
 
 /// Opens a file; `help` says what to download when it is not there.
 pub(crate) fn open_file(path: &Path, help: &'static str) -> Result<File, Error> {
@@ -66,10 +66,23 @@ pub(crate) fn read_text(path: &Path, help: &'static str) -> Result<String, Error
 
 /// Reads an image; `help` says what to download when it is not there.
 pub(crate) fn read_published(path: &Path, help: &'static str) -> Result<RgbImage, Error> {
-    read_image(path).map_err(|error| match error {
+    named(read_image(path), help)
+}
+
+fn named(image: Result<RgbImage, Error>, help: &'static str) -> Result<RgbImage, Error> {
+    image.map_err(|error| match error {
         Error::Read { path, source } => fault(&path, help, source),
         other => other,
     })
+}
+
+/// As [`read_published`], possibly reduced: see [`crate::decode_image_at_least`].
+pub(crate) fn read_published_at_least(
+    path: &Path,
+    least: [u32; 2],
+    help: &'static str,
+) -> Result<RgbImage, Error> {
+    named(read_image_at_least(path, least), help)
 }
 
 /// Sees to it that a folder is there.

@@ -48,6 +48,11 @@ impl Dataset for Subset {
         self.whole.image(*sample(&self.indices, index)?)
     }
 
+    fn image_at_least(&self, index: usize, least: [u32; 2]) -> Result<RgbImage, Error> {
+        self.whole
+            .image_at_least(*sample(&self.indices, index)?, least)
+    }
+
     fn classes(&self, index: usize) -> &[ClassId] {
         self.indices
             .get(index)

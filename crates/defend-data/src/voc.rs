@@ -8,7 +8,7 @@ use image::RgbImage;
 use rayon::prelude::*;
 use roxmltree::{Document, Node, ParsingOptions};
 
-use crate::published::{expect_images, read_bytes, read_published};
+use crate::published::{expect_images, read_bytes, read_published, read_published_at_least};
 use crate::{ClassId, Dataset, Error, ObjectBox, dataset::sample};
 
 /// The classes of PASCAL VOC since 2007; the position is the [`ClassId`].
@@ -176,6 +176,10 @@ impl Dataset for Voc {
 
     fn image(&self, index: usize) -> Result<RgbImage, Error> {
         read_published(&sample(&self.samples, index)?.image, self.help)
+    }
+
+    fn image_at_least(&self, index: usize, least: [u32; 2]) -> Result<RgbImage, Error> {
+        read_published_at_least(&sample(&self.samples, index)?.image, least, self.help)
     }
 
     fn classes(&self, index: usize) -> &[ClassId] {

@@ -1,4 +1,4 @@
-//! Files that appear whole or not at all.
+//! Files that appear whole or not at all, and that notice when they are damaged.
 //!
 //! Models, checkpoints and caches of `defend` are written so that a reader never sees half a file, and that a full disk, an error or
 //! a killed process leaves the file that was there before.
@@ -11,10 +11,16 @@
 //! assert_eq!(std::fs::read(&path)?, b"second");
 //! # Ok::<(), std::io::Error>(())
 //! ```
+//!
+//! [`seal()`] puts a checksum of the whole file into a safetensors file, which other readers take for metadata.
+
+mod seal;
 
 use std::fs::File;
 use std::io::{Error, Write};
 use std::path::Path;
+
+pub use seal::{check_seal, is_sealed, seal};
 
 /// Writes `bytes` to `path`, which has its old content or all of the new one at any time, also after a loss of power.
 ///

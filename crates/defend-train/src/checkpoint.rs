@@ -93,7 +93,9 @@ impl Checkpoints {
         let json = serde_json::to_string(&header).map_err(|e| wrong(e.to_string()))?;
         let metadata = Some(HashMap::from([(KEY.to_owned(), json)]));
         let bytes = safetensors::serialize(&tensors, metadata).map_err(|e| wrong(e.to_string()))?;
-        defend_files::write(&self.path, &bytes).map_err(|source| self.io("writing", source))
+        let sealed = defend_files::seal(&bytes);
+        let written = sealed.and_then(|bytes| defend_files::write(&self.path, &bytes));
+        written.map_err(|source| self.io("writing", source))
     }
 
     /// Brings the optimiser's parameters to where the file was written; `None` without a file.
@@ -169,6 +171,7 @@ impl Checkpoints {
 }
 
 fn header_of(bytes: &[u8]) -> Result<Header, String> {
+    defend_files::check_seal(bytes, Some(KEY)).map_err(|e| e.to_string())?;
     let (_, metadata) = SafeTensors::read_metadata(bytes)
         .map_err(|e| format!("no complete safetensors file: {e}"))?;
     let json = metadata.metadata().as_ref().and_then(|m| m.get(KEY));

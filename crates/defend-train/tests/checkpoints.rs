@@ -181,5 +181,16 @@ fn a_checkpoint_of_another_run_is_refused_and_kept() {
     assert_eq!(std::fs::read(&path).unwrap(), before);
     std::fs::write(&path, &before[..before.len() - 1]).unwrap();
     let damaged = checkpoints(&path, "run").resuming(true);
-    assert!(refusal(damaged).contains("no complete safetensors file"));
+    assert!(refusal(damaged).contains("checksum"));
+    for bit in (0..8 * before.len()).step_by(8 * before.len() / 1000) {
+        let mut changed = before.clone();
+        changed[bit / 8] ^= 1 << (bit % 8);
+        std::fs::write(&path, changed).unwrap();
+        let damaged = checkpoints(&path, "run").resuming(true);
+        let text = refusal(damaged);
+        assert!(
+            text.contains("damaged") || text.contains("cut short"),
+            "bit {bit}: {text}"
+        );
+    }
 }

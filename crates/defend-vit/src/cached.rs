@@ -273,6 +273,7 @@ mod tests {
     use defend_nn::Rng;
 
     use candle_core::Device;
+    use rand::RngExt;
 
     use super::*;
     use crate::feature_store::read;
@@ -456,5 +457,15 @@ mod tests {
         let again = Cached::new(counting(1), config).unwrap();
         assert_eq!(all(&again.features(&images(1)).unwrap()), expected);
         assert!(read(&path, &Device::Cpu).is_some());
+
+        // One changed bit anywhere: the features are computed again.
+        let whole = std::fs::read(&path).unwrap();
+        for number in 0..10_000 {
+            let bit = Rng::stream(3, number).random_range(0..8 * whole.len());
+            let mut changed = whole.clone();
+            changed[bit / 8] ^= 1 << (bit % 8);
+            std::fs::write(&path, changed).unwrap();
+            assert!(read(&path, &Device::Cpu).is_none(), "bit {bit}");
+        }
     }
 }

@@ -287,7 +287,8 @@ impl Vit {
             })
             .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()
             .map_err(|e| config(&e))?;
-        safetensors::serialize(views, Some(metadata)).map_err(|e| config(&e))
+        let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| config(&e))?;
+        defend_files::seal(&bytes).map_err(|e| config(&e))
     }
 }
 

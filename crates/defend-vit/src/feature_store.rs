@@ -92,7 +92,9 @@ impl Memory {
 const GRID: &str = "grid";
 
 pub(crate) fn read(path: &Path, device: &Device) -> Option<Entry> {
-    let mut tensors = candle_core::safetensors::load(path, device).ok()?;
+    let bytes = std::fs::read(path).ok()?;
+    defend_files::check_seal(&bytes, None).ok()?;
+    let mut tensors = candle_core::safetensors::load_buffer(&bytes, device).ok()?;
     let sides = tensors.remove(GRID)?.to_vec1::<u32>().ok()?;
     let [rows, columns] = sides[..] else {
         return None;
@@ -122,7 +124,7 @@ fn write(path: &Path, entry: &Entry) -> Result<(), Error> {
     tensors.insert(GRID.into(), Tensor::new(&sides, &Device::Cpu)?);
     defend_files::write_with(path, |file| {
         let bytes = safetensors::serialize(&tensors, None).map_err(std::io::Error::other)?;
-        std::io::Write::write_all(file, &bytes)
+        std::io::Write::write_all(file, &defend_files::seal(&bytes)?)
     })
     .map_err(fault)
 }

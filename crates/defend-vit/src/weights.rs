@@ -88,6 +88,13 @@ impl Weights {
             origin: origin.to_owned(),
             reason: reason.to_string(),
         };
+        // Files of others have no checksum.
+        if defend_files::is_sealed(bytes) {
+            defend_files::check_seal(bytes, None).map_err(|e| Error::Damaged {
+                origin: origin.to_owned(),
+                reason: e.to_string(),
+            })?;
+        }
         // Checks that the tensors cover the content exactly: a truncated file fails here.
         let file = SafeTensors::deserialize(bytes).map_err(damaged)?;
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(damaged)?;

@@ -1,7 +1,10 @@
 //! The page's HTML. Every name is escaped, and a policy in the page itself forbids requests and scripts.
 
 use std::fmt::Write;
+use std::sync::Arc;
 
+use anyhow::Result;
+use defend_core::data::Dataset;
 use defend_core::evidence::Weighed;
 use defend_core::{CalibrationSource, Novelty, Verdict};
 
@@ -37,7 +40,7 @@ fn escaped(text: &str) -> String {
     text.chars().map(escape).collect()
 }
 
-pub(super) fn render(content: &Content<'_>) -> String {
+pub(super) fn render(content: &Content<'_>, images: &Arc<dyn Dataset>) -> Result<String> {
     let calibration = content.detector.calibration();
     let threshold = calibration.map(|c| c.threshold);
     let mut page = format!(
@@ -82,7 +85,8 @@ pub(super) fn render(content: &Content<'_>) -> String {
         content.entries.len()
     );
     for entry in &content.entries {
-        entry_of(&mut page, entry, content);
+        let pictures = content.pictures(entry, images)?;
+        entry_of(&mut page, entry, &pictures, content);
     }
     if !content.unreadable.is_empty() {
         page.push_str("<h2>What could not be read</h2>\n<ul>\n");
@@ -92,23 +96,15 @@ pub(super) fn render(content: &Content<'_>) -> String {
         page.push_str("</ul>\n");
     }
     page.push_str("</body></html>\n");
-    page
+    Ok(page)
 }
 
-fn entry_of(page: &mut String, entry: &Entry, content: &Content<'_>) {
-    let Entry {
-        name,
-        novelty,
-        image,
-        map,
-    } = entry;
+fn entry_of(page: &mut String, entry: &Entry, pictures: &[String], content: &Content<'_>) {
+    let Entry { name, novelty, .. } = entry;
     let name = escaped(name);
-    let _ = write!(
-        page,
-        "<section class=\"entry\"><img src=\"{image}\" alt=\"{name}\">"
-    );
-    if let Some(map) = map {
-        let _ = write!(page, "<img src=\"{map}\" alt=\"map of {name}\">");
+    page.push_str("<section class=\"entry\">");
+    for (picture, what) in pictures.iter().zip(["", "map of "]) {
+        let _ = write!(page, "<img src=\"{picture}\" alt=\"{what}{name}\">");
     }
     let badge = match novelty.verdict {
         Some(Verdict::Novel) => "<span class=\"badge novel\">novel</span> ",

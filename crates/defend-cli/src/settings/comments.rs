@@ -6,7 +6,7 @@ pub(super) fn comment(key: &str) -> Option<&'static str> {
     found.map(|(_, comment)| *comment)
 }
 
-const COMMENTS: [(&str, &str); 101] = [
+const COMMENTS: [(&str, &str); 102] = [
     ("seed", "Seed of every random choice: same seed, same bits."),
     (
         "resize_mode",
@@ -19,6 +19,10 @@ const COMMENTS: [(&str, &str); 101] = [
     (
         "image_size",
         "Side that images are resized to, pixels; a multiple of the patch size. Not set: what the backbone was trained at.",
+    ),
+    (
+        "reduced_decoding",
+        "Whether large JPEGs are decoded at a part of their size, at least twice the size that they are resized to: about half of the time.",
     ),
     (
         "false_alarm_rate",

@@ -21,6 +21,20 @@ pub(crate) fn set(period: u32, images: u32) -> Memory {
     memory
 }
 
+/// Images of a period that are in no [`set`]: brighter ones.
+#[allow(dead_code, reason = "not every test calibrates")]
+pub(crate) fn held_out(period: u32, images: u32) -> Memory {
+    let mut memory = Memory::default();
+    for phase in 0..images {
+        let mut image = stripes(period, phase);
+        for pixel in image.pixels_mut() {
+            pixel.0[1] = pixel.0[1].saturating_add(1 + (phase % 7) as u8);
+        }
+        memory.push(format!("held-out {period}/{phase}"), image, vec![]);
+    }
+    memory
+}
+
 /// One epoch of a small dense stage.
 #[allow(dead_code, reason = "not every test has a dense stage")]
 pub(crate) fn small_dense() -> DenseConfig {
