@@ -20,6 +20,7 @@ inputs, stored as f32. g is always the upstream gradient, dx the gradient of sum
   adamw.grad.<p>.<step>        gradient before step 0..4; some entries are 0, some about 1e-9
   adamw.short.<p>.<step>       value after that step, betas (0.9, 0.95), eps 1e-8
   adamw.long.<p>.<step>        the same, betas (0.9, 0.999), eps 1e-8
+  adamw.clipped.<p>.<step>     as long, gradients clipped to a norm of 6 together; adamw.norm.<step> [1] is the norm before
   schedule.<total>_<warmup> [total]    learning rate of step 0..total-1 with peak 1e-3, final 1e-5:
                                lr(step) = peak * (step + 1) / warmup               for step < warmup, else
                                final + 0.5 * (peak - final) * (1 + cos(pi * (step - warmup) / (total - warmup)))
@@ -32,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from golden import write
 
-BETAS = {"short": (0.9, 0.95), "long": (0.9, 0.999)}
+BETAS = {"short": (0.9, 0.95), "long": (0.9, 0.999), "clipped": (0.9, 0.999)}
+CLIP = 6.0
 
 
 def randn(*shape, scale=1.0, shift=0.0):
@@ -116,6 +118,9 @@ def adamw(out):
         for i, step in enumerate(grads):
             for k, p in params.items():
                 p.grad = step[k].clone()
+            if name == "clipped":
+                norm = torch.nn.utils.clip_grad_norm_(list(params.values()), CLIP)
+                out[f"adamw.norm.{i}"] = norm.detach().reshape(1)
             optimizer.step()
             out |= {f"adamw.{name}.{k}.{i}": p.detach().clone() for k, p in params.items()}
 

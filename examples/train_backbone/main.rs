@@ -215,8 +215,10 @@ fn main() -> Result<()> {
     });
     let (start, mut sum, mut failed) = (Instant::now(), (0.0, 0), None);
     let mut on_step = |step: TrainingStep| {
-        let (images, loss) = (step.images as u64, Some(step.loss));
-        bar.on(&Event::Advanced { images, loss });
+        bar.on(&Event::Advanced {
+            images: step.images as u64,
+            step: Some(step),
+        });
         sum = (sum.0 + step.loss, sum.1 + 1);
         if step.step.is_multiple_of(arguments.measure.max(1)) {
             match held_out.measure(&student) {

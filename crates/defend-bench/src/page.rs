@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use defend_core::data::Dataset;
+use defend_core::data::{Dataset, write_png};
 use defend_core::overlay;
 use image::imageops::{FilterType, resize};
 
@@ -107,10 +107,7 @@ fn worst_errors(folder: &Path, record: &Record, set: &Arc<dyn Dataset>) -> Resul
         };
         let file = format!("{name}-{i}.png");
         let path = images.join(&file);
-        shown.save(&path).map_err(|e| Error::Plot {
-            path: path.clone(),
-            reason: e.to_string(),
-        })?;
+        write_png(&path, shown).map_err(Error::io(&path, "writing"))?;
         let kind = if scored.abnormal {
             "miss"
         } else {

@@ -513,6 +513,12 @@ pub(crate) struct Score {
     /// What a map is written as.
     #[arg(long, value_enum, requires = "maps", default_value_t = MapFormat::Overlay)]
     pub(crate) map_format: MapFormat,
+    /// File to write the lines to, in place of standard output.
+    #[arg(long)]
+    pub(crate) out: Option<PathBuf>,
+    /// Goes on behind the last whole line of --out, for the same images in the same order.
+    #[arg(long, requires = "out", conflicts_with_all = ["together", "fdr"])]
+    pub(crate) resume: bool,
     /// Calls as many images of the whole batch novel as possible such that at most this share of those is normal, on average
     /// (Benjamini-Hochberg), in place of the model's threshold. The model has to be calibrated on held-out images.
     #[arg(long, value_name = "SHARE", conflicts_with = "together", value_parser = share)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use defend_core::data::{Dataset, ResizeMode, RgbImage};
+use defend_core::data::{Dataset, ResizeMode, RgbImage, write_png};
 use defend_core::vit::Grid;
 use defend_core::{
     Detector, Device, Finding, MapScale, NoveltyDetector, PatchMap, Tensor, overlay,
@@ -109,9 +109,9 @@ impl MapFolder {
                     resized.clone()
                 };
                 let image = with_legend(&overlay(&original, map, &self.scale), self.scale.span);
-                image.save(path)?;
+                write_png(path, image)?;
             }
-            MapFormat::Png16 => self.sixteen_bits(map).save(path)?,
+            MapFormat::Png16 => write_png(path, self.sixteen_bits(map))?,
             MapFormat::Npy => {
                 let Grid { rows, columns } = map.grid;
                 Tensor::from_vec(self.scale.above(map), (rows, columns), &Device::Cpu)?

@@ -1,9 +1,12 @@
 //! `defend score`
 
+mod output;
+
 use std::io::{IsTerminal, Write, stdout};
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use defend_core::data::Failure;
+use defend_core::data::{Dataset, Failure, Subset};
 use defend_core::evidence::Weighed;
 use defend_core::metrics::{FalseAlarmRate, benjamini_hochberg};
 use defend_core::{
@@ -25,6 +28,9 @@ pub(crate) fn run(arguments: &Score) -> Result<Exit> {
     let [model] = arguments.model.as_slice() else {
         return of_many(arguments);
     };
+    if arguments.resume && matches!(arguments.format, Format::Table) {
+        return Err(usage("--resume needs --format csv or json".into()));
+    }
     if arguments.together {
         return sort::run(&Sort {
             model: model.clone(),
@@ -71,16 +77,25 @@ pub(crate) fn run(arguments: &Score) -> Result<Exit> {
             say!("threshold {}", calibration.threshold);
         }
     }
-    let mut lines = Lines::new(arguments.format, stdout().lock());
-    let (mut kept, mut exit, mut unwritten) = (Vec::new(), Exit::default(), 0);
     let dataset = found.dataset();
+    let (out, done) = output::open(arguments, &found, &*dataset)?;
+    let mut lines = Lines(Table::with_header(arguments.format, out, done.is_empty()));
+    let (mut kept, mut exit, mut unwritten) = (Vec::new(), Exit::default(), 0);
+    exit.novel = done.novel;
+    let left: Arc<dyn Dataset> = Arc::new(Subset::new(
+        Arc::clone(&dataset),
+        (done.images..dataset.len()).collect(),
+    )?);
     let unreadable = scan_all(
         &detector,
-        &dataset,
+        &left,
         wanted,
         arguments.common.max_unreadable(),
         &mut progress(),
-        &mut |outcome| {
+        &mut |mut outcome| {
+            if let Ok((finding, _)) = &mut outcome {
+                finding.index += done.images;
+            }
             let mut record = Record::of_outcome(&outcome, calibration);
             if let Ok((finding, _)) = &outcome {
                 let map = finding.novelty.map.as_ref();
@@ -111,7 +126,7 @@ pub(crate) fn run(arguments: &Score) -> Result<Exit> {
             lines.write(record)?;
         }
     }
-    exit.unreadable = unreadable > 0;
+    exit.unreadable = unreadable + done.unreadable > 0;
     if unwritten > 0 {
         bail!("{unwritten} maps could not be written");
     }
@@ -146,6 +161,7 @@ fn of_many(arguments: &Score) -> Result<Exit> {
         ("--maps", arguments.maps.is_some()),
         ("--together", arguments.together),
         ("--fdr", arguments.fdr.is_some()),
+        ("--out", arguments.out.is_some()),
     ];
     if let Some((flag, _)) = for_one.iter().find(|(_, given)| *given) {
         let models = arguments.model.len();

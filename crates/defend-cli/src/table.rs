@@ -17,9 +17,17 @@ pub(crate) enum Table<W: Write> {
 
 impl<W: Write> Table<W> {
     pub(crate) fn new(format: Format, out: W) -> Self {
+        Self::with_header(format, out, true)
+    }
+
+    /// `header`: whether a CSV begins with one; it does not behind rows that are there already.
+    pub(crate) fn with_header(format: Format, out: W, header: bool) -> Self {
         match format {
             Format::Table => Self::Columns(out),
-            Format::Csv => Self::Csv(Box::new(csv::Writer::from_writer(out))),
+            Format::Csv => {
+                let mut csv = csv::WriterBuilder::new();
+                Self::Csv(Box::new(csv.has_headers(header).from_writer(out)))
+            }
             Format::Json => Self::Json(out),
         }
     }

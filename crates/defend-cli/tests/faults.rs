@@ -399,3 +399,110 @@ fn backbones_are_found_where_they_are_said_to_be() {
         "{errors}"
     );
 }
+
+#[test]
+fn a_score_that_was_cut_anywhere_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    fitted(&[], folder);
+    fs::write(folder.join("new/broken.png"), "no image").unwrap();
+    for (format, file) in [("csv", "found.csv"), ("json", "found.jsonl")] {
+        let score = |extra: &[&str]| {
+            let words = [
+                "score", "--model", "model", "--format", format, "--out", file,
+            ];
+            call(&[&words, extra, &["new", "held-out"]].concat(), folder)
+        };
+        let (code, out, errors) = score(&[]);
+        assert!(code == 3 && out.is_empty(), "{errors}");
+        let whole = fs::read(folder.join(file)).unwrap();
+        for cut in [
+            0,
+            3,
+            whole.len() / 3,
+            whole.len() / 2,
+            whole.len() - 1,
+            whole.len(),
+        ] {
+            fs::write(folder.join(file), &whole[..cut]).unwrap();
+            let (code, _, errors) = score(&["--resume"]);
+            assert_eq!(code, 3, "{errors}");
+            assert!(
+                fs::read(folder.join(file)).unwrap() == whole,
+                "{format} {cut}"
+            );
+        }
+        // Lines of other images stay as they are.
+        let words = [
+            "score", "--model", "model", "--format", format, "--out", file, "--resume", "held-out",
+        ];
+        let (code, _, errors) = call(&words, folder);
+        assert!(
+            code == 4 && errors.contains("same images in the same order"),
+            "{errors}"
+        );
+        assert!(fs::read(folder.join(file)).unwrap() == whole);
+    }
+    let words = [
+        "score",
+        "--model",
+        "model",
+        "--out",
+        "found.txt",
+        "--resume",
+        "new",
+    ];
+    assert_eq!(call(&words, folder).0, 2);
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    pictures(folder);
+    let run = |threads: &str| {
+        let (code, _, errors) = call(
+            &[
+                "fit",
+                "--normal",
+                "normal",
+                "--out",
+                "model",
+                "--threads",
+                threads,
+            ],
+            folder,
+        );
+        assert_eq!(code, 0, "{errors}");
+        let words = [
+            "score",
+            "--model",
+            "model",
+            "--format",
+            "csv",
+            "--threads",
+            threads,
+            "new",
+            "held-out",
+        ];
+        let scores = call(&words, folder).1;
+        let words = [
+            "extend",
+            "--model",
+            "model",
+            "--abnormal",
+            "new/01.png",
+            "--threads",
+            threads,
+        ];
+        let before = fs::read(folder.join("model")).unwrap();
+        let (code, _, errors) = call(&words, folder);
+        assert_eq!(code, 0, "{errors}");
+        (before, scores, fs::read(folder.join("model")).unwrap())
+    };
+    let one = run("1");
+    assert!(one.1.lines().count() > 20);
+    for threads in ["2", "7"] {
+        assert!(run(threads) == one, "{threads} threads");
+    }
+}

@@ -96,6 +96,14 @@ pub enum Error {
         /// The teacher of the fit.
         teacher: String,
     },
+    /// Loss or gradient of a batch are not finite; with checkpoints the run was saved as it was before it.
+    #[error("training ran away on a batch of {}", images.join(", "))]
+    TrainingBatch {
+        /// Names of the batch's images.
+        images: Vec<String>,
+        /// What was not finite, and in which step.
+        source: Box<Error>,
+    },
     /// The run was stopped by its [`Observer`](crate::Observer).
     #[error("stopped")]
     Stopped,
@@ -205,6 +213,23 @@ impl Error {
                 | Self::Dense(defend_dense::Error::Train(Stopped { .. }))
                 | Self::Distill(defend_distill::Error::Train(Stopped { .. }))
         )
+    }
+
+    /// A training run's failure on a batch with the names of its images.
+    pub(crate) fn naming_batch(self, name: impl Fn(usize) -> String) -> Self {
+        let batch = match &self {
+            Self::Train(error)
+            | Self::Dense(defend_dense::Error::Train(error))
+            | Self::Distill(defend_distill::Error::Train(error)) => error.batch(),
+            _ => None,
+        };
+        match batch.map(|batch| batch.iter().map(|&image| name(image)).collect()) {
+            Some(images) => Self::TrainingBatch {
+                images,
+                source: Box::new(self),
+            },
+            None => self,
+        }
     }
 
     /// Features that are not finite under the name of their image; `name`: of an image of the batch.

@@ -195,7 +195,8 @@ impl Stages<'_> {
             let tuner = DenseTuner::new(dense.clone())?;
             let training = Training::new(&mut rng, on_step).with_checkpoints(checkpoints.as_ref());
             tuner.tune(&**teacher, &*objective, images, training)
-        })?;
+        })
+        .map_err(|error| error.naming_batch(|image| images.name(image)))?;
         Ok(Some(report))
     }
 
@@ -268,6 +269,7 @@ impl Stages<'_> {
                     Training::new(&mut rng, on_step).with_checkpoints(checkpoints.as_ref());
                 Distiller::new(settings.distill.clone())?.distill(roles, images, training)
             })
+            .map_err(|error| error.naming_batch(|image| images.name(image)))
         };
         let (student, report): (Arc<dyn Backbone>, _) = if let Some(own) = roles.student {
             let report = distill(&*own, self.observer)?;
@@ -329,7 +331,7 @@ fn observed<R, E: Into<Error>>(
     let result = run(&mut |step| {
         observer.on(&Event::Advanced {
             images: step.images as u64,
-            loss: Some(step.loss),
+            step: Some(step),
         });
         stopped = observer.stops();
         if stopped {

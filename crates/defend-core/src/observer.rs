@@ -1,6 +1,7 @@
 //! What a long run tells about itself.
 
 use defend_data::Failure;
+use defend_train::TrainingStep;
 
 use crate::Error;
 
@@ -39,8 +40,8 @@ pub enum Event<'a> {
     Advanced {
         /// Images since the last event.
         images: u64,
-        /// Loss of the step, in training stages.
-        loss: Option<f64>,
+        /// Loss and gradient of the step, in training stages.
+        step: Option<TrainingStep>,
     },
     /// An image was left out.
     Skipped(&'a Failure),
@@ -75,7 +76,7 @@ pub enum Event<'a> {
 ///
 /// let mut scored = Scored::default();
 /// scored.on(&Event::Started { stage: Stage::Score, images: 2 });
-/// scored.on(&Event::Advanced { images: 2, loss: None });
+/// scored.on(&Event::Advanced { images: 2, step: None });
 /// assert_eq!(scored.images, 2);
 /// ```
 pub trait Observer {
@@ -93,7 +94,7 @@ pub trait Observer {
 pub(crate) fn advance(observer: &mut dyn Observer, images: usize) -> Result<(), Error> {
     observer.on(&Event::Advanced {
         images: images as u64,
-        loss: None,
+        step: None,
     });
     if observer.stops() {
         return Err(Error::Stopped);

@@ -108,9 +108,12 @@ impl Observer for ProgressBar {
                     self.bar.set_style(style);
                 }
             }
-            Event::Advanced { images, loss } => {
-                if let Some(loss) = loss {
-                    self.bar.set_message(format!("loss {loss:.4}"));
+            Event::Advanced { images, step } => {
+                if let Some(step) = step {
+                    self.bar.set_message(format!(
+                        "loss {:.4}, gradient {:.2e}",
+                        step.loss, step.gradient_norm
+                    ));
                 }
                 self.bar.inc(*images);
                 if let Some(lines) = &mut self.lines {

@@ -90,6 +90,22 @@ fn caught<T>(origin: &str, decode: impl FnOnce() -> Result<T, Error>) -> Result<
     })
 }
 
+/// Writes an image as a PNG. `image`'s own saving does not notice that a disk is full.
+///
+/// # Errors
+/// Those of the encoder and of the file system; what was written of the file until then is removed.
+pub fn write_png(
+    path: impl AsRef<Path>,
+    image: impl Into<DynamicImage>,
+) -> Result<(), std::io::Error> {
+    let mut bytes = Cursor::new(Vec::new());
+    let encoded = image.into().write_to(&mut bytes, ImageFormat::Png);
+    encoded.map_err(std::io::Error::other)?;
+    std::fs::write(&path, bytes.into_inner()).inspect_err(|_| {
+        let _ = std::fs::remove_file(&path);
+    })
+}
+
 /// A mask as shades of grey, which has to be as large as its image.
 pub(crate) fn mask_of(image: &Path, path: &Path, mask: &RgbImage) -> Result<GrayImage, Error> {
     let (image_width, image_height) = read_dimensions(image)?;

@@ -56,7 +56,7 @@ pub use coco::{Coco, Crowd};
 pub use dataset::{ClassId, Dataset, ObjectBox, Split};
 pub use decode::{
     MAX_DECODED_BYTES, decode_image, decode_image_at_least, find_mask, read_image,
-    read_image_at_least,
+    read_image_at_least, write_png,
 };
 pub use error::Error;
 pub use folder::{ClassFolder, ImageFolder};

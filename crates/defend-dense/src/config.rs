@@ -68,6 +68,8 @@ pub struct DenseConfig {
     pub head_hidden: Vec<usize>,
     /// Output width of the projection head, D. Paper: 256.
     pub head_output: usize,
+    /// Largest Euclidean norm of all gradients of a step together; larger ones are scaled down to it. Ours: none.
+    pub gradient_clip: Option<f64>,
     /// Number of prototypes, K. Paper: twice the object classes seen in the images; 5 in its ablations.
     pub prototypes: usize,
     /// The assignment of patches to prototypes. SwAV: epsilon 0.05, 3 iterations.
@@ -111,6 +113,7 @@ impl Default for DenseConfig {
             crop_aspect: [3.0 / 4.0, 4.0 / 3.0],
             head_hidden: vec![2048, 2048],
             head_output: 256,
+            gradient_clip: None,
             prototypes: 5,
             sinkhorn: SinkhornKnopp::default(),
             assignment: Assignment::Hard,
@@ -184,6 +187,10 @@ impl DenseConfig {
             check(value > 0, field, value, at_least_one)?;
         }
         check((1..=8).contains(&self.crops), "crops", self.crops, "1 to 8")?;
+        if let Some(clip) = self.gradient_clip {
+            let fine = clip.is_finite() && clip > 0.0;
+            check(fine, "gradient_clip", clip, "a positive number, or none")?;
+        }
         check(
             self.prototypes >= 2,
             "prototypes",

@@ -65,7 +65,13 @@ impl DenseTuner {
             group(backbone.parameters(), config.backbone_learning_rate),
             group(objective.parameters(), config.head_learning_rate),
         ];
-        let mut optimiser = AdamW::new(groups, AdamWConfig::default())?;
+        let mut optimiser = AdamW::new(
+            groups,
+            AdamWConfig {
+                gradient_clip: config.gradient_clip,
+                ..AdamWConfig::default()
+            },
+        )?;
         let average = config.target_momentum.map(|momentum| {
             let parts = [
                 ("backbone", backbone.parameters()),

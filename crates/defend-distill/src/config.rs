@@ -35,6 +35,8 @@ pub struct DistillConfig {
     pub weight_decay: f64,
     /// AdamW's betas. Authors' code: 0.9 and 0.95.
     pub betas: [f64; 2],
+    /// Largest Euclidean norm of all gradients of a step together; larger ones are scaled down to it. Authors' code: none.
+    pub gradient_clip: Option<f64>,
     /// Stochastic depth of the student's last block. Authors' code: 0.1.
     pub drop_path: f64,
     /// Limit of the memory for the teacher's features, bytes. Ours: 2 GiB.
@@ -61,6 +63,7 @@ impl Default for DistillConfig {
             },
             weight_decay: 0.05,
             betas: [0.9, 0.95],
+            gradient_clip: None,
             drop_path: 0.1,
             cache_bytes: 2 << 30,
         }
@@ -110,6 +113,14 @@ impl DistillConfig {
             cls.to_string(),
             "zero or a positive number",
         )?;
+        if let Some(clip) = self.gradient_clip {
+            check(
+                clip.is_finite() && clip > 0.0,
+                "gradient_clip",
+                clip.to_string(),
+                "a positive number, or none",
+            )?;
+        }
         let drop = self.drop_path;
         check(
             (0.0..1.0).contains(&drop),

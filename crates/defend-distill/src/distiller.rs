@@ -138,6 +138,7 @@ fn optimiser(student: &dyn Trainable, config: &DistillConfig) -> Result<AdamW, E
     let constants = AdamWConfig {
         beta1,
         beta2,
+        gradient_clip: config.gradient_clip,
         ..AdamWConfig::default()
     };
     Ok(AdamW::new(groups, constants)?)

@@ -55,6 +55,15 @@ pub fn update(
         });
 }
 
+/// Sum of the squares, to the same bits with any number of threads.
+pub fn sum_of_squares(values: &[f32]) -> f64 {
+    let chunks = values.par_chunks(ELEMENTS_PER_TASK);
+    let sums: Vec<f32> = chunks
+        .map(|part| vectorised!(|| math::dot(part, part)))
+        .collect();
+    sums.into_iter().map(f64::from).sum()
+}
+
 /// Whether all values are finite: a sum of squares is not when one of them is not.
 pub fn is_finite(values: &[f32]) -> bool {
     let chunks = values.par_chunks(ELEMENTS_PER_TASK);

@@ -45,7 +45,7 @@ pub enum Error {
         path: std::path::PathBuf,
         /// Why.
         #[source]
-        source: image::ImageError,
+        source: std::io::Error,
     },
     /// A folder could not be made.
     #[error("{}: the folder could not be made", path.display())]

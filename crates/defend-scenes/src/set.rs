@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use defend_data::{ClassId, Dataset, Memory, ObjectBox};
+use defend_data::{ClassId, Dataset, Memory, ObjectBox, write_png};
 use defend_random::Rng;
 use rand::RngExt;
 use rand::seq::SliceRandom;
@@ -136,9 +136,7 @@ impl SceneSet {
                     })?;
                 }
                 if let Ok(image) = memory.image(i) {
-                    image
-                        .save(&path)
-                        .map_err(|source| Error::Write { path, source })?;
+                    write_png(&path, image).map_err(|source| Error::Write { path, source })?;
                 }
             }
         }

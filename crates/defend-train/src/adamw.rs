@@ -15,15 +15,19 @@ pub struct AdamWConfig {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
+    /// Largest Euclidean norm of all gradients together; larger ones are scaled down to it, as `torch.nn.utils.clip_grad_norm_` does.
+    /// `None` lets them be.
+    pub gradient_clip: Option<f64>,
 }
 
 impl Default for AdamWConfig {
-    /// PyTorch's defaults: 0.9, 0.999, 1e-8.
+    /// PyTorch's defaults: 0.9, 0.999, 1e-8, no clipping.
     fn default() -> Self {
         Self {
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-8,
+            gradient_clip: None,
         }
     }
 }
@@ -71,6 +75,10 @@ impl AdamW {
     pub fn new(groups: Vec<ParameterGroup>, config: AdamWConfig) -> Result<Self, Error> {
         for (field, beta) in [("beta1", config.beta1), ("beta2", config.beta2)] {
             check(field, beta, (0.0..1.0).contains(&beta), "a number in 0..1")?;
+        }
+        if let Some(clip) = config.gradient_clip {
+            let fine = clip.is_finite() && clip > 0.0;
+            check("gradient_clip", clip, fine, "a positive number")?;
         }
         let groups = groups
             .into_iter()
@@ -126,11 +134,11 @@ impl AdamW {
     }
 
     /// Updates every variable that has a gradient; `multiplier` scales all learning rates
-    /// ([`crate::Schedule::multiplier`]).
+    /// ([`crate::Schedule::multiplier`]). The Euclidean norm of all gradients together, before they are clipped.
     ///
     /// # Errors
     /// [`Error::NonFiniteGradient`] before anything is changed; [`Error::Candle`] when candle fails.
-    pub fn step(&mut self, grads: &GradStore, multiplier: f64) -> Result<(), Error> {
+    pub fn step(&mut self, grads: &GradStore, multiplier: f64) -> Result<f64, Error> {
         let slots = || self.groups.iter().flat_map(|group| &group.slots);
         let trained: Vec<&Slot> = slots().filter(|s| grads.get(&s.var).is_some()).collect();
         let operands: Vec<_> = slots().filter_map(|slot| slot.operands(grads)).collect();
@@ -138,11 +146,23 @@ impl AdamW {
             return Err(Error::NonFiniteGradient {
                 parameter: trained[wrong].name.clone(),
                 step: self.steps,
+                images: Vec::new(),
             });
         }
+        let norm = ops::gradient_norm(&operands)?;
+        let scale = self.config.gradient_clip.map(|clip| clip / (norm + 1e-6));
+        let scaled: Vec<Option<Tensor>> = slots()
+            .map(|slot| match (scale, grads.get(&slot.var)) {
+                (Some(scale), Some(gradient)) if scale < 1.0 => (gradient * scale).map(Some),
+                _ => Ok(None),
+            })
+            .collect::<CandleResult<_>>()?;
+        let mut scaled = scaled.iter();
         self.steps += 1;
         let t = self.steps as f64;
-        let AdamWConfig { beta1, beta2, eps } = self.config;
+        let AdamWConfig {
+            beta1, beta2, eps, ..
+        } = self.config;
         for group in &self.groups {
             let rate = group.learning_rate * multiplier;
             let step = AdamWStep {
@@ -153,10 +173,15 @@ impl AdamW {
                 second_correction: 1.0 / (1.0 - beta2.powf(t)).sqrt(),
                 keep: 1.0 - rate * group.weight_decay,
             };
-            let operands = group.slots.iter().filter_map(|slot| slot.operands(grads));
+            let operands = group.slots.iter().zip(&mut scaled);
+            let operands = operands.filter_map(|(slot, scaled)| {
+                let mut operands = slot.operands(grads)?;
+                operands.gradient = scaled.as_ref().unwrap_or(operands.gradient);
+                Some(operands)
+            });
             ops::adamw(&operands.collect::<Vec<_>>(), &step)?;
         }
-        Ok(())
+        Ok(norm)
     }
 
     /// Everything that changes from step to step beside the number of steps: each variable that trains and its moments

@@ -25,23 +25,29 @@ pub enum Error {
         /// Steps taken.
         step: usize,
     },
-    /// Training ran away; no parameter was changed by this step.
-    #[error("the loss is {loss} at step {step}: lower the learning rate or check the images")]
+    /// Training ran away; no parameter was changed by this step, and with checkpoints the run was saved as it was before.
+    #[error(
+        "the loss is {loss} at step {step}, on the images {images:?}: lower the learning rate, set gradient_clip or check these images"
+    )]
     Diverged {
         /// Steps taken before.
         step: usize,
         /// The loss.
         loss: f64,
+        /// The batch, by positions among the images.
+        images: Vec<usize>,
     },
-    /// A gradient is NaN or infinite; no parameter was changed by this step.
+    /// A gradient is NaN or infinite; no parameter was changed by this step, and with checkpoints the run was saved as it was before.
     #[error(
-        "the gradient of \"{parameter}\" is not finite at step {step}: lower the learning rate or check the images"
+        "the gradient of \"{parameter}\" is not finite at step {step}, on the images {images:?}: lower the learning rate or check these images"
     )]
     NonFiniteGradient {
         /// Name of the parameter.
         parameter: String,
         /// Number of steps taken before.
         step: usize,
+        /// The batch, by positions among the images.
+        images: Vec<usize>,
     },
     /// A checkpoint could not be read or written.
     #[error("{action} the checkpoint {path}")]
@@ -64,4 +70,14 @@ pub enum Error {
     /// candle failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+impl Error {
+    /// The images of the batch that a run has failed on, by their positions.
+    pub fn batch(&self) -> Option<&[usize]> {
+        match self {
+            Self::Diverged { images, .. } | Self::NonFiniteGradient { images, .. } => Some(images),
+            _ => None,
+        }
+    }
 }

@@ -100,6 +100,8 @@ pub struct TrainingStep {
     pub images: usize,
     /// Loss of this step's batch.
     pub loss: f64,
+    /// Euclidean norm of all gradients of this step together, before they are clipped; 0 where a run is resumed.
+    pub gradient_norm: f64,
 }
 
 /// What a run did.
@@ -197,6 +199,7 @@ pub fn train<S: TrainingStage>(
                 steps,
                 images: images.min(plan.epochs * plan.images),
                 loss,
+                gradient_norm: 0.0,
             });
         }
     }
@@ -211,14 +214,31 @@ pub fn train<S: TrainingStage>(
         };
         stage.prefetch(&batches[at.batches_done..].concat());
         for indices in &batches[at.batches_done..] {
+            let before = rng.position();
             let loss = stage.loss(indices, rng)?;
             let value = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
-            if !value.is_finite() {
-                let step = optimiser.steps();
-                return Err(Error::Diverged { step, loss: value }.into());
-            }
-            let multiplier = stage.schedule(optimiser, optimiser.steps(), steps)?;
-            optimiser.step(&backward(&loss)?, multiplier)?;
+            let step = optimiser.steps();
+            let updated = if value.is_finite() {
+                let multiplier = stage.schedule(optimiser, step, steps)?;
+                optimiser.step(&backward(&loss)?, multiplier)
+            } else {
+                let (loss, images) = (value, indices.clone());
+                Err(Error::Diverged { step, loss, images })
+            };
+            let gradient_norm = match updated {
+                Ok(norm) => norm,
+                Err(mut error) => {
+                    if let Error::NonFiniteGradient { images, .. } = &mut error {
+                        images.clone_from(indices);
+                    }
+                    // Nothing was changed by this step: the last good state is the present one.
+                    if let (Some(checkpoints), true) = (checkpoints, error.batch().is_some()) {
+                        at.rng = before;
+                        checkpoints.save(&at, optimiser, &stage.state()?)?;
+                    }
+                    return Err(error.into());
+                }
+            };
             stage.after_step()?;
             at.total += value * indices.len() as f64;
             at.batches_done += 1;
@@ -229,6 +249,7 @@ pub fn train<S: TrainingStage>(
                 steps,
                 images: indices.len(),
                 loss: value,
+                gradient_norm,
             });
             let last = at.batches_done == batches.len();
             stopped = wish.is_break();

@@ -1,6 +1,10 @@
 //! A run that is stopped anywhere and resumed ends with the bits of one that was not.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests may panic")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests may panic"
+)]
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -26,7 +30,15 @@ struct Follow {
     average: MovingAverage,
     targets: Tensor,
     stop_at: Option<usize>,
+    /// An image whose loss or gradient is not finite.
+    poison: Option<(usize, Poison)>,
     steps: usize,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Poison {
+    Loss,
+    Gradient,
 }
 
 impl Follow {
@@ -46,6 +58,7 @@ impl Follow {
             average,
             targets: normal((10, 3, 2), 1.0, &mut rng, &Device::Cpu).unwrap(),
             stop_at,
+            poison: None,
             steps: 0,
         };
         let optimiser = AdamW::new(vec![group], AdamWConfig::default()).unwrap();
@@ -56,7 +69,16 @@ impl Follow {
         stop_at: Option<usize>,
         checkpoints: Option<&Checkpoints>,
     ) -> Result<(TrainingReport, Vec<f32>), Error> {
+        Self::run_poisoned(stop_at, None, checkpoints)
+    }
+
+    fn run_poisoned(
+        stop_at: Option<usize>,
+        poison: Option<(usize, Poison)>,
+        checkpoints: Option<&Checkpoints>,
+    ) -> Result<(TrainingReport, Vec<f32>), Error> {
         let (mut stage, mut optimiser) = Self::new(stop_at);
+        stage.poison = poison;
         let (mut rng, mut on_step) = (Rng::seed(2), |_| ControlFlow::Continue(()));
         let training = Training::new(&mut rng, &mut on_step).with_checkpoints(checkpoints);
         let report = train(&mut stage, &mut optimiser, &PLAN, training)?;
@@ -76,13 +98,23 @@ impl TrainingStage for Follow {
             return Err(candle_core::Error::Msg("stopped".into()).into());
         }
         self.steps += 1;
+        let poison = self.poison.filter(|(image, _)| indices.contains(image));
         let indices: Vec<u32> = indices.iter().map(|&i| i as u32).collect();
         let targets = self
             .targets
             .index_select(&Tensor::new(indices, &Device::Cpu)?, 0)?;
         let noise = normal(targets.dims(), 0.1, rng, &Device::Cpu)?;
         let away = (targets + noise)?.broadcast_sub(&self.weight)?;
-        Ok(away.sqr()?.mean_all()?)
+        let loss = away.sqr()?.mean_all()?;
+        Ok(match poison {
+            None => loss,
+            Some((_, Poison::Loss)) => (loss / 0.0)?,
+            // The root of 0 is finite and its slope is not.
+            Some((_, Poison::Gradient)) => {
+                let none = (self.weight.as_tensor() - self.weight.as_tensor().detach())?;
+                (loss + none.sqr()?.sum_all()?.sqrt()?)?
+            }
+        })
     }
 
     fn after_step(&mut self) -> Result<(), Error> {
@@ -192,5 +224,28 @@ fn a_checkpoint_of_another_run_is_refused_and_kept() {
             text.contains("damaged") || text.contains("cut short"),
             "bit {bit}: {text}"
         );
+    }
+}
+
+#[test]
+fn what_is_not_finite_is_told_with_its_images_after_saving() {
+    let folder = tempfile::tempdir().unwrap();
+    for (number, kind) in [Poison::Loss, Poison::Gradient].into_iter().enumerate() {
+        let path = folder.path().join(number.to_string());
+        // Saved by time alone, there would be nothing.
+        let seldom = || Checkpoints::new(&path, "run").every(Duration::from_hours(1));
+        let error = Follow::run_poisoned(None, Some((7, kind)), Some(&seldom())).unwrap_err();
+        let batch = error.batch().unwrap();
+        assert!(batch.contains(&7) && batch.len() <= 4, "{error}");
+        match (kind, &error) {
+            (Poison::Loss, Error::Diverged { .. }) => {}
+            (Poison::Gradient, Error::NonFiniteGradient { parameter, .. }) => {
+                assert_eq!(parameter, "weight");
+            }
+            _ => panic!("{error}"),
+        }
+        // With a sound image in its place the run ends as if nothing had been.
+        let resumed = Follow::run(None, Some(&seldom().resuming(true))).unwrap();
+        assert_eq!(resumed, Follow::run(None, None).unwrap());
     }
 }

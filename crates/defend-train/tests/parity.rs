@@ -9,7 +9,11 @@ use defend_train::{AdamW, AdamWConfig, ParameterGroup, Schedule};
 #[test]
 fn optimiser_steps_match_torch_adamw() {
     let golden = Golden::read(env!("CARGO_MANIFEST_DIR"), "training");
-    for (run, beta2) in [("short", 0.95), ("long", 0.999)] {
+    for (run, beta2, gradient_clip) in [
+        ("short", 0.95, None),
+        ("long", 0.999, None),
+        ("clipped", 0.999, Some(6.0)),
+    ] {
         let var = |p: &str| Var::from_tensor(&golden.get(&format!("adamw.init.{p}"))).unwrap();
         let vars = [("w", var("w")), ("b", var("b")), ("p", var("p"))];
         let group = |members: &[(&str, Var)], learning_rate, weight_decay| ParameterGroup {
@@ -23,6 +27,7 @@ fn optimiser_steps_match_torch_adamw() {
         let groups = vec![group(&vars[..2], 1e-2, 0.1), group(&vars[2..], 1e-3, 0.0)];
         let config = AdamWConfig {
             beta2,
+            gradient_clip,
             ..AdamWConfig::default()
         };
         let mut optimiser = AdamW::new(groups, config).unwrap();
@@ -36,7 +41,10 @@ fn optimiser_steps_match_torch_adamw() {
                 })
                 .collect();
             let total = Tensor::stack(&terms, 0).unwrap().sum_all().unwrap();
-            optimiser.step(&total.backward().unwrap(), 1.0).unwrap();
+            let norm = optimiser.step(&total.backward().unwrap(), 1.0).unwrap();
+            let expected = golden.get(&format!("adamw.norm.{step}"));
+            let expected = f64::from(expected.to_vec1::<f32>().unwrap()[0]);
+            assert!((norm / expected - 1.0).abs() < 1e-6, "{norm} {expected}");
             for (name, var) in &vars {
                 let what = format!("adamw.{run}.{name}.{step}");
                 assert_close(var.as_tensor(), &golden.get(&what), 2e-6, &what);

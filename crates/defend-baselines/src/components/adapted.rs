@@ -63,7 +63,7 @@ pub(crate) fn train_by_loss(
     let mut on_step = |step: TrainingStep| {
         observer.on(&Event::Advanced {
             images: step.images as u64,
-            loss: Some(step.loss),
+            step: Some(step),
         });
         if observer.stops() {
             ControlFlow::Break(())

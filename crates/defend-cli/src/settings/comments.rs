@@ -6,7 +6,7 @@ pub(super) fn comment(key: &str) -> Option<&'static str> {
     found.map(|(_, comment)| *comment)
 }
 
-const COMMENTS: [(&str, &str); 102] = [
+const COMMENTS: [(&str, &str); 104] = [
     ("seed", "Seed of every random choice: same seed, same bits."),
     (
         "resize_mode",
@@ -52,6 +52,10 @@ const COMMENTS: [(&str, &str); 102] = [
         "Share of the image that each shows, from and to.",
     ),
     ("dense.crops", "Small crops of each image."),
+    (
+        "dense.gradient_clip",
+        "Largest norm of all gradients of a step together; larger ones are scaled down to it.",
+    ),
     ("dense.crop_size", "Side of a small crop, pixels."),
     (
         "dense.crop_area",
@@ -323,6 +327,10 @@ const COMMENTS: [(&str, &str); 102] = [
         "Decoupled weight decay.",
     ),
     ("student.masked.distill.betas", "AdamW's betas."),
+    (
+        "student.masked.distill.gradient_clip",
+        "Largest norm of all gradients of a step together; larger ones are scaled down to it.",
+    ),
     (
         "student.masked.distill.drop_path",
         "Stochastic depth of the student's last block.",

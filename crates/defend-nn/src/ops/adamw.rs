@@ -69,6 +69,29 @@ pub fn not_finite(operands: &[AdamWOperands<'_>]) -> Result<Option<usize>> {
     Ok(wrong.map(|(i, _)| i))
 }
 
+/// Euclidean norm of all gradients together.
+///
+/// # Errors
+/// Those of candle.
+pub fn gradient_norm(operands: &[AdamWOperands<'_>]) -> Result<f64> {
+    let (mut total, mut squares) = (0.0, Vec::new());
+    for AdamWOperands { gradient, .. } in operands {
+        if is_fast(&[gradient]) {
+            total += with_slices("gradient norm", [gradient], |[values]| {
+                Ok(kernel::sum_of_squares(values))
+            })?;
+        } else {
+            squares.push(gradient.to_dtype(DType::F32)?.sqr()?.sum_all()?);
+        }
+    }
+    if !squares.is_empty() {
+        // Read at once: a GPU is waited for once a step, not once a parameter.
+        let squares = Tensor::stack(&squares, 0)?.to_vec1::<f32>()?;
+        total += squares.into_iter().map(f64::from).sum::<f64>();
+    }
+    Ok(total.sqrt())
+}
+
 /// Whether all values of a gradient on the CPU are finite.
 fn is_finite(gradient: &Tensor) -> Result<bool> {
     with_slices("AdamW", [gradient], |[values]| {

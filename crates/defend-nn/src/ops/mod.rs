@@ -19,7 +19,7 @@ mod patches;
 mod pick;
 mod transformer_block;
 
-pub use adamw::{AdamWOperands, adamw, not_finite as adamw_not_finite};
+pub use adamw::{AdamWOperands, adamw, gradient_norm, not_finite as adamw_not_finite};
 pub use attention::{attention, cls_attention};
 pub use defend_kernels::adamw::AdamWStep;
 pub use gelu::gelu;
