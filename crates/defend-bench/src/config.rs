@@ -139,11 +139,19 @@ impl BenchConfig {
     /// [`Error::Io`]; [`Error::Config`] with the parser's place and reason, or what has no meaning.
     pub fn read(path: &Path, root: Option<&Path>) -> Result<Self, Error> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path, "reading"))?;
+        Self::parse(&text, path, root)
+    }
+
+    /// As [`BenchConfig::read`], from the content of the file `path`.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn parse(text: &str, path: &Path, root: Option<&Path>) -> Result<Self, Error> {
         let fault = |reason: String| Error::Config {
             path: path.into(),
             reason,
         };
-        let mut config: Self = toml::from_str(&text).map_err(|e| fault(e.to_string()))?;
+        let mut config: Self = toml::from_str(text).map_err(|e| fault(e.to_string()))?;
         let own = path.parent().unwrap_or(Path::new("."));
         root.unwrap_or(own).clone_into(&mut config.root);
         config.check().map_err(fault)?;

@@ -182,20 +182,33 @@ impl Detector {
     /// this library or of a newer version.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self, Error> {
         let path = path.as_ref();
+        let bytes = read(path, "reading the model")?;
+        Self::from_bytes(&bytes, path, device)
+    }
+
+    /// Reads the content of a file of [`Detector::save`], such as a model compiled into a program; `path` names it in errors.
+    ///
+    /// # Errors
+    /// As [`Detector::load`].
+    pub fn from_bytes(
+        bytes: &[u8],
+        path: impl AsRef<Path>,
+        device: &Device,
+    ) -> Result<Self, Error> {
+        let path = path.as_ref();
         let wrong = |reason: String| Error::Model {
             path: path.to_owned(),
             reason,
         };
-        let bytes = read(path, "reading the model")?;
-        let start = bytes.get(..HEADER_START).unwrap_or(&bytes);
+        let start = bytes.get(..HEADER_START).unwrap_or(bytes);
         if !start
             .windows(MODEL_KEY.len())
             .any(|part| part == MODEL_KEY.as_bytes())
         {
             return Err(wrong("this is no model of defend".into()));
         }
-        check_seal(&bytes, Some(MODEL_KEY)).map_err(|e| wrong(e.to_string()))?;
-        let mut weights = Weights::from_bytes(&bytes, &path.display().to_string())?;
+        check_seal(bytes, Some(MODEL_KEY)).map_err(|e| wrong(e.to_string()))?;
+        let mut weights = Weights::from_bytes(bytes, &path.display().to_string())?;
         let json = weights
             .metadata(MODEL_KEY)
             .ok_or_else(|| wrong(format!("no \"{MODEL_KEY}\" in its metadata")))?;
@@ -226,7 +239,7 @@ impl Detector {
             weights.split_off(EVIDENCE),
         );
         let _ = weights.split_off(NORMALS);
-        let kept = bytes_of(&bytes).map_err(wrong)?;
+        let kept = bytes_of(bytes).map_err(wrong)?;
         weights.finish()?;
         let load = |spec, weights| -> Result<Arc<Vit>, Error> {
             Ok(Arc::new(Vit::load(
@@ -248,7 +261,7 @@ impl Detector {
             }
             (StudentHeader::ClosedForm { evidence, names }, Student::ClosedForm(_)) => {
                 student.finish()?;
-                let arrays = arrays_of(&bytes).map_err(wrong)?;
+                let arrays = arrays_of(bytes).map_err(wrong)?;
                 let state = State {
                     header: *evidence,
                     arrays,

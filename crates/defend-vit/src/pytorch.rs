@@ -31,7 +31,13 @@ pub(crate) fn is_pytorch(start: &[u8]) -> bool {
 /// The state dict of a file of `torch.save`, as `f32` on the CPU; the error says what is wrong with it.
 pub(crate) fn read(path: &Path) -> Result<HashMap<String, Tensor>, String> {
     let file = File::open(path).map_err(|e| e.to_string())?;
-    let mut reader = BufReader::new(file);
+    read_from(BufReader::new(file))
+}
+
+/// As [`read`], from an open file or from bytes.
+pub(crate) fn read_from(
+    mut reader: impl BufRead + Seek,
+) -> Result<HashMap<String, Tensor>, String> {
     let zip = reader
         .fill_buf()
         .map_err(|e| e.to_string())?

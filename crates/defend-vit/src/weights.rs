@@ -78,16 +78,26 @@ impl Weights {
         Ok(Self::from_tensors(tensors, &index.display().to_string()))
     }
 
-    /// Reads safetensors content, matrices in eight bits ([`WeightPrecision::Int8`](crate::WeightPrecision::Int8)) as the values
-    /// that they stand for; `origin` names it in errors.
+    /// Reads the content of a weight file, of safetensors or of `torch.save`; matrices in eight bits
+    /// ([`WeightPrecision::Int8`](crate::WeightPrecision::Int8)) as the values that they stand for. `origin` names it in errors.
     ///
     /// # Errors
-    /// [`Error::Damaged`] when the content is truncated or is no safetensors file.
+    /// [`Error::Damaged`] when the content is truncated or is no weight file.
     pub fn from_bytes(bytes: &[u8], origin: &str) -> Result<Self, Error> {
         let damaged = |reason: safetensors::SafeTensorError| Error::Damaged {
             origin: origin.to_owned(),
             reason: reason.to_string(),
         };
+        if pytorch::is_pytorch(bytes) {
+            let tensors = pytorch::read_from(std::io::Cursor::new(bytes));
+            return match tensors {
+                Ok(tensors) => Ok(Self::from_tensors(tensors, origin)),
+                Err(reason) => Err(Error::Damaged {
+                    origin: origin.to_owned(),
+                    reason,
+                }),
+            };
+        }
         // Files of others have no checksum.
         if defend_files::is_sealed(bytes) {
             defend_files::check_seal(bytes, None).map_err(|e| Error::Damaged {
