@@ -5,16 +5,16 @@ use std::path::{Path, PathBuf};
 
 use defend_bench::{BenchConfig, Record};
 use defend_core::data::{
-    Cifar, Coco, Crowd, Dataset, Difficult, Idx, Manifest, MvtecAd, Split, Voc, decode_image,
-    decode_image_at_least,
+    Cifar, Coco, Crowd, Dataset, Difficult, Idx, ListedPaths, Manifest, MvtecAd, Split, Voc,
+    decode_image, decode_image_at_least,
 };
 use defend_core::vit::Weights;
 use defend_core::{Background, DefendConfig, Detector, Device};
 
 /// A target's name, and what it does.
-pub type Body = (&'static str, fn(&[u8]));
+pub(crate) type Body = (&'static str, fn(&[u8]));
 
-pub const BODIES: [Body; 14] = [
+pub(crate) const BODIES: [Body; 14] = [
     ("model", model),
     ("background", background),
     ("weights", weights),
@@ -31,20 +31,20 @@ pub const BODIES: [Body; 14] = [
     ("mask", mask),
 ];
 
-pub fn model(bytes: &[u8]) {
+pub(crate) fn model(bytes: &[u8]) {
     let _ = Detector::from_bytes(bytes, "input", &Device::Cpu);
 }
 
-pub fn background(bytes: &[u8]) {
+pub(crate) fn background(bytes: &[u8]) {
     let _ = Background::from_bytes(bytes, "input");
 }
 
 /// Safetensors, archives and streams of pickles.
-pub fn weights(bytes: &[u8]) {
+pub(crate) fn weights(bytes: &[u8]) {
     let _ = Weights::from_bytes(bytes, "input");
 }
 
-pub fn settings(bytes: &[u8]) {
+pub(crate) fn settings(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else {
         return;
     };
@@ -56,13 +56,13 @@ pub fn settings(bytes: &[u8]) {
     }
 }
 
-pub fn bench_config(bytes: &[u8]) {
+pub(crate) fn bench_config(bytes: &[u8]) {
     if let Ok(text) = std::str::from_utf8(bytes) {
         let _ = BenchConfig::parse(text, Path::new("input"), None);
     }
 }
 
-pub fn record(bytes: &[u8]) {
+pub(crate) fn record(bytes: &[u8]) {
     let _ = serde_json::from_slice::<Record>(bytes);
 }
 
@@ -107,7 +107,7 @@ fn look(set: Result<impl Dataset, defend_core::data::Error>) {
     }
 }
 
-pub fn idx(bytes: &[u8]) {
+pub(crate) fn idx(bytes: &[u8]) {
     // Images and labels, one behind the other: the first two bytes say where the labels begin.
     let (at, rest) = bytes.split_at(bytes.len().min(2));
     let at = at
@@ -120,20 +120,20 @@ pub fn idx(bytes: &[u8]) {
     look(Idx::mnist(file.path(""), Split::Test));
 }
 
-pub fn cifar(bytes: &[u8]) {
+pub(crate) fn cifar(bytes: &[u8]) {
     let file = File::new("test_batch.bin", bytes);
     file.put("batches.meta.txt", b"a\nb\nc\nd\ne\nf\ng\nh\ni\nj\n");
     look(Cifar::cifar10(file.path(""), Split::Test));
 }
 
-pub fn voc_xml(bytes: &[u8]) {
+pub(crate) fn voc_xml(bytes: &[u8]) {
     let file = File::new("Annotations/a.xml", bytes);
     file.put("ImageSets/Main/train.txt", b"a\n");
     file.put("JPEGImages/a.jpg", b"");
     look(Voc::open(file.path(""), "train", Difficult::Counted));
 }
 
-pub fn coco_json(bytes: &[u8]) {
+pub(crate) fn coco_json(bytes: &[u8]) {
     let file = File::new("instances.json", bytes);
     file.put("1.jpg", b"");
     look(Coco::open(
@@ -143,19 +143,27 @@ pub fn coco_json(bytes: &[u8]) {
     ));
 }
 
-pub fn manifest_csv(bytes: &[u8]) {
+pub(crate) fn manifest_csv(bytes: &[u8]) {
     let file = File::new("list.csv", bytes);
     file.put("1.jpg", b"");
-    look(Manifest::open(file.path("list.csv"), None));
+    look(Manifest::open(
+        file.path("list.csv"),
+        None,
+        ListedPaths::Inside,
+    ));
 }
 
-pub fn manifest_json(bytes: &[u8]) {
+pub(crate) fn manifest_json(bytes: &[u8]) {
     let file = File::new("list.json", bytes);
     file.put("1.jpg", b"");
-    look(Manifest::open(file.path("list.json"), None));
+    look(Manifest::open(
+        file.path("list.json"),
+        None,
+        ListedPaths::Inside,
+    ));
 }
 
-pub fn image(bytes: &[u8]) {
+pub(crate) fn image(bytes: &[u8]) {
     // Headers may promise a gigabyte, which is allowed and slow.
     if let Ok(decoder) = image::ImageReader::new(std::io::Cursor::new(bytes)).with_guessed_format()
         && decoder
@@ -168,7 +176,7 @@ pub fn image(bytes: &[u8]) {
     let _ = decode_image_at_least(bytes, "input", [16, 16]);
 }
 
-pub fn mask(bytes: &[u8]) {
+pub(crate) fn mask(bytes: &[u8]) {
     let file = File::new("ground_truth/bad/1_mask.png", bytes);
     let mut png = std::io::Cursor::new(Vec::new());
     let picture = image::RgbImage::new(8, 8);

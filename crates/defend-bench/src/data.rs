@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use defend_core::data::{
     Cifar, CifarLabels, ClassFolder, ClassId, Coco, Crowd, Dataset, Difficult, GrayImage, Idx,
-    Manifest, MvtecAd, ObjectBox, RgbImage, Split, Voc,
+    ListedPaths, Manifest, MvtecAd, ObjectBox, RgbImage, Split, Voc,
 };
 use serde::{Deserialize, Serialize};
 
@@ -86,6 +86,9 @@ pub enum DataConfig {
     Manifest {
         /// The list.
         path: PathBuf,
+        /// Where its images may be: `inside` the list's folder, or `anywhere`.
+        #[serde(default)]
+        paths: ListedPaths,
     },
 }
 
@@ -114,7 +117,7 @@ impl DataConfig {
             | Self::FashionMnist { path }
             | Self::Voc { path, .. }
             | Self::MvtecAd { path }
-            | Self::Manifest { path } => vec![path],
+            | Self::Manifest { path, .. } => vec![path],
             Self::Coco {
                 train_annotations,
                 train_images,
@@ -225,12 +228,12 @@ impl DataConfig {
                 Split::Train => ClassFolder::open(train),
                 Split::Test => ClassFolder::open(test),
             }),
-            Self::Manifest { path } => halves(|split| {
+            Self::Manifest { path, paths } => halves(|split| {
                 let name = match split {
                     Split::Train => "train",
                     Split::Test => "test",
                 };
-                Manifest::open(path, Some(name))
+                Manifest::open(path, Some(name), *paths)
             }),
         }
     }

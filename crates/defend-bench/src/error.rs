@@ -59,7 +59,7 @@ pub enum Error {
         /// The image.
         name: String,
         /// Why.
-        source: defend_core::data::Error,
+        source: Box<defend_core::data::Error>,
     },
     /// An experiment cannot be scored.
     #[error(

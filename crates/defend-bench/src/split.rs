@@ -160,7 +160,7 @@ fn hashes(
                 left_out(&Error::Image {
                     data: data.into(),
                     name: set.name(index).into_owned(),
-                    source,
+                    source: Box::new(source),
                 });
                 (index, None)
             }

@@ -388,7 +388,7 @@ fn what_is_damaged_or_empty_is_left_out_and_named() {
     fs::write(&path, &whole[..whole.len() / 2]).unwrap();
     let mut said = Vec::new();
     report(&[&config.output], folder.path(), &mut |what| {
-        said.push(what.to_string())
+        said.push(what.to_string());
     })
     .unwrap();
     assert!(

@@ -10,14 +10,14 @@ use defend_core::data::{Dataset, Failure, Subset};
 use defend_core::evidence::Weighed;
 use defend_core::metrics::{FalseAlarmRate, benjamini_hochberg};
 use defend_core::{
-    Calibration, CalibrationSource, Explanation, Finding, Maps, NovelRegion, Novelty, Outcome,
-    ProfileSet, Verdict,
+    Calibration, CalibrationSource, Detector, Explanation, Finding, Maps, NovelRegion, Novelty,
+    Outcome, ProfileSet, Verdict,
 };
 use serde::Serialize;
 
 use crate::arguments::{Format, Score, Sort};
 use crate::exit::{Exit, usage};
-use crate::images::{Unreadable, find, scan_all};
+use crate::images::{Found, Unreadable, find, scan_all};
 use crate::maps::MapFolder;
 use crate::progress::Progress;
 use crate::say::{complain, say};
@@ -55,28 +55,13 @@ pub(crate) fn run(arguments: &Score) -> Result<Exit> {
         arguments.common.strict,
         arguments.maps.as_deref(),
     )?;
-    let mut maps = match &arguments.maps {
-        Some(folder) => Some(MapFolder::make(
-            folder,
-            arguments.map_format,
-            &detector,
-            &found,
-        )?),
-        None => None,
-    };
+    let mut maps = map_folder(arguments, &detector, &found)?;
     let wanted = if maps.is_some() {
         Maps::Wanted
     } else {
         Maps::Free
     };
-    match calibration {
-        None => {
-            say!("the model has no threshold yet, so there are no verdicts: see defend calibrate");
-        }
-        Some(calibration) => {
-            say!("threshold {}", calibration.threshold);
-        }
-    }
+    say_threshold(calibration);
     let dataset = found.dataset();
     let (out, done) = output::open(arguments, &found, &*dataset)?;
     let mut lines = Lines(Table::with_header(arguments.format, out, done.is_empty()));
@@ -136,6 +121,22 @@ pub(crate) fn run(arguments: &Score) -> Result<Exit> {
         );
     }
     Ok(exit)
+}
+
+fn map_folder(arguments: &Score, detector: &Detector, found: &Found) -> Result<Option<MapFolder>> {
+    let Some(folder) = &arguments.maps else {
+        return Ok(None);
+    };
+    MapFolder::make(folder, arguments.map_format, detector, found).map(Some)
+}
+
+fn say_threshold(calibration: Option<&Calibration>) {
+    match calibration {
+        None => {
+            say!("the model has no threshold yet, so there are no verdicts: see defend calibrate");
+        }
+        Some(calibration) => say!("threshold {}", calibration.threshold),
+    }
 }
 
 /// Verdicts of a batch with a bounded share of false discoveries.

@@ -209,27 +209,7 @@ impl Detector {
         }
         check_seal(bytes, Some(MODEL_KEY)).map_err(|e| wrong(e.to_string()))?;
         let mut weights = Weights::from_bytes(bytes, &path.display().to_string())?;
-        let json = weights
-            .metadata(MODEL_KEY)
-            .ok_or_else(|| wrong(format!("no \"{MODEL_KEY}\" in its metadata")))?;
-        let fault = |e: serde_json::Error| wrong(format!("{MODEL_KEY}: {e}"));
-        let version: Version = serde_json::from_str(json).map_err(fault)?;
-        let header: Header = match version.format_version {
-            1 => serde_json::from_str::<HeaderOfFormat1>(json)
-                .map_err(fault)?
-                .into(),
-            FORMAT_VERSION => {
-                let mut json: serde_json::Value = serde_json::from_str(json).map_err(fault)?;
-                forget(&mut json, NO_SETTING_ANY_MORE);
-                serde_json::from_value(json).map_err(fault)?
-            }
-            other => {
-                return Err(wrong(format!(
-                    "format version {other} (written by {}), this library reads versions 1 to {FORMAT_VERSION}",
-                    version.library_version
-                )));
-            }
-        };
+        let header = Header::read(&weights).map_err(wrong)?;
         header.config.validate()?;
         header.preprocess.validate()?;
         header.check_sizes().map_err(wrong)?;
@@ -371,6 +351,29 @@ fn arrays_of(bytes: &[u8]) -> Result<BTreeMap<String, StateArray>, String> {
 }
 
 impl Header {
+    /// The header of this version or of an earlier one.
+    fn read(weights: &Weights) -> Result<Self, String> {
+        let json = weights
+            .metadata(MODEL_KEY)
+            .ok_or_else(|| format!("no \"{MODEL_KEY}\" in its metadata"))?;
+        let fault = |e: serde_json::Error| format!("{MODEL_KEY}: {e}");
+        let version: Version = serde_json::from_str(json).map_err(fault)?;
+        match version.format_version {
+            1 => Ok(serde_json::from_str::<HeaderOfFormat1>(json)
+                .map_err(fault)?
+                .into()),
+            FORMAT_VERSION => {
+                let mut json: serde_json::Value = serde_json::from_str(json).map_err(fault)?;
+                forget(&mut json, NO_SETTING_ANY_MORE);
+                serde_json::from_value(json).map_err(fault)
+            }
+            other => Err(format!(
+                "format version {other} (written by {}), this library reads versions 1 to {FORMAT_VERSION}",
+                version.library_version
+            )),
+        }
+    }
+
     /// Whether images, teacher and student fit each other.
     fn check_sizes(&self) -> Result<(), String> {
         let teacher = &self.teacher.architecture;

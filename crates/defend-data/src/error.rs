@@ -287,7 +287,10 @@ pub enum Error {
 
 /// Some paths, and dots when there are more.
 fn first_of(paths: &[PathBuf], all: usize) -> String {
-    let mut text: Vec<String> = paths.iter().map(|path| format!("{path:?}")).collect();
+    let mut text: Vec<String> = paths
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect();
     if all > paths.len() {
         text.push("...".into());
     }

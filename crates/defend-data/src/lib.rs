@@ -63,7 +63,7 @@ pub use folder::{ClassFolder, ImageFolder};
 pub use hash::{ContentHash, content_hash, content_hashes, leaks};
 pub use idx::{FASHION_MNIST_CLASSES, Idx, MNIST_CLASSES};
 pub use image::{GrayImage, RgbImage};
-pub use manifest::Manifest;
+pub use manifest::{ListedPaths, Manifest};
 pub use memory::Memory;
 pub use mvtec::MvtecAd;
 pub use preprocess::{Interpolation, Preprocess, ResizeMode};

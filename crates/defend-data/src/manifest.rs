@@ -2,13 +2,24 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use image::RgbImage;
 use serde::Deserialize;
 
 use crate::published::expect_images;
 use crate::{ClassId, Dataset, Error, dataset::sample, read_image, read_image_at_least};
+
+/// Where the images of a list may be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ListedPaths {
+    /// In the list's folder and below it: a list from somewhere else cannot name other files of this machine.
+    #[default]
+    Inside,
+    /// Anywhere: absolute paths, and those that begin with `..`.
+    Anywhere,
+}
 
 /// Images that a list names, with the classes of the objects they show.
 ///
@@ -43,15 +54,19 @@ struct Entry {
 
 impl Manifest {
     /// Reads a list whose name ends in `.csv` or `.json`; `split` picks the entries of that split, `None` all. Class
-    /// names are those of the whole list, sorted, so that all its splits agree.
+    /// names are those of the whole list, sorted, so that all its splits agree. `paths` says where the images may be.
     ///
     /// # Errors
     /// [`Error::Read`]; [`Error::Csv`] and [`Error::Json`] with the place; [`Error::Manifest`] for an empty path or
-    /// label and for another ending; [`Error::NoImages`] when no entry is left; [`Error::MissingImages`] when some images are not
+    /// label, a path outside of the list's folder where that is not allowed, and for another ending; [`Error::NoImages`] when no entry is left; [`Error::MissingImages`] when some images are not
     /// there.
-    pub fn open(path: impl AsRef<Path>, split: Option<&str>) -> Result<Self, Error> {
+    pub fn open(
+        path: impl AsRef<Path>,
+        split: Option<&str>,
+        paths: ListedPaths,
+    ) -> Result<Self, Error> {
         let path = path.as_ref();
-        let entries = read_entries(path)?;
+        let entries = read_entries(path, paths)?;
         let names: BTreeSet<&str> = entries
             .iter()
             .flat_map(|e| &e.labels)
@@ -98,7 +113,25 @@ fn placed(folder: &Path, path: &Path) -> PathBuf {
     }
 }
 
-fn read_entries(path: &Path) -> Result<Vec<Entry>, Error> {
+/// Whether a path stays in the folder that it is relative to, by its text: links are followed.
+fn is_inside(path: &Path) -> bool {
+    let text = path.to_string_lossy().replace('\\', "/");
+    // A drive of Windows is no folder anywhere.
+    let drive = text.as_bytes().get(1) == Some(&b':');
+    let mut depth = 0i64;
+    !drive
+        && Path::new(&text).components().all(|part| {
+            depth += match part {
+                Component::Normal(_) => 1,
+                Component::ParentDir => -1,
+                Component::CurDir => 0,
+                Component::RootDir | Component::Prefix(_) => return false,
+            };
+            depth >= 0
+        })
+}
+
+fn read_entries(path: &Path, paths: ListedPaths) -> Result<Vec<Entry>, Error> {
     let text = std::fs::read_to_string(path).map_err(|source| Error::Read {
         path: path.into(),
         source,
@@ -174,6 +207,13 @@ fn read_entries(path: &Path) -> Result<Vec<Entry>, Error> {
         if entry.path.as_os_str().is_empty() {
             return Err(fault(at, "no path", "the path of an image"));
         }
+        if paths == ListedPaths::Inside && !is_inside(&entry.path) {
+            return Err(fault(
+                at,
+                "a path outside of its folder",
+                "paths below the list's folder, unless others are allowed",
+            ));
+        }
         if entry.labels.iter().any(String::is_empty) {
             return Err(fault(at, "an empty label", "labels apart by one ; or |"));
         }
@@ -221,7 +261,33 @@ mod tests {
         for image in ["a", "a.jpg", "b/c.jpg", "d.jpg"] {
             std::fs::write(folder.path().join(image), "no image").unwrap();
         }
-        Manifest::open(path, split)
+        Manifest::open(path, split, ListedPaths::Inside)
+    }
+
+    #[test]
+    fn a_list_names_no_files_of_other_folders_unless_it_may() {
+        for path in [
+            "/etc/passwd",
+            "../a.jpg",
+            "b/../../a.jpg",
+            "b\\..\\..\\a.jpg",
+            "C:\\a.jpg",
+        ] {
+            let json = serde_json::json!([{ "path": path }]).to_string();
+            let error = open("list.json", &json, None).unwrap_err().to_string();
+            assert!(
+                error.contains("outside of its folder at 1"),
+                "{path}: {error}"
+            );
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let inside = folder.path().join("lists");
+        std::fs::create_dir(&inside).unwrap();
+        std::fs::write(folder.path().join("a.jpg"), "").unwrap();
+        std::fs::write(inside.join("l.csv"), "path,labels\n../a.jpg,dog\n").unwrap();
+        assert!(Manifest::open(inside.join("l.csv"), None, ListedPaths::Inside).is_err());
+        assert!(Manifest::open(inside.join("l.csv"), None, ListedPaths::Anywhere).is_ok());
+        assert!(open("l.csv", "path,labels\nb/../a.jpg,dog\n", None).is_ok());
     }
 
     const CSV: &str = "path,labels,split\na.jpg,dog;cat,train\nb/c.jpg, cat ,test\nd.jpg,,test\n";

@@ -146,7 +146,7 @@ mod tests {
             "{text}"
         );
         assert!(
-            text.contains("/nowhere/4.jpg\", ...") && !text.contains("5.jpg"),
+            text.contains("/nowhere/4.jpg, ...") && !text.contains("5.jpg"),
             "{text}"
         );
     }

@@ -309,6 +309,7 @@ fn text_of<'a>(object: Node<'a, '_>, tag: &str) -> Option<&'a str> {
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write;
     use std::fs;
 
     use super::*;
@@ -434,7 +435,7 @@ mod tests {
         let mut bomb = String::from("<!DOCTYPE annotation [<!ENTITY a0 \"dog\">");
         for i in 1..40 {
             let before = format!("&a{};", i - 1).repeat(10);
-            bomb.push_str(&format!("<!ENTITY a{i} \"{before}\">"));
+            let _ = write!(bomb, "<!ENTITY a{i} \"{before}\">");
         }
         bomb.push_str("]><annotation><object><name>&a39;</name></object></annotation>");
         let error = Voc::open(voc(Some(&bomb)).path(), "train", Difficult::Counted).unwrap_err();

@@ -215,22 +215,9 @@ pub fn train<S: TrainingStage>(
         stage.prefetch(&batches[at.batches_done..].concat());
         for indices in &batches[at.batches_done..] {
             let before = rng.position();
-            let loss = stage.loss(indices, rng)?;
-            let value = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
-            let step = optimiser.steps();
-            let updated = if value.is_finite() {
-                let multiplier = stage.schedule(optimiser, step, steps)?;
-                optimiser.step(&backward(&loss)?, multiplier)
-            } else {
-                let (loss, images) = (value, indices.clone());
-                Err(Error::Diverged { step, loss, images })
-            };
-            let gradient_norm = match updated {
-                Ok(norm) => norm,
-                Err(mut error) => {
-                    if let Error::NonFiniteGradient { images, .. } = &mut error {
-                        images.clone_from(indices);
-                    }
+            let (value, gradient_norm) = match step(stage, optimiser, indices, steps, rng)? {
+                Ok(taken) => taken,
+                Err(error) => {
                     // Nothing was changed by this step: the last good state is the present one.
                     if let (Some(checkpoints), true) = (checkpoints, error.batch().is_some()) {
                         at.rng = before;
@@ -284,6 +271,33 @@ pub fn train<S: TrainingStage>(
     Ok(TrainingReport {
         losses: at.losses,
         steps,
+    })
+}
+
+/// Loss and gradient norm of a step on a batch, or why it was not taken: values that are not finite, with the batch.
+fn step<S: TrainingStage>(
+    stage: &mut S,
+    optimiser: &mut AdamW,
+    indices: &[usize],
+    steps: usize,
+    rng: &mut Rng,
+) -> Result<Result<(f64, f64), Error>, S::Error> {
+    let loss = stage.loss(indices, rng)?;
+    let value = f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?);
+    let (step, batch) = (optimiser.steps(), indices.to_vec());
+    if !value.is_finite() {
+        let (loss, images) = (value, batch);
+        return Ok(Err(Error::Diverged { step, loss, images }));
+    }
+    let multiplier = stage.schedule(optimiser, step, steps)?;
+    Ok(match optimiser.step(&backward(&loss)?, multiplier) {
+        Ok(norm) => Ok((value, norm)),
+        Err(mut error) => {
+            if let Error::NonFiniteGradient { images, .. } = &mut error {
+                *images = batch;
+            }
+            Err(error)
+        }
     })
 }
 

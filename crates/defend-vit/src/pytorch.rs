@@ -187,14 +187,6 @@ impl Kind {
         if found != wanted {
             return Err(format!("it has {found} bytes, expected {wanted}"));
         }
-        fn each<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
-            bytes
-                .as_chunks()
-                .0
-                .iter()
-                .map(|chunk| value(*chunk))
-                .collect()
-        }
         Ok(match self {
             Self::F32 => each(&bytes, f32::from_le_bytes),
             Self::F64 => each(&bytes, |b| f64::from_le_bytes(b) as f32),
@@ -203,6 +195,12 @@ impl Kind {
             Self::NotFloat(_) => Vec::new(),
         })
     }
+}
+
+/// The numbers in bytes, of `N` each.
+fn each<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+    let chunks = bytes.as_chunks().0.iter();
+    chunks.map(|chunk| value(*chunk)).collect()
 }
 
 /// Numbers outside of the pickle.

@@ -26,12 +26,13 @@ pub(crate) fn weight_map(index: &Path) -> Result<BTreeMap<String, String>, Error
     let Index { weight_map } = serde_json::from_str(&text)
         .map_err(|e| config(format!("not an index of weights (\"weight_map\"): {e}")))?;
     for file in weight_map.values() {
-        let mut parts = Path::new(file).components();
-        if !matches!(
+        let path = Path::new(file);
+        let mut parts = path.components();
+        let is_name = matches!(
             (parts.next(), parts.next()),
             (Some(Component::Normal(_)), None)
-        ) || file.ends_with(".json")
-        {
+        );
+        if !is_name || path.extension().is_some_and(|e| e == "json") {
             return Err(config(format!(
                 "{file:?} is no name of a weight file in the folder of the index"
             )));

@@ -148,38 +148,52 @@ impl<R: BufRead> Machine<'_, R> {
             // Protocol and frames.
             0x80 => drop(self.bytes(1)?),
             0x95 => drop(self.bytes(8)?),
-            // Constants.
-            b'N' | 0x88 | 0x89 | 0x8f => self.push(Value::Other),
-            b'K' => {
-                let n = self.number(1)?;
-                self.push(Value::Integer(n));
-            }
-            b'M' => {
-                let n = self.number(2)?;
-                self.push(Value::Integer(n));
-            }
-            b'J' => {
-                // Four bytes with a sign.
-                let n = self.number(4)? as u32 as i32;
-                self.push(Value::Integer(n.into()));
-            }
-            0x8a => {
-                let length = self.byte()?;
-                let value = self.long(length.into())?;
-                self.push(value);
-            }
-            b'G' => {
-                self.bytes(8)?;
-                self.push(Value::Other);
-            }
+            b'N' | 0x88 | 0x89 | 0x8f | b'K' | b'M' | b'J' | 0x8a | b'G' => self.constant(code)?,
             b'X' | b'T' => self.counted_text(4)?,
             0x8c | b'U' => self.counted_text(1)?,
             0x8d => self.counted_text(8)?,
             b'C' => self.counted_bytes(1)?,
             b'B' => self.counted_bytes(4)?,
             0x8e => self.counted_bytes(8)?,
-            // Containers.
-            b']' | b')' => self.push(Value::Sequence(Vec::new())),
+            b']' | b')' | b'}' | 0x85..=0x87 | b'(' | b't' | b'l' | b'd' => self.container(code)?,
+            b'a' | b'e' | 0x90 | b's' | b'u' => self.add(code)?,
+            b'q' | b'r' | 0x94 | b'h' | b'j' => self.memory(code)?,
+            b'c' | 0x93 | b'R' | 0x81 | b'Q' => self.reference(code)?,
+            // What is built is left without its state: attributes, which no state dict needs.
+            b'0' | b'b' => drop(self.pop()?),
+            b'1' => drop(self.since_mark()?),
+            b'2' => {
+                let top = self.top()?;
+                self.stack.push(top);
+            }
+            other => return Err(format!("its pickle holds the unknown code {other:#04x}")),
+        }
+        Ok(())
+    }
+
+    fn constant(&mut self, code: u8) -> Result<(), String> {
+        let value = match code {
+            b'K' => Value::Integer(self.number(1)?),
+            b'M' => Value::Integer(self.number(2)?),
+            // Four bytes with a sign.
+            b'J' => Value::Integer((self.number(4)? as u32 as i32).into()),
+            0x8a => {
+                let length = self.byte()?;
+                self.long(length.into())?
+            }
+            b'G' => {
+                self.bytes(8)?;
+                Value::Other
+            }
+            _ => Value::Other,
+        };
+        self.push(value);
+        Ok(())
+    }
+
+    /// Makes a tuple, a list or a dictionary, or opens a mark.
+    fn container(&mut self, code: u8) -> Result<(), String> {
+        match code {
             b'}' => self.push(Value::Dict(Vec::new())),
             0x85..=0x87 => {
                 let count = usize::from(code) - 0x84;
@@ -189,58 +203,64 @@ impl<R: BufRead> Machine<'_, R> {
             }
             b'(' => self.marks.push(self.stack.len()),
             b't' | b'l' => {
-                let items = self.from_mark()?;
+                let items = self.since_mark()?;
                 self.push(Value::Sequence(items));
             }
             b'd' => {
-                let items = self.from_mark()?;
+                let items = self.since_mark()?;
                 self.push(Value::Dict(pairs(&items)?));
             }
+            _ => self.push(Value::Sequence(Vec::new())),
+        }
+        Ok(())
+    }
+
+    /// Adds to the list or dictionary at the top of the stack.
+    fn add(&mut self, code: u8) -> Result<(), String> {
+        match code {
             b'a' => {
                 let item = self.pop()?;
-                self.extend(&[item])?;
-            }
-            b'e' | 0x90 => {
-                let items = self.from_mark()?;
-                self.extend(&items)?;
+                self.extend(&[item])
             }
             b's' => {
                 let (value, key) = (self.pop()?, self.pop()?);
-                self.insert(&[key, value])?;
+                self.insert(&[key, value])
             }
             b'u' => {
-                let items = self.from_mark()?;
-                self.insert(&items)?;
+                let items = self.since_mark()?;
+                self.insert(&items)
             }
-            // Memo.
-            b'q' | b'r' => {
-                let place = self.number(if code == b'q' { 1 } else { 4 })? as usize;
-                let top = self.top()?;
-                self.memo.insert(place, top);
+            _ => {
+                let items = self.since_mark()?;
+                self.extend(&items)
             }
-            0x94 => {
-                let top = self.top()?;
-                self.memo.insert(self.memo.len(), top);
-            }
-            b'h' | b'j' => {
-                let place = self.number(if code == b'h' { 1 } else { 4 })? as usize;
-                let id = *self
-                    .memo
-                    .get(&place)
-                    .ok_or("its pickle refers to a value that it does not hold")?;
-                self.stack.push(id);
-            }
-            // Stack.
-            b'0' => drop(self.pop()?),
-            b'1' => drop(self.from_mark()?),
-            b'2' => {
-                let top = self.top()?;
-                self.stack.push(top);
-            }
-            // What unpickling would look up and call.
+        }
+    }
+
+    /// Keeps the top of the stack under a number, or takes what was kept.
+    fn memory(&mut self, code: u8) -> Result<(), String> {
+        let place = match code {
+            b'q' | b'h' => self.number(1)?,
+            b'r' | b'j' => self.number(4)?,
+            _ => self.memo.len() as i64,
+        } as usize;
+        if matches!(code, b'h' | b'j') {
+            let kept = self.memo.get(&place);
+            let kept = kept.ok_or("its pickle refers to a value that it does not hold")?;
+            self.stack.push(*kept);
+        } else {
+            let top = self.top()?;
+            self.memo.insert(place, top);
+        }
+        Ok(())
+    }
+
+    /// What unpickling would look up and call.
+    fn reference(&mut self, code: u8) -> Result<(), String> {
+        let value = match code {
             b'c' => {
                 let (module, name) = (self.line()?, self.line()?);
-                self.push(Value::Global(format!("{module}.{name}")));
+                Value::Global(format!("{module}.{name}"))
             }
             0x93 => {
                 let (name, module) = (self.pop()?, self.pop()?);
@@ -248,22 +268,15 @@ impl<R: BufRead> Machine<'_, R> {
                     Some(Value::Text(text)) => Ok(text.as_str()),
                     _ => Err("its pickle names a function by something that is no text"),
                 };
-                let global = format!("{}.{}", text(module)?, text(name)?);
-                self.push(Value::Global(global));
+                Value::Global(format!("{}.{}", text(module)?, text(name)?))
             }
-            b'R' | 0x81 => {
+            b'Q' => Value::Persistent(self.pop()?),
+            _ => {
                 let (arguments, function) = (self.pop()?, self.pop()?);
-                let value = self.called(function, arguments);
-                self.push(value);
+                self.called(function, arguments)
             }
-            // The state of an object: attributes, which no state dict needs.
-            b'b' => drop(self.pop()?),
-            b'Q' => {
-                let id = self.pop()?;
-                self.push(Value::Persistent(id));
-            }
-            other => return Err(format!("its pickle holds the unknown code {other:#04x}")),
-        }
+        };
+        self.push(value);
         Ok(())
     }
 
@@ -297,7 +310,7 @@ impl<R: BufRead> Machine<'_, R> {
     }
 
     /// What was pushed since the last open mark.
-    fn from_mark(&mut self) -> Result<Vec<Id>, String> {
+    fn since_mark(&mut self) -> Result<Vec<Id>, String> {
         let start = self.marks.pop().filter(|start| *start <= self.stack.len());
         Ok(self.stack.split_off(start.ok_or(EMPTY)?))
     }
