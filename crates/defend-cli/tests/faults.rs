@@ -416,6 +416,10 @@ fn a_score_that_was_cut_anywhere_goes_on() {
         let (code, out, errors) = score(&[]);
         assert!(code == 3 && out.is_empty(), "{errors}");
         let whole = fs::read(folder.join(file)).unwrap();
+        // Without the flag nothing is lost.
+        let (code, _, errors) = score(&[]);
+        assert!(code == 4 && errors.contains("--resume"), "{errors}");
+        assert!(fs::read(folder.join(file)).unwrap() == whole);
         for cut in [
             0,
             3,

@@ -46,6 +46,13 @@ pub(super) fn open(
     let mut inputs = found.paths.clone();
     inputs.extend(arguments.model.clone());
     let path = check_writable(path, &inputs)?;
+    // Hours of scores are not lost to a forgotten flag.
+    if !arguments.resume && std::fs::metadata(&path).is_ok_and(|found| found.len() > 0) {
+        bail!(
+            "{} is there already: --resume goes on behind its last line, or remove the file to start anew",
+            path.display()
+        );
+    }
     if !arguments.resume || !path.exists() {
         let file = File::create(&path);
         let file = file.with_context(|| format!("cannot write {}", path.display()))?;
