@@ -26,7 +26,8 @@ pub(crate) fn write_page(
     groups: &[Group<'_>],
 ) -> Result<PathBuf, Error> {
     let mut html = format!(
-        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>Benchmark</title><style>{STYLE}</style>\n"
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta http-equiv=\"Content-Security-Policy\" \
+         content=\"default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'\"><title>Benchmark</title><style>{STYLE}</style>\n"
     );
     for table in tables {
         html += &table_html(table);
@@ -37,7 +38,7 @@ pub(crate) fn write_page(
             html,
             "<h2>{}, {}: plots and worst errors</h2>",
             escape(group.data),
-            group.protocol
+            escape(group.protocol)
         );
         for experiment in &group.experiments {
             let _ = writeln!(

@@ -12,6 +12,7 @@ use defend_core::{
 };
 use defend_core::{TileMemory, Tiles};
 
+use crate::exit::usage;
 use crate::say::{be_quiet, be_verbose};
 use crate::settings;
 
@@ -140,6 +141,11 @@ impl Backbone {
         let Some(family) = self.family else {
             return Ok(Some(Pretrained::parse(name)?));
         };
+        if name.starts_with("hub:") {
+            return Err(usage(
+                "--family is for weight files: a model of the hub says itself what it was trained with".into(),
+            ));
+        }
         let family = match family {
             FamilyName::Augreg => Family::Augreg,
             FamilyName::Dino => Family::Dino,
@@ -514,7 +520,7 @@ pub(crate) struct Score {
     #[arg(long, value_enum, requires = "maps", default_value_t = MapFormat::Overlay)]
     pub(crate) map_format: MapFormat,
     /// File to write the lines to, in place of standard output.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "together")]
     pub(crate) out: Option<PathBuf>,
     /// Goes on behind the last whole line of --out, for the same images in the same order.
     #[arg(long, requires = "out", conflicts_with_all = ["together", "fdr"])]

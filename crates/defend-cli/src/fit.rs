@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use defend_core::evidence::ClosedForm;
 use defend_core::vit::Precision;
-use defend_core::{ClosedFormReport, Defend, FitCheckpoints, Fitted, StudentReport};
+use defend_core::{ClosedFormReport, Defend, FitCheckpoints, Fitted, Student, StudentReport};
 
 use crate::arguments::Fit;
 use crate::background;
 use crate::embed;
-use crate::exit::Exit;
+use crate::exit::{Exit, usage};
 use crate::images::{check_writable, find};
 use crate::progress::Progress;
 use crate::say::say;
@@ -18,6 +18,12 @@ use crate::say::say;
 pub(crate) fn run(arguments: &Fit) -> Result<Exit> {
     let start = Instant::now();
     let config = arguments.settings()?;
+    let closed_form = matches!(config.student, Student::ClosedForm(_));
+    if arguments.thumbnails && (!closed_form || arguments.features.is_some()) {
+        return Err(usage(
+            "--thumbnails is for the default student and a fit on images: others know no nearest normal image".into(),
+        ));
+    }
     let normal = find(&arguments.normal, arguments.common.strict, None)?.distinct();
     let abnormal = match arguments.abnormal.as_slice() {
         [] => None,

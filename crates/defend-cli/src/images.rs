@@ -204,7 +204,19 @@ pub(crate) fn scan_all(
     observer: &mut dyn Observer,
     on_result: &mut dyn FnMut(Outcome) -> Result<()>,
 ) -> Result<usize> {
-    let mut unreadable = Unreadable::of(dataset.len(), most);
+    let unreadable = Unreadable::of(dataset.len(), most);
+    scan_rest(detector, dataset, maps, unreadable, observer, on_result)
+}
+
+/// As [`scan_all`], of the images behind those that `unreadable` has counted.
+pub(crate) fn scan_rest(
+    detector: &dyn NoveltyDetector,
+    dataset: &Arc<dyn Dataset>,
+    maps: Maps,
+    mut unreadable: Unreadable,
+    observer: &mut dyn Observer,
+    on_result: &mut dyn FnMut(Outcome) -> Result<()>,
+) -> Result<usize> {
     scan_each::<anyhow::Error>(detector, dataset, maps, observer, &mut |outcome| {
         if let Err(failure) = &outcome {
             unreadable.count(failure)?;
@@ -222,6 +234,14 @@ pub(crate) struct Unreadable {
 }
 
 impl Unreadable {
+    /// `found` of `total` are known to be unreadable.
+    pub(crate) fn after(found: usize, total: usize, most: usize) -> Self {
+        Self {
+            found,
+            ..Self::of(total, most)
+        }
+    }
+
     pub(crate) fn of(total: usize, most: usize) -> Self {
         Self {
             found: 0,

@@ -7,9 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use defend_core::data::{Dataset, ResizeMode, RgbImage, write_png};
 use defend_core::vit::Grid;
-use defend_core::{
-    Detector, Device, Finding, MapScale, NoveltyDetector, PatchMap, Tensor, overlay,
-};
+use defend_core::{Detector, Finding, MapScale, NoveltyDetector, PatchMap, overlay};
 use image::{ImageBuffer, Luma, Rgb};
 
 use crate::arguments::MapFormat;
@@ -83,12 +81,8 @@ impl MapFolder {
         if let Some(parent) = path.parent() {
             make_folder(parent)?;
         }
-        let written = self.write_to(&path, finding, map, images, resized);
-        if written.is_err() {
-            // No half of a map stays, as on a full disk.
-            let _ = std::fs::remove_file(&path);
-        }
-        written.with_context(|| format!("cannot write the map {}", path.display()))?;
+        self.write_to(&path, finding, map, images, resized)
+            .with_context(|| format!("cannot write the map {}", path.display()))?;
         self.written += 1;
         Ok(Some(path))
     }
@@ -113,9 +107,7 @@ impl MapFolder {
             }
             MapFormat::Png16 => write_png(path, self.sixteen_bits(map))?,
             MapFormat::Npy => {
-                let Grid { rows, columns } = map.grid;
-                Tensor::from_vec(self.scale.above(map), (rows, columns), &Device::Cpu)?
-                    .write_npy(path)?;
+                defend_files::write(path, &npy(map.grid, &self.scale.above(map)))?;
             }
         }
         Ok(())
@@ -131,6 +123,20 @@ impl MapFolder {
             Luma([(value.copied().unwrap_or(0.0) * per_level) as u16])
         })
     }
+}
+
+/// NumPy's format, version 1: a header of a multiple of 64 bytes, then the values.
+fn npy(Grid { rows, columns }: Grid, values: &[f32]) -> Vec<u8> {
+    const MAGIC: &[u8] = b"\x93NUMPY\x01\x00";
+    let header =
+        format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {columns}), }}");
+    let end = (MAGIC.len() + 2 + header.len() + 1).next_multiple_of(64);
+    let length = (end - MAGIC.len() - 2) as u16;
+    let mut bytes = [MAGIC, &length.to_le_bytes(), header.as_bytes()].concat();
+    bytes.resize(end - 1, b' ');
+    bytes.push(b'\n');
+    bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    bytes
 }
 
 /// Whether a detector sees whole images, so that its maps cover them.

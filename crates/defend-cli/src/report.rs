@@ -133,7 +133,10 @@ impl Content<'_> {
                 shown
             } else {
                 let preprocess = self.detector.preprocess();
-                fitted(&preprocess.read(&**images, entry.index)?, SIDE)
+                let Ok(seen) = preprocess.read(&**images, entry.index) else {
+                    return Ok(pictures);
+                };
+                fitted(&seen, SIDE)
             };
             let scale = self.detector.map_scale();
             pictures.push(address(&with_legend(

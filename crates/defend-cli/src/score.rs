@@ -3,6 +3,7 @@
 mod output;
 
 use std::io::{IsTerminal, Write, stdout};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
@@ -17,7 +18,7 @@ use serde::Serialize;
 
 use crate::arguments::{Format, Score, Sort};
 use crate::exit::{Exit, usage};
-use crate::images::{Found, Unreadable, find, scan_all};
+use crate::images::{Found, Unreadable, find, scan_rest};
 use crate::maps::MapFolder;
 use crate::progress::Progress;
 use crate::say::{complain, say};
@@ -32,15 +33,7 @@ pub(crate) fn run(arguments: &Score) -> Result<Exit> {
         return Err(usage("--resume needs --format csv or json".into()));
     }
     if arguments.together {
-        return sort::run(&Sort {
-            model: model.clone(),
-            expect_abnormal: None,
-            into: None,
-            link: false,
-            format: arguments.format,
-            paths: arguments.paths.clone(),
-            common: arguments.common.clone(),
-        });
+        return as_a_whole(arguments, model.clone());
     }
     let rate = arguments.fdr.map(FalseAlarmRate::new).transpose()?;
     let detector = arguments.common.load(model)?;
@@ -63,7 +56,12 @@ pub(crate) fn run(arguments: &Score) -> Result<Exit> {
     };
     say_threshold(calibration);
     let dataset = found.dataset();
-    let (out, done) = output::open(arguments, &found, &*dataset)?;
+    let (out, done) = output::open(
+        arguments,
+        &found,
+        &*dataset,
+        calibration.map(|c| c.threshold),
+    )?;
     let mut lines = Lines(Table::with_header(arguments.format, out, done.is_empty()));
     let (mut kept, mut exit, mut unwritten) = (Vec::new(), Exit::default(), 0);
     exit.novel = done.novel;
@@ -71,12 +69,13 @@ pub(crate) fn run(arguments: &Score) -> Result<Exit> {
         Arc::clone(&dataset),
         (done.images..dataset.len()).collect(),
     )?);
-    let unreadable = scan_all(
+    let most = arguments.common.max_unreadable();
+    let unreadable = scan_rest(
         &detector,
         &left,
         wanted,
-        arguments.common.max_unreadable(),
-        &mut progress(),
+        Unreadable::after(done.unreadable, dataset.len(), most),
+        &mut progress(arguments),
         &mut |mut outcome| {
             if let Ok((finding, _)) = &mut outcome {
                 finding.index += done.images;
@@ -84,6 +83,7 @@ pub(crate) fn run(arguments: &Score) -> Result<Exit> {
             let mut record = Record::of_outcome(&outcome, calibration);
             if let Ok((finding, _)) = &outcome {
                 let map = finding.novelty.map.as_ref();
+                let map = map.filter(|_| maps.is_some());
                 record.regions = map.map(|map| detector.map_scale().regions(map));
             }
             if let (Some(maps), Ok((finding, resized))) = (&mut maps, &outcome) {
@@ -111,16 +111,29 @@ pub(crate) fn run(arguments: &Score) -> Result<Exit> {
             lines.write(record)?;
         }
     }
-    exit.unreadable = unreadable + done.unreadable > 0;
+    exit.unreadable = unreadable > 0;
     if unwritten > 0 {
         bail!("{unwritten} maps could not be written");
     }
-    if maps.is_some_and(|maps| maps.is_empty()) {
+    if done.images < dataset.len() && maps.is_some_and(|maps| maps.is_empty()) {
         say!(
             "no map was written: the model has none, as one that was fitted on features or on a single image"
         );
     }
     Ok(exit)
+}
+
+/// As `defend sort` scores a folder.
+fn as_a_whole(arguments: &Score, model: PathBuf) -> Result<Exit> {
+    sort::run(&Sort {
+        model,
+        expect_abnormal: None,
+        into: None,
+        link: false,
+        format: arguments.format,
+        paths: arguments.paths.clone(),
+        common: arguments.common.clone(),
+    })
 }
 
 fn map_folder(arguments: &Score, detector: &Detector, found: &Found) -> Result<Option<MapFolder>> {
@@ -176,7 +189,7 @@ fn of_many(arguments: &Score) -> Result<Exit> {
     let mut lines = Lines::new(arguments.format, stdout().lock());
     let mut unreadable = Unreadable::of(dataset.len(), arguments.common.max_unreadable());
     let mut exit = Exit::default();
-    profiles.scan_each::<anyhow::Error>(&dataset, &mut progress(), &mut |outcome| {
+    profiles.scan_each::<anyhow::Error>(&dataset, &mut progress(arguments), &mut |outcome| {
         match &outcome {
             Ok((name, novelties)) => {
                 let models = profiles.names().iter().zip(profiles.detectors());
@@ -203,8 +216,8 @@ fn of_many(arguments: &Score) -> Result<Exit> {
 }
 
 /// On a terminal the lines themselves show the progress, and a bar would write over them.
-fn progress() -> Progress {
-    if stdout().is_terminal() {
+fn progress(arguments: &Score) -> Progress {
+    if arguments.out.is_none() && stdout().is_terminal() {
         Progress::hidden()
     } else {
         Progress::new()
@@ -238,7 +251,7 @@ impl<W: Write> Lines<W> {
 struct Whole<'a> {
     #[serde(flatten)]
     record: &'a Record,
-    /// Boxes in shares of width and height.
+    /// Boxes in shares of the width and height of what the detector looks at.
     #[serde(skip_serializing_if = "Option::is_none")]
     regions: &'a Option<Vec<NovelRegion>>,
 }

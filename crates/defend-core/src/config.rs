@@ -24,7 +24,7 @@ pub struct DefendConfig {
     /// Side that images are resized to, pixels; a multiple of the patch size. `None`: the size that the teacher
     /// was trained at. DINOv2 checkpoints say 518 and work at 224 in a seventh of the time.
     pub image_size: Option<usize>,
-    /// Whether large JPEGs are decoded at a part of their size, at least twice the size that they are resized to: about half of the
+    /// Whether large JPEGs are decoded at a part of their size, at least twice the size that they are resized to: about 60 % of the
     /// time. Scores change by little (docs/PERFORMANCE.md).
     pub reduced_decoding: bool,
     /// What is looked at of each image; all of it without one.

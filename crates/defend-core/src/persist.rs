@@ -272,7 +272,11 @@ impl Detector {
         };
         Ok(Self {
             student,
-            config: header.config,
+            config: DefendConfig {
+                // Models of earlier versions decode whole images.
+                reduced_decoding: header.preprocess.reduced_decoding,
+                ..header.config
+            },
             preprocess: header.preprocess,
             device: device.clone(),
             calibration: header.calibration,

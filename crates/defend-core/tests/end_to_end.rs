@@ -90,6 +90,10 @@ fn the_main_job_tells_novel_from_normal_and_survives_a_file() -> Result<(), Erro
     detector.save(&path)?;
     let again = Detector::load(&path, &Device::Cpu)?;
     assert_eq!(again.calibration(), detector.calibration());
+    // The images that the student was trained on are known, also after a reload.
+    let mut reloaded = Detector::load(&path, &Device::Cpu)?;
+    let refused = reloaded.calibrate(set(3, 30), FalseAlarmRate::new(0.1)?, &mut Silent);
+    assert!(matches!(refused, Err(Error::FittedOn { .. })));
     assert_eq!(again.config(), detector.config());
     assert_eq!(again.map_scale(), detector.map_scale());
     for period in [3, 5] {

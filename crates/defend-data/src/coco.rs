@@ -1,7 +1,7 @@
 //! MS COCO: several objects an image, all annotations in one file.
 
 use std::borrow::Cow;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -287,6 +287,11 @@ impl Instances {
             boxes: boxes_of.remove(&image.id).unwrap_or_default(),
         });
         let samples: Vec<Sample> = samples.collect();
+        let mut seen = HashSet::new();
+        if let Some(twice) = samples.iter().find(|sample| !seen.insert(&sample.image)) {
+            let found = format!("two images at {}", twice.image.display());
+            return Err(fault(found, "a file for each"));
+        }
         expect_images(path, samples.iter().map(|sample| sample.image.as_path()))?;
         Ok(Coco {
             samples,

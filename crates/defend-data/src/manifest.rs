@@ -2,12 +2,12 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use image::RgbImage;
 use serde::Deserialize;
 
-use crate::published::expect_images;
+use crate::published::{expect_images, is_inside};
 use crate::{ClassId, Dataset, Error, dataset::sample, read_image, read_image_at_least};
 
 /// Where the images of a list may be.
@@ -111,24 +111,6 @@ fn placed(folder: &Path, path: &Path) -> PathBuf {
         }
         _ => whole,
     }
-}
-
-/// Whether a path stays in the folder that it is relative to, by its text: links are followed.
-fn is_inside(path: &Path) -> bool {
-    let text = path.to_string_lossy().replace('\\', "/");
-    // A drive of Windows is no folder anywhere.
-    let drive = text.as_bytes().get(1) == Some(&b':');
-    let mut depth = 0i64;
-    !drive
-        && Path::new(&text).components().all(|part| {
-            depth += match part {
-                Component::Normal(_) => 1,
-                Component::ParentDir => -1,
-                Component::CurDir => 0,
-                Component::RootDir | Component::Prefix(_) => return false,
-            };
-            depth >= 0
-        })
 }
 
 fn read_entries(path: &Path, paths: ListedPaths) -> Result<Vec<Entry>, Error> {

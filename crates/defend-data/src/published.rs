@@ -59,6 +59,24 @@ pub(crate) fn listed_image(folder: &Path, name: &str) -> PathBuf {
         .unwrap_or_else(|| below(0))
 }
 
+/// Whether a path stays in the folder that it is relative to, by its text: links are followed.
+pub(crate) fn is_inside(path: &Path) -> bool {
+    let text = path.to_string_lossy().replace('\\', "/");
+    // A drive of Windows is no folder anywhere.
+    let drive = text.as_bytes().get(1) == Some(&b':');
+    let mut depth = 0i64;
+    !drive
+        && Path::new(&text).components().all(|part| {
+            depth += match part {
+                Component::Normal(_) => 1,
+                Component::ParentDir => -1,
+                Component::CurDir => 0,
+                Component::RootDir | Component::Prefix(_) => return false,
+            };
+            depth >= 0
+        })
+}
+
 /// Reads a text file; `help` says what to download when it is not there.
 pub(crate) fn read_text(path: &Path, help: &'static str) -> Result<String, Error> {
     fs::read_to_string(path).map_err(|source| fault(path, help, source))

@@ -8,7 +8,9 @@ use image::RgbImage;
 use rayon::prelude::*;
 use roxmltree::{Document, Node, ParsingOptions};
 
-use crate::published::{expect_images, read_bytes, read_published, read_published_at_least};
+use crate::published::{
+    expect_images, is_inside, read_bytes, read_published, read_published_at_least,
+};
 use crate::{ClassId, Dataset, Error, ObjectBox, dataset::sample};
 
 /// The classes of PASCAL VOC since 2007; the position is the [`ClassId`].
@@ -137,6 +139,13 @@ impl Voc {
             .lines()
             .filter_map(|line| line.split_whitespace().next())
             .collect();
+        if let Some(outside) = ids.iter().find(|id| !is_inside(Path::new(id))) {
+            return Err(Error::Content {
+                path: list,
+                found: format!("the name {outside:?}"),
+                expected: "names of images in JPEGImages".into(),
+            });
+        }
         let sample = |id: &&str| {
             let image = root.join("JPEGImages").join(format!("{id}.jpg"));
             Ok(Sample {

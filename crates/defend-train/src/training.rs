@@ -221,7 +221,8 @@ pub fn train<S: TrainingStage>(
                     // Nothing was changed by this step: the last good state is the present one.
                     if let (Some(checkpoints), true) = (checkpoints, error.batch().is_some()) {
                         at.rng = before;
-                        checkpoints.save(&at, optimiser, &stage.state()?)?;
+                        // What went wrong first is told, even if this fails too.
+                        let _ = checkpoints.save(&at, optimiser, &stage.state()?);
                     }
                     return Err(error.into());
                 }

@@ -109,6 +109,12 @@ fn published_depth(name: &str) -> Option<usize> {
         ("giant", "g14", 40),
         ("gigantic", "gigantic", 48),
     ];
+    if !["vit_", "deit", "dino"]
+        .iter()
+        .any(|start| name.starts_with(start))
+    {
+        return None;
+    }
     // `vit_small_patch16_36x1` and `18x2` say their depth themselves.
     if name.contains("36x1") || name.contains("18x2") {
         return None;
@@ -429,6 +435,7 @@ mod tests {
             ("vit_small_patch16_36x1_224", None),
             ("vit_medium_patch16_gap_240", None),
             ("my_small_network", None),
+            ("my_vit_small_of_six_blocks", None),
             ("checkpoint", None),
         ] {
             assert_eq!(published_depth(name), depth, "{name}");

@@ -48,6 +48,10 @@ pub(crate) fn read_from(
 /// `data.pkl` and a file for each storage in `data/`.
 fn archive(reader: impl Read + Seek) -> Result<HashMap<String, Tensor>, String> {
     let mut zip = zip::ZipArchive::new(reader).map_err(|e| e.to_string())?;
+    // Entries over the same bytes would let a small file ask for much memory.
+    if zip.has_overlapping_files().map_err(|e| e.to_string())? {
+        return Err("entries of the archive lie over each other".into());
+    }
     let index = (0..zip.len())
         .find(|&i| {
             let name = zip.name_for_index(i).and_then(Result::ok);

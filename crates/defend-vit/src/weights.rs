@@ -44,8 +44,9 @@ impl Weights {
             return Err(Error::Damaged { origin, reason });
         }
         let of_pytorch = ["pth", "pt", "bin"].map(std::ffi::OsStr::new);
-        if pytorch::is_pytorch(&start) || path.extension().is_some_and(|e| of_pytorch.contains(&e))
-        {
+        // The name counts where the content says nothing: safetensors begin with a length and JSON.
+        let named = path.extension().is_some_and(|e| of_pytorch.contains(&e));
+        if pytorch::is_pytorch(&start) || (named && start.get(8) != Some(&b'{')) {
             return match pytorch::read(path) {
                 Ok(tensors) => Ok(Self::from_tensors(tensors, &origin)),
                 Err(reason) => Err(Error::Damaged { origin, reason }),

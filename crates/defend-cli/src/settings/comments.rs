@@ -22,7 +22,7 @@ const COMMENTS: [(&str, &str); 104] = [
     ),
     (
         "reduced_decoding",
-        "Whether large JPEGs are decoded at a part of their size, at least twice the size that they are resized to: about half of the time.",
+        "Whether large JPEGs are decoded at a part of their size, at least twice the size that they are resized to: about 60 % of the time.",
     ),
     (
         "false_alarm_rate",
