@@ -18,11 +18,15 @@ pub const MAX_DECODED_BYTES: u64 = 1 << 30;
 /// [`Error::Read`], and those of [`decode_image`] with the path as origin.
 pub fn read_image(path: impl AsRef<Path>) -> Result<RgbImage, Error> {
     let path = path.as_ref();
-    let bytes = std::fs::read(path).map_err(|source| Error::Read {
+    let bytes = content_of(path)?;
+    decode_image(&bytes, &path.to_string_lossy())
+}
+
+fn content_of(path: &Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(path).map_err(|source| Error::Read {
         path: path.into(),
         source,
-    })?;
-    decode_image(&bytes, &path.to_string_lossy())
+    })
 }
 
 /// As [`read_image`], possibly in a smaller size: see [`decode_image_at_least`].
@@ -31,10 +35,7 @@ pub fn read_image(path: impl AsRef<Path>) -> Result<RgbImage, Error> {
 /// Those of [`read_image`].
 pub fn read_image_at_least(path: impl AsRef<Path>, least: [u32; 2]) -> Result<RgbImage, Error> {
     let path = path.as_ref();
-    let bytes = std::fs::read(path).map_err(|source| Error::Read {
-        path: path.into(),
-        source,
-    })?;
+    let bytes = content_of(path)?;
     decode_image_at_least(&bytes, &path.to_string_lossy(), least)
 }
 
@@ -135,10 +136,7 @@ pub fn find_mask(folder: &Path, name: &str) -> Option<PathBuf> {
 /// Those of [`read_image`].
 pub(crate) fn read_dimensions(path: &Path) -> Result<(u32, u32), Error> {
     let origin = path.to_string_lossy();
-    let bytes = std::fs::read(path).map_err(|source| Error::Read {
-        path: path.into(),
-        source,
-    })?;
+    let bytes = content_of(path)?;
     caught(&origin, || {
         let mut decoder = open_decoder(&bytes, &origin)?;
         let (width, height) = decoder.dimensions();
